@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# Front door; the work is in scripts/. The kernel's own build reads Kbuild, not this.
+
+MAKEFLAGS += --no-print-directory
+export FLAVOUR KVER KDIR W V CLIPPY
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  FLAVOUR=cloud-amd64|amd64, KVER=VERSION choose the kernel, KDIR=DIR a prepared"
+	@echo "  build directory; W=1, CLIPPY=1 warn more. Every script has --help."
+
+.PHONY: setup
+setup: ## Install the host packages (root), or say how
+	@scripts/setup
+
+.PHONY: run
+run: ## Set everything up and show the main job
+	@scripts/run
+
+.PHONY: modules
+modules: ## Build rksm.ko in build/KVER/
+	@scripts/build
+
+.PHONY: shell
+shell: modules ## A shell in a guest with rksm loaded
+	@scripts/vm --interactive
+
+.PHONY: check
+check: ## Formatting, warnings, clippy, host tests
+	@scripts/check
+
+.PHONY: test
+test: ## Every test; ends in "N passed, M failed"
+	@scripts/test
+
+.PHONY: bench
+bench: ## Speed and memory against the built-in KSM; tables and plots
+	@scripts/bench
+
+.PHONY: bench-quick
+bench-quick: ## The same in under 5 minutes
+	@scripts/bench --quick
+
+.PHONY: clean
+clean: ## Remove what was built, keep the cache
+	@rm -rf build

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0
+# Functions and paths shared by the scripts; sourced, never run.
+# shellcheck shell=bash
+
+set -euo pipefail
+
+RKSM_TOP=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+RKSM_CACHE=${RKSM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/rksm}
+mkdir -p "$RKSM_CACHE"
+RKSM_CACHE=$(cd -P "$RKSM_CACHE" && pwd)
+export RKSM_TOP RKSM_CACHE
+
+JOBS=${JOBS:-$(nproc)}
+export JOBS
+
+say() {
+	printf 'rksm: %s\n' "$*" >&2
+}
+
+die() {
+	printf 'rksm: %s: %s\n' "${0##*/}" "$*" >&2
+	exit 1
+}
+
+# The leading comment of a script is its help.
+usage() {
+	sed -n '/^# SPDX/d; 2,/^[^#]/ { s/^# \{0,1\}//p }' "$0" | sed '/./,$!d'
+}
+
+# Run a command as root of a private mount namespace. Who is not root gets a user
+# namespace with the sub-ids that setup's uidmap package and /etc/sub[ug]id grant.
+as_root() {
+	if [ "$(id -u)" = 0 ]; then
+		unshare --mount --propagation private -- "$@"
+	else
+		unshare --user --map-root-user --map-auto --mount --propagation private -- "$@"
+	fi
+}
+
+# Take the lock NAME for the rest of this shell, or say what is being waited for.
+lock() {
+	local fd
+	exec {fd}>"$RKSM_CACHE/.lock-$1"
+	if ! flock -n "$fd"; then
+		say "waiting for another run that makes the $1"
+		flock "$fd"
+	fi
+}
+
+# Run a long command with its output in a log; show only that it is going on,
+# and the end of the log where it fails.
+logged() {
+	local log=$1 what=$2 start=$SECONDS status
+	shift 2
+	say "$what (log: $log)"
+	# As part of a condition the command would run without -e.
+	set +e
+	(
+		set -e
+		"$@"
+	) >"$log" 2>&1
+	status=$?
+	set -e
+	if [ $status != 0 ]; then
+		tail -n 30 "$log" >&2
+		die "$what: failed after $((SECONDS - start)) s; the whole log is $log"
+	fi
+	say "$what: done in $((SECONDS - start)) s"
+}
+
+# key_of SCRIPT [TEXT] - the key of what a script makes; its comments do not count.
+key_of() {
+	# TEXT that could not be had would give a key all the same.
+	[ $# = 1 ] || [ -n "$2" ] || return 1
+	{
+		sed '/^[[:space:]]*#/d; /^[[:space:]]*$/d' "$1"
+		[ $# = 1 ] || echo "$2"
+	} | sha256sum | cut -c1-12
+}
+
+sysroot_dir() {
+	printf '%s/sysroot-%s\n' "$RKSM_CACHE" "$(key_of "$RKSM_TOP/scripts/sysroot")"
+}
+
+# What a compiler may have a say in, as it is in the sysroot.
+toolchain() {
+	local root
+	root=$("$RKSM_TOP/scripts/sysroot") || return 1
+	awk '/^Package: / { name = $2 }
+	/^Version: / && name ~ /^(clang|lld|llvm|libllvm|libclang|gcc|binutils|rustc|rust-src|bindgen|dwarves|pahole)[-0-9.]*$/ { print name, $2 }' \
+		"$root/var/lib/dpkg/status"
+}
+
+in_sysroot() {
+	"$RKSM_TOP/scripts/sysroot-run" "$@"
+}
