@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the engine asks of the memory it merges.
+//!
+//! The engine decides, an implementation of [`Memory`] acts. In the module that is the `mm` layer over the
+//! kernel's mm APIs; on the host it is a simulation. No method is called with a spinlock held: each may take
+//! the mmap lock of one mm at a time, folio locks and page table locks, and may sleep.
+
+use super::{
+    ids::{
+        Fingerprint,
+        ItemId,
+        NodeId,
+        PageRef, //
+    },
+    registry::PinnedMm, //
+};
+use core::ops::Range;
+
+/// Why a page was left as it was. One counter each, see [`super::scan::Refusals`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The vma is gone or no longer mergeable, or its page table no longer maps the page there.
+    Gone,
+    /// The folio is locked by somebody else.
+    Locked,
+    /// Somebody holds a reference that could write to the page (O_DIRECT, GUP).
+    Pinned,
+    /// The contents are not the same, byte for byte.
+    Differs,
+    /// A huge page could not be split.
+    Unsplit,
+    /// Both addresses map the same page already.
+    Same,
+    /// Memory for the bookkeeping could not be had.
+    NoMemory,
+    /// The merged page is being migrated or locked.
+    Busy,
+    /// The merged page of the stable node has been freed.
+    Stale,
+    /// The pages are on different NUMA nodes, and `merge_across_nodes` is 0.
+    FarNode,
+    /// The entry is write-protected for a userfaultfd.
+    Userfault,
+    /// The module is being unloaded.
+    Unloading,
+}
+
+impl Refusal {
+    /// Number of reasons.
+    pub const COUNT: usize = 12;
+
+    /// Reasons in the order of their numbers, by the names they are shown under.
+    pub const NAMES: [&'static str; Self::COUNT] = [
+        "gone",
+        "locked",
+        "pinned",
+        "differs",
+        "unsplit",
+        "same",
+        "no_memory",
+        "busy",
+        "stale",
+        "far_node",
+        "userfault",
+        "unloading",
+    ];
+}
+
+/// What a collected page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageKind {
+    /// An anonymous page that is not merged.
+    Plain,
+    /// A merged page with its stable node.
+    Ksm(NodeId),
+    /// A page of KSM's that belongs to no stable node: left to be unshared by its owner.
+    Orphan,
+}
+
+/// Where a walk for pages stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Collected {
+    /// The batch is full or the walk's bound is reached; go on at this address.
+    More(usize),
+    /// No mergeable memory is left in this mm.
+    End,
+    /// The mm is exiting; nothing was collected.
+    Exiting,
+}
+
+/// What is to become of a page that a walk comes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// Collect it.
+    Take,
+    /// Leave it, without a reference.
+    Pass,
+    /// End the walk before it.
+    Stop,
+}
+
+/// Looks at each page that a walk comes by, in ascending order of the addresses.
+pub trait Look {
+    /// Says what is to become of the page at `addr`, of NUMA node `nid`.
+    ///
+    /// Called with a page table lock held: neither sleeps nor allocates.
+    fn look(&mut self, addr: usize, kind: PageKind, nid: u32) -> Interest;
+}
+
+/// What the engine keeps in each stable node.
+///
+/// Nodes of one content form a ring, of which exactly one node, the head, stands in the content index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeMeta {
+    /// The content's fingerprint, with the NUMA node mixed in where merging across nodes is off.
+    pub fingerprint: Fingerprint,
+    /// Next node of the same content; the node itself where there is no other.
+    pub next: NodeId,
+    /// Previous node of the same content.
+    pub prev: NodeId,
+    /// Whether the content index refers to this node.
+    pub head: bool,
+}
+
+/// State of a stable node's page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeState {
+    /// The page is still the node's.
+    Alive,
+    /// The page is gone, and the node can be removed.
+    Stale,
+}
+
+/// What releasing an rmap item left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Released {
+    /// The stable node that the item was on.
+    pub node: NodeId,
+    /// rmap items that remain on it.
+    pub remaining: u32,
+    /// The node's page is unmapped or gone: [`Memory::remove_node`] is due.
+    pub due: bool,
+}
+
+/// A stable node made from two pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// The new node.
+    pub node: NodeId,
+    /// rmap item of the first page, which has become the merged page.
+    pub first: ItemId,
+    /// rmap item of the second page, which has been replaced by it.
+    pub second: ItemId,
+}
+
+/// A page by its address, with the reference under which the engine tracks it.
+pub struct Place<'a, M> {
+    /// The mm that maps the page.
+    pub mm: &'a M,
+    /// Page-aligned address in it.
+    pub addr: usize,
+    /// The engine's name for this address; stored in the rmap item.
+    pub owner: PageRef,
+}
+
+/// The memory that is scanned and merged.
+pub trait Memory {
+    /// A pinned mm (`mmgrab`).
+    type Mm: PinnedMm;
+    /// A bounded run of collected pages, each with a reference held.
+    type Batch;
+
+    /// Collects up to `limit` pages of mergeable vmas of `mm` at or after `start`, of those that `look` takes, into
+    /// the empty `batch`.
+    ///
+    /// Takes and releases the mmap lock of `mm` once; walks its page tables once.
+    fn collect(
+        &self,
+        mm: &Self::Mm,
+        start: usize,
+        limit: usize,
+        batch: &mut Self::Batch,
+        look: &mut dyn Look,
+    ) -> Collected;
+
+    /// Pages in the batch.
+    fn len(&self, batch: &Self::Batch) -> usize;
+    /// Address of the `i`th page; ascending in `i`.
+    fn addr(&self, batch: &Self::Batch, i: usize) -> usize;
+    /// What the `i`th page is now.
+    fn kind(&self, batch: &Self::Batch, i: usize) -> PageKind;
+    /// Hash of the contents of the `i`th page, as they are now.
+    fn hash(&self, batch: &Self::Batch, i: usize) -> u64;
+    /// NUMA node of the `i`th page.
+    fn nid(&self, batch: &Self::Batch, i: usize) -> u32;
+    /// Gives up the reference to the `i`th page; pages are released in ascending order.
+    fn release(&mut self, batch: &mut Self::Batch, i: usize);
+    /// Gives up all references that are still held, and empties the batch.
+    fn clear(&mut self, batch: &mut Self::Batch);
+    /// Hash of a page of zeroes.
+    fn zero_hash(&self) -> u64;
+
+    /// Replaces the `i`th page of the batch by the merged page of `node`.
+    ///
+    /// `nid` demands that the merged page lies on this NUMA node.
+    ///
+    /// # Errors
+    ///
+    /// The page stays as it was. A huge page may have been split; then the batch holds nothing after `i`.
+    fn merge_with_node(
+        &mut self,
+        at: Place<'_, Self::Mm>,
+        batch: &mut Self::Batch,
+        i: usize,
+        node: NodeId,
+        nid: Option<u32>,
+    ) -> Result<ItemId, Refusal>;
+
+    /// Makes a merged page of the `i`th page of the batch and puts it in the place of the page at `other`.
+    ///
+    /// `nid` demands that the page at `other` lies on this NUMA node. The new node's meta has the node as its
+    /// own ring, and is not a head.
+    ///
+    /// # Errors
+    ///
+    /// Both pages' contents and mappings stay as they were for their users.
+    fn merge_pair(
+        &mut self,
+        at: Place<'_, Self::Mm>,
+        batch: &mut Self::Batch,
+        i: usize,
+        other: Place<'_, Self::Mm>,
+        nid: Option<u32>,
+        fingerprint: Fingerprint,
+    ) -> Result<Pair, Refusal>;
+
+    /// Replaces the `i`th page of the batch by the zero page.
+    ///
+    /// # Errors
+    ///
+    /// The page stays as it was.
+    fn merge_with_zero(
+        &mut self,
+        at: Place<'_, Self::Mm>,
+        batch: &mut Self::Batch,
+        i: usize,
+    ) -> Result<(), Refusal>;
+
+    /// Records that `at` maps the merged page of `node`, as it does after a fork.
+    ///
+    /// # Errors
+    ///
+    /// `Gone` where it does not.
+    fn adopt(
+        &mut self,
+        at: Place<'_, Self::Mm>,
+        batch: &mut Self::Batch,
+        i: usize,
+        node: NodeId,
+    ) -> Result<ItemId, Refusal>;
+
+    /// The node that an rmap item is on.
+    fn node_of(&self, item: ItemId) -> Option<NodeId>;
+    /// Takes an rmap item off its node and frees it.
+    fn release_item(&mut self, item: ItemId) -> Option<Released>;
+
+    /// What the engine keeps in a node.
+    fn meta(&self, node: NodeId) -> Option<NodeMeta>;
+    /// Changes what the engine keeps in a node.
+    fn set_meta(&mut self, node: NodeId, meta: NodeMeta);
+    /// The NUMA node that the node's page was on when its fingerprint was made.
+    fn node_nid(&self, node: NodeId) -> u32;
+    /// Changes [`Memory::node_nid`].
+    fn set_node_nid(&mut self, node: NodeId, nid: u32);
+    /// rmap items on a node.
+    fn mappings(&self, node: NodeId) -> u32;
+    /// Whether the node's page still exists. Takes no lock that sleeps.
+    fn state(&self, node: NodeId) -> NodeState;
+    /// Frees a node whose page is unmapped or gone, calling `orphan` with the owner of each rmap item that was
+    /// still on it. Returns whether it was freed: a node whose page is mapped is not.
+    fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef)) -> bool;
+    /// The first node after `after` whose page frame number lies in `frames`.
+    fn next_node_in(&self, after: Option<NodeId>, frames: Range<usize>) -> Option<NodeId>;
+    /// Frees a node without looking at its page.
+    fn forget_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef));
+    /// The first node after `after` in the order of their numbers; `None` at the end.
+    fn next_node(&self, after: Option<NodeId>) -> Option<NodeId>;
+    /// Nodes in existence.
+    fn nodes(&self) -> usize;
+
+    /// Adds `delta` to the mm's count of tracked pages (`ksm_rmap_items` of `/proc/PID/ksm_stat`).
+    fn account_tracked(&mut self, mm: &Self::Mm, delta: isize);
+
+    /// Bytes of memory that nodes and rmap items take.
+    fn bytes(&self) -> usize;
+
+    /// Called between pages: a chance to reschedule. Returns whether the scan should pause (freezer, stop).
+    fn breathe(&mut self) -> bool;
+}

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What KSM decides: safe and pure, without any knowledge of page tables, folios or locks.
+//!
+//! Every structure here is plain data behind `&mut self`; the callers put the locks around it. The same
+//! files are compiled on the host by `tools/testing/host`, where the tests run.
+
+pub mod advisor;
+mod chunks;
+pub mod ids;
+pub mod index;
+pub mod knobs;
+pub mod memory;
+pub mod mmlist;
+pub mod page_state;
+pub mod registry;
+pub mod scan;
+pub mod smart_scan;
+pub mod stats;

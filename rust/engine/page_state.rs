@@ -1,0 +1,548 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is known of every page that the scanner has seen and may see again.
+//!
+//! One 64-bit word for each tracked page. The pages of an mm are grouped in aligned ranges of [`RANGE_PAGES`] pages:
+//! a bitmap says which of them are tracked, and their words stand in a vector without gaps ([`range`]). The ranges of all
+//! mms live in one [`arena`], where they keep their place, so that a [`PageRef`] can name a page in 40 bits. For each mm a
+//! [`directory`] has its ranges in the order of their addresses.
+//!
+//! The scanner visits addresses in ascending order. A cursor remembers the range that was used last, so each of those
+//! visits takes constant time.
+//!
+//! What a state refers to belongs to others: before a page is untracked, the caller takes its entry out of the index
+//! where `indexed` is set, or frees its rmap item where it is merged.
+
+mod arena;
+mod directory;
+mod range;
+
+use super::{
+    chunks::Chunks,
+    ids::{
+        Fingerprint,
+        ItemId,
+        PageRef,
+        RangeId,
+        SlotId,
+        RANGE_PAGES,
+        RANGE_SHIFT, //
+    },
+};
+
+use arena::Arena;
+use directory::{
+    Directory,
+    Position, //
+};
+use range::Range;
+
+use kernel::{
+    alloc::Flags,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*, //
+};
+
+/// Greatest age and greatest number of skips that a state can hold.
+pub const MAX_AGE: u8 = 15;
+
+/// What is known of one page.
+///
+/// A page is `Tracked` from when it is first seen, becomes `Merged` when its mapping is replaced by one of a merged page, and
+/// `Tracked` again when that mapping was broken.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum PageState {
+    /// Not merged.
+    Tracked {
+        /// Of the content when the page was last looked at.
+        fingerprint: Fingerprint,
+        /// Number of scans since the page was merged or newly seen, at most [`MAX_AGE`].
+        age: u8,
+        /// Number of scans still to leave it out, at most [`MAX_AGE`].
+        skips: u8,
+        /// Whether the index has a candidate entry for it, under `fingerprint`.
+        indexed: bool,
+    },
+    /// Mapped to a merged page, by this rmap item.
+    Merged(ItemId),
+}
+
+const AGE_SHIFT: u32 = Fingerprint::BITS;
+const SKIPS_SHIFT: u32 = AGE_SHIFT + 4;
+const INDEXED: u64 = 1 << (SKIPS_SHIFT + 4);
+const MERGED: u64 = 1 << 63;
+
+static_assert!(SKIPS_SHIFT + 4 < 63);
+
+impl PageState {
+    /// State of a page that was never looked at.
+    pub const NEW: Self = Self::Tracked {
+        fingerprint: Fingerprint::NONE,
+        age: 0,
+        skips: 0,
+        indexed: false,
+    };
+
+    #[inline]
+    fn to_bits(self) -> u64 {
+        match self {
+            Self::Tracked {
+                fingerprint,
+                age,
+                skips,
+                indexed,
+            } => {
+                let age = u64::from(age.min(MAX_AGE));
+                let skips = u64::from(skips.min(MAX_AGE));
+                let indexed = if indexed { INDEXED } else { 0 };
+                fingerprint.to_bits() | age << AGE_SHIFT | skips << SKIPS_SHIFT | indexed
+            }
+            Self::Merged(item) => MERGED | u64::from(item.0),
+        }
+    }
+
+    #[inline]
+    fn from_bits(bits: u64) -> Self {
+        if bits & MERGED != 0 {
+            return Self::Merged(ItemId(bits as u32));
+        }
+        Self::Tracked {
+            fingerprint: Fingerprint::from_bits(bits),
+            age: (bits >> AGE_SHIFT) as u8 & MAX_AGE,
+            skips: (bits >> SKIPS_SHIFT) as u8 & MAX_AGE,
+            indexed: bits & INDEXED != 0,
+        }
+    }
+}
+
+/// Splits an address into that of its range, in units of ranges, and the page's place in there.
+#[inline]
+const fn split(addr: usize) -> (usize, usize) {
+    (addr >> RANGE_SHIFT, addr >> PAGE_SHIFT & (RANGE_PAGES - 1))
+}
+
+#[inline]
+const fn join(number: usize, offset: usize) -> usize {
+    number << RANGE_SHIFT | offset << PAGE_SHIFT
+}
+
+/// The range that was used last.
+#[derive(Clone, Copy)]
+struct Cursor {
+    slot: SlotId,
+    number: usize,
+    id: RangeId,
+    at: Position,
+}
+
+/// The states of all tracked pages of all mms.
+///
+/// Addresses may be anywhere in a page. The memory this takes is bounded by the address space that the caller lets it track:
+/// [`PageStates::bytes`] says how much it is.
+///
+/// # Invariants
+///
+/// 1. Every range in the arena is in the directory of its slot, and every range in a directory is in the arena.
+/// 2. No range is without tracked pages.
+/// 3. `tracked` of each directory is the number of tracked pages in its ranges, and that of `self` the sum of those.
+/// 4. `bytes` is what the values of the ranges and the leaves of the directories take.
+/// 5. The cursor's range exists, and its fields are right.
+pub struct PageStates {
+    arena: Arena,
+    slots: Chunks<Directory>,
+    cursor: Option<Cursor>,
+    tracked: usize,
+    bytes: usize,
+}
+
+impl Default for PageStates {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PageStates {
+    /// Creates a table without pages, without allocating.
+    pub const fn new() -> Self {
+        // INVARIANT: 1. to 5. hold where there is nothing.
+        Self {
+            arena: Arena::new(),
+            slots: Chunks::new(),
+            cursor: None,
+            tracked: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Returns the number of tracked pages of all mms.
+    pub const fn tracked_total(&self) -> usize {
+        self.tracked
+    }
+
+    /// Returns the number of tracked pages of one mm.
+    pub fn tracked(&self, slot: SlotId) -> usize {
+        self.directory(slot).map_or(0, Directory::tracked)
+    }
+
+    /// Returns how many bytes of memory the table takes.
+    pub fn bytes(&self) -> usize {
+        self.arena.bytes() + self.slots.bytes() + self.bytes
+    }
+
+    /// Returns the page at an address if it is tracked.
+    #[inline]
+    pub fn lookup(&mut self, slot: SlotId, addr: usize) -> Option<PageRef> {
+        let (number, offset) = split(addr);
+        let id = self.find(slot, number)?;
+        self.arena
+            .get(id)?
+            .contains(offset)
+            .then_some(PageRef::new(id, offset))
+    }
+
+    /// Starts to track the page at an address, in state [`PageState::NEW`]. Returns it as it is if it was tracked already.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory; nothing has changed then.
+    #[inline]
+    pub fn track(&mut self, slot: SlotId, addr: usize, flags: Flags) -> Result<PageRef> {
+        let (number, offset) = split(addr);
+        let id = match self.find(slot, number) {
+            Some(id) => id,
+            None => self.add_range(slot, number, flags)?,
+        };
+        let range = self.arena.get_mut(id).ok_or(EINVAL)?;
+        if !range.contains(offset) {
+            let before = range.value_bytes();
+            // INVARIANT: 2. A new range has memory for its first page, so this cannot fail for one.
+            range.insert(offset, PageState::NEW.to_bits(), flags)?;
+            // INVARIANT: 3. and 4.
+            self.bytes = self.bytes + range.value_bytes() - before;
+            self.tracked += 1;
+            if let Some(directory) = self.slots.get_mut(slot.0 as usize) {
+                *directory.tracked_mut() += 1;
+            }
+        }
+        Ok(PageRef::new(id, offset))
+    }
+
+    /// Stops tracking a page and returns its last state, `None` if it was not tracked.
+    ///
+    /// The caller has released what the state refers to, or does so now.
+    pub fn untrack(&mut self, page: PageRef) -> Option<PageState> {
+        let range = self.arena.get_mut(page.range())?;
+        let before = range.value_bytes();
+        let bits = range.remove(page.offset())?;
+        let (slot, empty) = (range.slot(), range.len() == 0);
+        // INVARIANT: 3. and 4.
+        self.bytes = self.bytes + range.value_bytes() - before;
+        self.tracked -= 1;
+        if let Some(directory) = self.slots.get_mut(slot.0 as usize) {
+            *directory.tracked_mut() -= 1;
+        }
+        if empty {
+            self.remove_range(page.range());
+        }
+        Some(PageState::from_bits(bits))
+    }
+
+    /// Returns the state of a page, `None` if it is not tracked.
+    #[inline]
+    pub fn get(&self, page: PageRef) -> Option<PageState> {
+        let bits = self.arena.get(page.range())?.get(page.offset())?;
+        Some(PageState::from_bits(bits))
+    }
+
+    /// Changes the state of a page and returns the one before; `None`, and nothing happens, if it is not tracked.
+    ///
+    /// Ages and skips above [`MAX_AGE`] are taken as that.
+    #[inline]
+    pub fn set(&mut self, page: PageRef, state: PageState) -> Option<PageState> {
+        let range = self.arena.get_mut(page.range())?;
+        let bits = core::mem::replace(range.get_mut(page.offset())?, state.to_bits());
+        Some(PageState::from_bits(bits))
+    }
+
+    /// Returns the fingerprint of a page that is tracked and not merged.
+    ///
+    /// This is what the index asks for when it moves the entry of a candidate.
+    #[inline]
+    pub fn fingerprint(&self, page: PageRef) -> Option<Fingerprint> {
+        match self.get(page)? {
+            PageState::Tracked { fingerprint, .. } => Some(fingerprint),
+            PageState::Merged(_) => None,
+        }
+    }
+
+    /// Returns the mm and the address of a page, `None` if it is not tracked.
+    #[inline]
+    pub fn owner(&self, page: PageRef) -> Option<(SlotId, usize)> {
+        let range = self.arena.get(page.range())?;
+        range
+            .contains(page.offset())
+            .then_some((range.slot(), join(range.number(), page.offset())))
+    }
+
+    /// Returns the first tracked page of an mm with an address in `within`, its address and state.
+    ///
+    /// To visit all, go on behind the address that was returned; pages may be tracked and untracked in between.
+    pub fn first_in(
+        &mut self,
+        slot: SlotId,
+        within: core::ops::Range<usize>,
+    ) -> Option<(PageRef, usize, PageState)> {
+        // A page belongs to `within` by the address of its start.
+        let start = within.start.checked_next_multiple_of(PAGE_SIZE)?;
+        let (number, offset) = split(start);
+        let floor = self.floor(slot, number);
+        let in_range = floor.and_then(|cursor| {
+            let from = if cursor.number == number {
+                offset
+            } else {
+                RANGE_PAGES
+            };
+            Some((cursor, self.arena.get(cursor.id)?.next(from)?))
+        });
+        let (cursor, offset) = match in_range {
+            Some(found) => found,
+            None => {
+                let directory = self.directory(slot)?;
+                let at = floor.map_or(Directory::FIRST, |cursor| directory.after(cursor.at));
+                let cursor = self.cursor_at(slot, at)?;
+                (cursor, self.arena.get(cursor.id)?.next(0)?)
+            }
+        };
+        let addr = join(cursor.number, offset);
+        if addr >= within.end {
+            return None;
+        }
+        self.cursor = Some(cursor);
+        let page = PageRef::new(cursor.id, offset);
+        Some((page, addr, self.get(page)?))
+    }
+
+    /// Returns the last tracked page of an mm with an address in `within`, its address and state.
+    ///
+    /// To untrack many pages, ask for the last again and again: that never moves the states of the others.
+    pub fn last_in(
+        &mut self,
+        slot: SlotId,
+        within: core::ops::Range<usize>,
+    ) -> Option<(PageRef, usize, PageState)> {
+        let last = within.end.checked_sub(1)?;
+        let (number, offset) = split(last);
+        let floor = self.floor(slot, number)?;
+        let to = if floor.number == number {
+            offset
+        } else {
+            RANGE_PAGES - 1
+        };
+        let (cursor, offset) = match self.arena.get(floor.id)?.prev(to) {
+            Some(offset) => (floor, offset),
+            None => {
+                let at = self.directory(slot)?.before(floor.at)?;
+                let cursor = self.cursor_at(slot, at)?;
+                (cursor, self.arena.get(cursor.id)?.prev(RANGE_PAGES - 1)?)
+            }
+        };
+        let addr = join(cursor.number, offset);
+        if addr < within.start {
+            return None;
+        }
+        self.cursor = Some(cursor);
+        let page = PageRef::new(cursor.id, offset);
+        Some((page, addr, self.get(page)?))
+    }
+
+    /// Stops tracking all pages of an mm at once, and returns how many there were.
+    ///
+    /// The caller has released what their states refer to. Takes time in the number of ranges.
+    pub fn remove_slot(&mut self, slot: SlotId) -> usize {
+        let Some(directory) = self.slots.get_mut(slot.0 as usize) else {
+            return 0;
+        };
+        let directory = core::mem::replace(directory, Directory::new());
+        let (arena, bytes) = (&mut self.arena, &mut self.bytes);
+        *bytes -= directory.bytes();
+        directory.for_each(|id| {
+            *bytes -= arena.get(id).map_or(0, Range::value_bytes);
+            arena.remove(id);
+        });
+        self.tracked -= directory.tracked();
+        self.cursor = None;
+        // Slots are numbered from below, so the memory of those at the end can go.
+        while let Some(last) = self.slots.len().checked_sub(1) {
+            if self.slots.get(last).is_none_or(|d| !d.is_empty()) {
+                break;
+            }
+            self.slots.pop();
+        }
+        directory.tracked()
+    }
+
+    /// Checks all invariants, in time proportional to the number of ranges.
+    ///
+    /// # Errors
+    ///
+    /// Says which one does not hold.
+    pub fn check(&self) -> Result<(), &'static str> {
+        self.arena.check()?;
+        let (mut listed, mut tracked, mut bytes) = (0, 0, 0);
+        for s in 0..self.slots.len() {
+            let slot = SlotId(s as u32);
+            let Some(directory) = self.slots.get(s) else {
+                return Err("page state: a slot is missing");
+            };
+            directory.check(&self.arena)?;
+            let (mut pages, mut alien) = (0, false);
+            directory.for_each(|id| {
+                let range = self.arena.get(id);
+                alien |= range.map(Range::slot) != Some(slot);
+                pages += range.map_or(0, Range::len);
+                listed += 1;
+            });
+            if alien {
+                return Err("page state: a range in another mm's directory");
+            }
+            if pages != directory.tracked() {
+                return Err("page state: the number of tracked pages of an mm is wrong");
+            }
+            tracked += pages;
+            bytes += directory.bytes();
+        }
+        self.arena.for_each(|_, range| {
+            listed -= 1;
+            bytes += range.value_bytes();
+            if range.len() == 0 {
+                return Err("page state: a range without pages");
+            }
+            range.check()
+        })?;
+        if listed != 0 {
+            return Err("page state: not every range is in one directory");
+        }
+        if tracked != self.tracked {
+            return Err("page state: the number of tracked pages is wrong");
+        }
+        if bytes != self.bytes {
+            return Err("page state: the number of bytes is wrong");
+        }
+        if let Some(cursor) = self.cursor {
+            let found = self.cursor_at(cursor.slot, cursor.at);
+            if found.is_none_or(|found| found.id != cursor.id || found.number != cursor.number) {
+                return Err("page state: the cursor is wrong");
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn directory(&self, slot: SlotId) -> Option<&Directory> {
+        self.slots.get(slot.0 as usize)
+    }
+
+    /// Returns the range of a slot at this address, and makes it the cursor.
+    #[inline]
+    fn find(&mut self, slot: SlotId, number: usize) -> Option<RangeId> {
+        match self.cursor {
+            Some(cursor) if cursor.number == number && cursor.slot == slot => Some(cursor.id),
+            _ => self.find_elsewhere(slot, number),
+        }
+    }
+
+    #[inline(never)]
+    fn find_elsewhere(&mut self, slot: SlotId, number: usize) -> Option<RangeId> {
+        let cursor = self.floor(slot, number)?;
+        if cursor.number != number {
+            return None;
+        }
+        // INVARIANT: 5.
+        self.cursor = Some(cursor);
+        Some(cursor.id)
+    }
+
+    /// Returns the last range of a slot that is not above this address.
+    fn floor(&self, slot: SlotId, number: usize) -> Option<Cursor> {
+        let directory = self.directory(slot)?;
+        // Most often it is the one used last, or the one behind that.
+        if let Some(cursor) = self.cursor.filter(|c| c.slot == slot && c.number <= number) {
+            if cursor.number == number {
+                return Some(cursor);
+            }
+            match self.cursor_at(slot, directory.after(cursor.at)) {
+                Some(next) if next.number <= number => {
+                    let after = self.cursor_at(slot, directory.after(next.at));
+                    if after.is_none_or(|after| after.number > number) {
+                        return Some(next);
+                    }
+                }
+                _ => return Some(cursor),
+            }
+        }
+        self.cursor_at(slot, directory.floor(&self.arena, number)?)
+    }
+
+    /// Returns a cursor for a position in a slot's directory, if there is a range.
+    fn cursor_at(&self, slot: SlotId, at: Position) -> Option<Cursor> {
+        let id = self.directory(slot)?.get(at)?;
+        Some(Cursor {
+            slot,
+            number: self.arena.number(id),
+            id,
+            at,
+        })
+    }
+
+    /// Adds a range that the slot does not have yet, and makes it the cursor. The caller is about to track a page in it, which
+    /// cannot fail.
+    #[cold]
+    fn add_range(&mut self, slot: SlotId, number: usize, flags: Flags) -> Result<RangeId> {
+        while self.slots.len() <= slot.0 as usize {
+            self.slots.push(Directory::new(), flags)?;
+        }
+        let directory = self.slots.get_mut(slot.0 as usize).ok_or(EINVAL)?;
+        let range = Range::new(slot, number, flags)?;
+        let value_bytes = range.value_bytes();
+        let id = self.arena.insert(range, flags)?;
+        match directory.insert(&self.arena, id, &mut self.bytes, flags) {
+            Ok(at) => {
+                // INVARIANT: 1. It is in both. 4. 5.
+                self.bytes += value_bytes;
+                self.cursor = Some(Cursor {
+                    slot,
+                    number,
+                    id,
+                    at,
+                });
+                Ok(id)
+            }
+            Err(error) => {
+                self.arena.remove(id);
+                // The directory may have been rearranged.
+                self.cursor = None;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Removes a range without tracked pages.
+    #[cold]
+    fn remove_range(&mut self, id: RangeId) {
+        let Some(range) = self.arena.get(id) else {
+            return;
+        };
+        let (slot, number) = (range.slot(), range.number());
+        let at = self.floor(slot, number).map(|cursor| cursor.at);
+        if let (Some(directory), Some(at)) = (self.slots.get_mut(slot.0 as usize), at) {
+            // INVARIANT: 1. It leaves both. 4. 5. Positions behind it are others now.
+            directory.remove(&self.arena, at, &mut self.bytes);
+            self.bytes -= range.value_bytes();
+            self.arena.remove(id);
+            self.cursor = None;
+        }
+    }
+}

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tracked pages of one aligned piece of an address space.
+
+use super::super::{
+    chunks::{
+        shrink,
+        vec_bytes, //
+    },
+    ids::{
+        SlotId,
+        RANGE_PAGES, //
+    },
+};
+
+use kernel::{
+    alloc::{
+        AllocError,
+        Flags, //
+    },
+    prelude::*, //
+};
+
+const WORDS: usize = RANGE_PAGES / 64;
+
+/// Bits in one field of [`Range::ranks`].
+const RANK_BITS: usize = 9;
+
+/// A one in each field of [`Range::ranks`].
+const RANK_ONES: u64 = {
+    let mut ones = 0;
+    let mut field = 0;
+    while field < WORDS - 1 {
+        ones |= 1 << (field * RANK_BITS);
+        field += 1;
+    }
+    ones
+};
+
+/// Room in the first buffer for values: one `kmalloc-32` object.
+const MIN_VALUES: usize = 4;
+
+/// One word for each tracked page among [`RANGE_PAGES`], and nothing for the others.
+///
+/// Two cache lines: where every page is tracked, only the second one is ever read.
+///
+/// # Invariants
+///
+/// 1. `values` has one element for each bit set in `present`, in the same order.
+/// 2. Field `w - 1` of `ranks` is the number of bits set in `present[..w]`.
+#[repr(C, align(64))]
+pub(super) struct Range {
+    present: [u64; WORDS],
+    ranks: u64,
+    values: KVec<u64>,
+    number: usize,
+    slot: SlotId,
+}
+
+impl Range {
+    /// Creates a range without tracked pages, with memory for the first one.
+    ///
+    /// `number` is its address in units of ranges, `slot` the mm it belongs to.
+    ///
+    /// # Errors
+    ///
+    /// `AllocError` if there is no memory.
+    pub(super) fn new(slot: SlotId, number: usize, flags: Flags) -> Result<Self, AllocError> {
+        // INVARIANT: 1. and 2. hold for a range without pages.
+        Ok(Self {
+            values: KVec::with_capacity(MIN_VALUES, flags)?,
+            number,
+            slot,
+            ..Self::VACANT
+        })
+    }
+
+    /// What stands in the place of a range that is not in use. It takes no other memory.
+    pub(super) const VACANT: Self = Self {
+        present: [0; WORDS],
+        ranks: 0,
+        values: KVec::new(),
+        number: usize::MAX,
+        slot: SlotId(u32::MAX),
+    };
+
+    /// Returns the address in units of ranges.
+    #[inline]
+    pub(super) const fn number(&self) -> usize {
+        self.number
+    }
+
+    /// Returns the mm that the pages belong to.
+    #[inline]
+    pub(super) const fn slot(&self) -> SlotId {
+        self.slot
+    }
+
+    /// Returns the number of tracked pages.
+    #[inline]
+    pub(super) fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Returns how many bytes the values take.
+    #[inline]
+    pub(super) const fn value_bytes(&self) -> usize {
+        vec_bytes(&self.values)
+    }
+
+    #[inline]
+    fn word(&self, w: usize) -> u64 {
+        self.present.get(w).copied().unwrap_or(0)
+    }
+
+    /// Returns how many tracked pages come before `offset`.
+    #[inline]
+    fn rank(&self, offset: usize) -> usize {
+        let w = offset / 64;
+        let below = self.word(w) & ((1 << (offset % 64)) - 1);
+        let before = match w {
+            0 => 0,
+            _ => self.ranks >> ((w - 1) * RANK_BITS) & ((1 << RANK_BITS) - 1),
+        };
+        before as usize + below.count_ones() as usize
+    }
+
+    /// Returns whether the page at `offset` is tracked.
+    #[inline]
+    pub(super) fn contains(&self, offset: usize) -> bool {
+        self.len() == RANGE_PAGES || self.word(offset / 64) >> (offset % 64) & 1 != 0
+    }
+
+    /// Returns where in `values` the page at `offset` is, if it is tracked.
+    #[inline]
+    fn place(&self, offset: usize) -> Option<usize> {
+        if self.len() == RANGE_PAGES {
+            Some(offset)
+        } else if self.contains(offset) {
+            Some(self.rank(offset))
+        } else {
+            None
+        }
+    }
+
+    /// Returns the word of the page at `offset`, if it is tracked.
+    #[inline]
+    pub(super) fn get(&self, offset: usize) -> Option<u64> {
+        self.values.get(self.place(offset)?).copied()
+    }
+
+    /// Returns the word of the page at `offset` for writing, if it is tracked.
+    #[inline]
+    pub(super) fn get_mut(&mut self, offset: usize) -> Option<&mut u64> {
+        let place = self.place(offset)?;
+        self.values.get_mut(place)
+    }
+
+    /// Starts to track the page at `offset`, if it is not tracked yet.
+    ///
+    /// # Errors
+    ///
+    /// `AllocError` if there is no memory; nothing has changed then.
+    #[inline]
+    pub(super) fn insert(
+        &mut self,
+        offset: usize,
+        value: u64,
+        flags: Flags,
+    ) -> Result<(), AllocError> {
+        let (w, bit) = (offset / 64, 1 << (offset % 64));
+        let rank = self.rank(offset);
+        let Some(word) = self.present.get_mut(w) else {
+            return Ok(());
+        };
+        if *word & bit != 0 {
+            return Ok(());
+        }
+        self.values.reserve(1, flags)?;
+        if self.values.insert_within_capacity(rank, value).is_err() {
+            return Err(AllocError);
+        }
+        // INVARIANT: 1. The value stands behind those of the lower bits. 2. The ranks of all higher words rise by one.
+        *word |= bit;
+        self.ranks += RANK_ONES & u64::MAX << (w * RANK_BITS);
+        Ok(())
+    }
+
+    /// Stops tracking the page at `offset`, and returns its word.
+    #[inline]
+    pub(super) fn remove(&mut self, offset: usize) -> Option<u64> {
+        let place = self.place(offset)?;
+        let (w, bit) = (offset / 64, 1 << (offset % 64));
+        // INVARIANT: 1. Bit and value go together. 2. The ranks of all higher words fall by one.
+        *self.present.get_mut(w)? &= !bit;
+        self.ranks -= RANK_ONES & u64::MAX << (w * RANK_BITS);
+        let value = self.values.remove(place).ok();
+        shrink(&mut self.values, MIN_VALUES);
+        value
+    }
+
+    /// Returns the first tracked page at or after `offset`.
+    #[inline]
+    pub(super) fn next(&self, offset: usize) -> Option<usize> {
+        let mut mask = u64::MAX << (offset % 64);
+        for w in offset / 64..WORDS {
+            let word = self.word(w) & mask;
+            if word != 0 {
+                return Some(w * 64 + word.trailing_zeros() as usize);
+            }
+            mask = u64::MAX;
+        }
+        None
+    }
+
+    /// Returns the last tracked page at or before `offset`.
+    #[inline]
+    pub(super) fn prev(&self, offset: usize) -> Option<usize> {
+        let mut mask = u64::MAX >> (63 - offset % 64);
+        for w in (0..=offset / 64).rev() {
+            let word = self.word(w) & mask;
+            if word != 0 {
+                return Some(w * 64 + 63 - word.leading_zeros() as usize);
+            }
+            mask = u64::MAX;
+        }
+        None
+    }
+
+    /// Checks the invariants.
+    pub(super) fn check(&self) -> Result<(), &'static str> {
+        let mut count = 0;
+        for (w, word) in self.present.iter().enumerate() {
+            if self.rank(w * 64) != count {
+                return Err("page state: a rank is not the number of bits below it");
+            }
+            count += word.count_ones() as usize;
+        }
+        if count != self.values.len() {
+            return Err("page state: as many values as tracked pages are not there");
+        }
+        Ok(())
+    }
+}
+
+static_assert!(size_of::<Range>() == 128);

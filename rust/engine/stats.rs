@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The counters behind the read-only files, and what is derived from them.
+
+use kernel::page::PAGE_SIZE;
+
+/// What the scanner counts, in pages unless said otherwise.
+///
+/// Lives under the lock that protects the engine. Readers of the files take a copy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Pages looked at, ever.
+    pub pages_scanned: u64,
+    /// Merged pages in use.
+    pub pages_shared: u64,
+    /// Mappings of merged pages beyond the first of each: the pages saved.
+    pub pages_sharing: u64,
+    /// Candidates: unchanged since the last full scan, and no other page like them found.
+    pub pages_unshared: u64,
+    /// Pages passed over by smart scan, ever.
+    pub pages_skipped: u64,
+    /// Full scans completed since the last unmerge.
+    pub full_scans: u64,
+    /// Contents that are held by more than one merged page, for want of room in the first.
+    pub stable_node_chains: u64,
+    /// Merged pages that hold such contents.
+    pub stable_node_dups: u64,
+    /// Pages that there is state for, merged ones included.
+    pub tracked: u64,
+}
+
+impl Counters {
+    /// One more mapping of a merged page; `first` if it had none.
+    pub fn mapping_added(&mut self, first: bool) {
+        let counter = self.mappings(first);
+        *counter = counter.wrapping_add(1);
+    }
+
+    /// One mapping less of a merged page; `last` if it has none now.
+    pub fn mapping_removed(&mut self, last: bool) {
+        let counter = self.mappings(last);
+        debug_assert!(*counter != 0);
+        *counter = counter.wrapping_sub(1);
+    }
+
+    fn mappings(&mut self, only: bool) -> &mut u64 {
+        if only {
+            &mut self.pages_shared
+        } else {
+            &mut self.pages_sharing
+        }
+    }
+}
+
+/// Everything that the read-only files show, at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The engine's counters.
+    pub counters: Counters,
+    /// Mappings of the zero page that KSM placed. The core of mm counts them down, so that a
+    /// reader may find a value below zero.
+    pub zero_pages: i64,
+    /// Bytes of memory that page state, index, nodes and rmap items take.
+    pub metadata_bytes: u64,
+}
+
+impl Snapshot {
+    /// Tracked pages that change too often to be candidates.
+    ///
+    /// The counters may have been read while they changed: a difference below zero counts as 0.
+    pub fn pages_volatile(&self) -> u64 {
+        let counters = &self.counters;
+        let volatile = counters
+            .tracked
+            .wrapping_sub(counters.pages_shared)
+            .wrapping_sub(counters.pages_sharing)
+            .wrapping_sub(counters.pages_unshared);
+        (volatile as i64).max(0) as u64
+    }
+
+    /// Bytes saved less the bytes of our own metadata; negative if KSM costs more than it saves.
+    pub fn general_profit(&self) -> i64 {
+        (self.counters.pages_sharing as i64)
+            .wrapping_add(self.zero_pages)
+            .wrapping_mul(PAGE_SIZE as i64)
+            .wrapping_sub(self.metadata_bytes as i64)
+    }
+}
