@@ -1,0 +1,16 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * bindgen's input: the headers of what kernel::bindings lacks. The functions of
+ * rust/helpers come in addition, with no need to name them here.
+ */
+
+#include <linux/btf.h>
+#include <linux/kernfs.h>
+#include <linux/kobject.h>
+#include <linux/kthread.h>
+#include <linux/memory.h>
+#include <linux/sysfs.h>
+#include <linux/tracepoint.h>
+#include <linux/wait.h>
+
+#include "../helpers/symbols.h"

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#include <linux/ksm.h>
+#include <linux/oom.h>
+
+#include "symbols.h"
+
+void rksm_folio_set_stable_node(struct folio *folio, void *stable_node)
+{
+	WRITE_ONCE(folio->mapping, (void *)((unsigned long)stable_node | FOLIO_MAPPING_KSM));
+}
+
+long rksm_ksm_zero_pages(void)
+{
+	return atomic_long_read(rksm_data_ksm_zero_pages());
+}
+
+void rksm_set_current_oom_origin(void)
+{
+	set_current_oom_origin();
+}
+
+void rksm_clear_current_oom_origin(void)
+{
+	clear_current_oom_origin();
+}

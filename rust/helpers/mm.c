@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#include <linux/mm.h>
+#include <linux/mm_inline.h>
+#include <linux/mm_types.h>
+#include <linux/sched/mm.h>
+
+#include "symbols.h"
+
+int rksm_mm_users(struct mm_struct *mm)
+{
+	return atomic_read(&mm->mm_users);
+}
+
+void rksm_mm_add_merging(struct mm_struct *mm, long delta)
+{
+	WRITE_ONCE(mm->ksm_merging_pages, mm->ksm_merging_pages + delta);
+}
+
+void rksm_mm_add_rmap_items(struct mm_struct *mm, long delta)
+{
+	WRITE_ONCE(mm->ksm_rmap_items, mm->ksm_rmap_items + delta);
+}
+
+bool rksm_mm_tlb_flush_pending(struct mm_struct *mm)
+{
+	return mm_tlb_flush_pending(mm);
+}
+
+struct anon_vma *rksm_vma_anon_vma(struct vm_area_struct *vma)
+{
+	return vma->anon_vma;
+}
+
+struct folio *rksm_page_folio(struct page *page)
+{
+	return page_folio(page);
+}
+
+struct page *rksm_nth_page(struct page *page, unsigned long n)
+{
+	return page + n;
+}
+
+int rksm_page_to_nid(struct page *page)
+{
+	return page_to_nid(page);
+}
+
+unsigned long rksm_page_to_pfn(struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+bool rksm_page_anon_exclusive(struct page *page)
+{
+	return PageAnonExclusive(page);
+}
+
+struct folio *rksm_pfn_folio(unsigned long pfn)
+{
+	return pfn_folio(pfn);
+}
+
+unsigned long rksm_read_once(const unsigned long *word)
+{
+	return READ_ONCE(*word);
+}
+
+void rksm_smp_rmb(void)
+{
+	smp_rmb();
+}
+
+void rksm_folio_get(struct folio *folio)
+{
+	folio_get(folio);
+}
+
+bool rksm_folio_try_get(struct folio *folio)
+{
+	return folio_try_get(folio);
+}
+
+void rksm_folio_put(struct folio *folio)
+{
+	folio_put(folio);
+}
+
+unsigned long rksm_folio_mapping(struct folio *folio)
+{
+	return (unsigned long)READ_ONCE(folio->mapping);
+}
+
+bool rksm_folio_mapped(struct folio *folio)
+{
+	return folio_mapped(folio);
+}
+
+bool rksm_folio_mergeable(struct folio *folio)
+{
+	return folio_test_anon(folio) && !folio_is_zone_device(folio);
+}
+
+bool rksm_folio_test_ksm(struct folio *folio)
+{
+	return folio_test_ksm(folio);
+}
+
+bool rksm_folio_test_large(struct folio *folio)
+{
+	return folio_test_large(folio);
+}
+
+bool rksm_folio_test_swapcache(struct folio *folio)
+{
+	return folio_test_swapcache(folio);
+}
+
+/* Whether there are references besides those of mappings, the swap cache and `extra`. */
+bool rksm_folio_pinned_beyond(struct folio *folio, int extra)
+{
+	return folio_mapcount(folio) + folio_test_swapcache(folio) + extra != folio_ref_count(folio);
+}
+
+void rksm_folio_mark_dirty(struct folio *folio)
+{
+	if (!folio_test_dirty(folio))
+		folio_mark_dirty(folio);
+}
+
+unsigned int rksm_unshare_fault(struct vm_area_struct *vma, unsigned long addr)
+{
+	return (__force unsigned int)handle_mm_fault(vma, addr, FAULT_FLAG_UNSHARE | FAULT_FLAG_REMOTE,
+						     NULL);
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#include <linux/mm.h>
+#include <linux/pagewalk.h>
+
+#include "symbols.h"
+
+typedef int rksm_pmd_entry_t(pmd_t *pmd, unsigned long addr, unsigned long next,
+			     struct mm_walk *walk);
+
+int rksm_walk_page_range_vma(struct vm_area_struct *vma, unsigned long start, unsigned long end,
+			     rksm_pmd_entry_t *pmd_entry, void *private)
+{
+	const struct mm_walk_ops ops = {
+		.pmd_entry = pmd_entry,
+		.walk_lock = PGWALK_RDLOCK,
+	};
+
+	return walk_page_range_vma(vma, start, end, &ops, private);
+}
+
+struct vm_area_struct *rksm_walk_vma(struct mm_walk *walk)
+{
+	return walk->vma;
+}
+
+void *rksm_walk_private(struct mm_walk *walk)
+{
+	return walk->private;
+}
+
+/* The page at `addr` with a reference to its folio, if it is anonymous memory. */
+struct folio *rksm_folio_walk_get(struct vm_area_struct *vma, unsigned long addr, struct page **page)
+{
+	struct folio_walk fw;
+	struct folio *folio = folio_walk_start(&fw, vma, addr, 0);
+
+	if (!folio)
+		return NULL;
+	if (folio_test_anon(folio) && !folio_is_zone_device(folio)) {
+		*page = fw.page;
+		folio_get(folio);
+	} else {
+		folio = NULL;
+	}
+	folio_walk_end(&fw, vma);
+	return folio;
+}

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#include <linux/sched.h>
+#include <linux/sched/signal.h>
+
+void rksm_cond_resched(void)
+{
+	cond_resched();
+}
+
+bool rksm_signal_pending(void)
+{
+	return signal_pending(current);
+}

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#include <linux/swap.h>
+
+#include "symbols.h"
+
+void rksm_folio_mark_accessed(struct folio *folio)
+{
+	folio_mark_accessed(folio);
+}
+
+void rksm_lru_add_drain_all(void)
+{
+	lru_add_drain_all();
+}

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Kernel threads.
+//!
+//! C header: `include/linux/kthread.h`
+
+use super::symbols::Symbols;
+use crate::bindings as ours;
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    error::from_err_ptr,
+    prelude::*,
+    types::NotThreadSafe, //
+};
+
+/// A kernel thread, which is stopped and waited for when this is dropped.
+///
+/// The thread's body must return soon once [`Current::should_stop`] is true; stopping also wakes
+/// the thread up from every wait, so a wait must have it in its condition.
+///
+/// # Invariants
+///
+/// `task` is the thread, of which this holds a reference. `body` is the box it was created with,
+/// which is the thread's as soon as it runs, and `free` frees it.
+pub(crate) struct Kthread {
+    task: NonNull<bindings::task_struct>,
+    body: *mut c_void,
+    free: unsafe fn(*mut c_void),
+}
+
+// SAFETY: All that is done with the task may be done from every thread. `body` is of a type that
+// is `Send`, and is touched here only where the thread never ran.
+unsafe impl Send for Kthread {}
+// SAFETY: There is nothing to do with a shared reference.
+unsafe impl Sync for Kthread {}
+
+struct Body<T> {
+    nice: c_long,
+    run: T,
+}
+
+/// The current thread, which is a [`Kthread`].
+pub(crate) struct Current(NotThreadSafe);
+
+impl Current {
+    /// Whether somebody waits for this thread to end.
+    pub(crate) fn should_stop(&self) -> bool {
+        // SAFETY: The current thread is a kthread, which this type shows.
+        unsafe { bindings::kthread_should_stop() }
+    }
+
+    /// The CPU time this thread has used, in nanoseconds.
+    pub(crate) fn cpu_time(&self) -> u64 {
+        // SAFETY: The current task is there.
+        unsafe { ours::task_sched_runtime(kernel::task::Task::current_raw()) }
+    }
+
+    /// Whether the freezer wants this thread to stop for a while, which it does in its next
+    /// freezable wait.
+    pub(crate) fn freezing(&self) -> bool {
+        // SAFETY: The current task is there.
+        unsafe { ours::rksm_freezing(kernel::task::Task::current_raw()) }
+    }
+}
+
+impl Kthread {
+    /// Starts a freezable thread `name` of the given niceness that runs `run`.
+    ///
+    /// The unexported symbols must have been resolved.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or `EINTR` when the current task was killed meanwhile.
+    pub(crate) fn run<T>(_symbols: Symbols, name: &CStr, nice: i8, run: T) -> Result<Self>
+    where
+        T: FnOnce(&Current) + Send + 'static,
+    {
+        let nice = nice.into();
+        let body = KBox::into_raw(KBox::new(Body { nice, run }, GFP_KERNEL)?).cast();
+        // SAFETY: `main` takes over the box that it is given. The format takes one string.
+        let task = unsafe {
+            bindings::kthread_create_on_node(
+                Some(main::<T>),
+                body,
+                bindings::NUMA_NO_NODE,
+                c"%s".as_char_ptr(),
+                name.as_char_ptr(),
+            )
+        };
+        let task = match from_err_ptr(task).map(NonNull::new) {
+            Ok(Some(task)) => task,
+            other => {
+                // SAFETY: No thread was made, so the box is still ours.
+                unsafe { free::<T>(body) };
+                return Err(other.err().unwrap_or(ENOMEM));
+            }
+        };
+        // SAFETY: The new thread is there until somebody stops it or its body returns, and it does
+        // not run before it is woken.
+        unsafe {
+            bindings::get_task_struct(task.as_ptr());
+            bindings::wake_up_process(task.as_ptr());
+        }
+        // INVARIANT: As just made.
+        Ok(Self {
+            task,
+            body,
+            free: free::<T>,
+        })
+    }
+}
+
+impl Drop for Kthread {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant there is a reference to the task, also if it has ended.
+        let ended = unsafe { bindings::kthread_stop(self.task.as_ptr()) };
+        if ended == EINTR.to_errno() {
+            // SAFETY: The thread was stopped before it ran (`main` returns 0), so the box is
+            // still ours.
+            unsafe { (self.free)(self.body) };
+        }
+        // SAFETY: Gives up the reference of the type invariant.
+        unsafe { bindings::put_task_struct(self.task.as_ptr()) };
+    }
+}
+
+/// Frees the box of a thread that never ran.
+///
+/// # Safety
+///
+/// `body` is that of a `Kthread::run` with the same `T`, and is still ours.
+unsafe fn free<T>(body: *mut c_void) {
+    // SAFETY: By the contract.
+    drop(unsafe { KBox::from_raw(body.cast::<Body<T>>()) });
+}
+
+/// What the thread runs.
+///
+/// # Safety
+///
+/// To be called as the function of a new kernel thread only, with the box of a `Kthread::run` with
+/// the same `T`, which it takes over.
+unsafe extern "C" fn main<T: FnOnce(&Current) + Send + 'static>(data: *mut c_void) -> c_int {
+    // SAFETY: `data` is the box of which `Kthread::run` gave up the ownership.
+    let body = unsafe { KBox::from_raw(data.cast::<Body<T>>()) };
+    let Body { nice, run } = KBox::into_inner(body);
+    // SAFETY: The current task is a kthread that is just starting.
+    unsafe {
+        bindings::set_freezable();
+        bindings::set_user_nice(kernel::task::Task::current_raw(), nice);
+    }
+    run(&Current(NotThreadSafe));
+    0
+}

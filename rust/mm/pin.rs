@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pinned mms, the mmap read lock, and the proof that an mm is not exiting.
+//!
+//! A registered mm is pinned by `mm_count` ([`PinnedMm`], `mmgrab`), never by `mm_users`, so that the memory of
+//! a dying process goes at once. Its maple tree may then be gone: vmas are reached only through a [`LiveMm`],
+//! which only [`MmapReadGuard::live`] hands out, after `ksm_test_exit` under the mmap lock.
+
+use super::raw;
+use crate::engine::registry;
+use kernel::{
+    mm::{
+        virt::{
+            flags as vm,
+            VmaRef, //
+        },
+        Mm, //
+    },
+    sync::aref::ARef,
+    types::NotThreadSafe,
+};
+
+/// An mm pinned by `mm_count`. Dropping it is `mmdrop`.
+pub(crate) struct PinnedMm(ARef<Mm>);
+
+impl PinnedMm {
+    /// Pins a borrowed mm (`mmgrab`).
+    pub(crate) fn mmgrab(mm: &Mm) -> Self {
+        Self(mm.into())
+    }
+
+    /// The mm itself.
+    #[inline]
+    pub(crate) fn as_ptr(&self) -> *mut raw::mm_struct {
+        self.0.as_raw().cast()
+    }
+
+    /// The mm, borrowed.
+    pub(crate) fn as_mm(&self) -> &Mm {
+        &self.0
+    }
+
+    /// Whether all users are gone (`mm_users` is 0), so that the page tables are being or have been freed.
+    #[inline]
+    pub(crate) fn ksm_test_exit(&self) -> bool {
+        // SAFETY: The mm is pinned.
+        unsafe { raw::rksm_mm_users(self.as_ptr()) == 0 }
+    }
+
+    /// Takes the mmap lock for reading. May sleep.
+    pub(crate) fn mmap_read_lock(&self) -> MmapReadGuard<'_> {
+        // SAFETY: The mm is pinned.
+        unsafe { kernel::bindings::mmap_read_lock(self.0.as_raw()) };
+        MmapReadGuard {
+            mm: self,
+            _nts: NotThreadSafe,
+        }
+    }
+
+    /// Pins the mm's users for as long as the result lives; `None` once they are gone.
+    ///
+    /// Dropping the result is `mmput_async`: `mmput` could run `exit_mmap` here and now, under whatever locks
+    /// the caller holds.
+    pub(crate) fn mmget_not_zero(&self) -> Option<MmUser<'_>> {
+        // SAFETY: The mm is pinned.
+        unsafe { kernel::bindings::mmget_not_zero(self.0.as_raw()) }.then(|| MmUser(self))
+    }
+}
+
+impl registry::PinnedMm for PinnedMm {
+    fn key(&self) -> usize {
+        self.as_ptr() as usize
+    }
+
+    fn exiting(&self) -> bool {
+        self.ksm_test_exit()
+    }
+
+    fn clone_pin(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+/// An mm held by `mm_users`: its address space stays.
+///
+/// # Invariants
+///
+/// Owns one `mm_users` reference.
+pub(crate) struct MmUser<'a>(&'a PinnedMm);
+
+impl Drop for MmUser<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the invariant there is a reference to give up.
+        unsafe { kernel::bindings::mmput_async(self.0 .0.as_raw()) };
+    }
+}
+
+/// The mmap lock of a pinned mm, held for reading.
+pub(crate) struct MmapReadGuard<'a> {
+    mm: &'a PinnedMm,
+    _nts: NotThreadSafe,
+}
+
+impl MmapReadGuard<'_> {
+    /// The proof that the mm is not exiting, without which no vma can be reached.
+    ///
+    /// `exit_mmap` begins after `mm_users` has become 0, and needs the mmap lock for writing before it frees page
+    /// tables and vmas. So what is alive now stays until this guard goes.
+    pub(crate) fn live(&self) -> Option<LiveMm<'_>> {
+        // INVARIANT: `mm_users` was not zero under the mmap lock, which the result borrows.
+        (!self.mm.ksm_test_exit()).then_some(LiveMm { mm: self.mm })
+    }
+}
+
+impl Drop for MmapReadGuard<'_> {
+    fn drop(&mut self) {
+        // SAFETY: The guard holds the lock.
+        unsafe { kernel::bindings::mmap_read_unlock(self.mm.0.as_raw()) };
+    }
+}
+
+/// An mm whose vmas may be walked.
+///
+/// # Invariants
+///
+/// Since the mmap lock, which outlives `'g`, was taken, `mm_users` has been seen to be non-zero.
+#[derive(Clone, Copy)]
+pub(crate) struct LiveMm<'g> {
+    mm: &'g PinnedMm,
+}
+
+impl<'g> LiveMm<'g> {
+    /// The pinned mm.
+    pub(crate) fn mm(self) -> &'g PinnedMm {
+        self.mm
+    }
+
+    /// The first vma that ends above `addr`.
+    fn find_vma(self, addr: usize) -> Option<&'g VmaRef> {
+        // SAFETY: The mmap lock is held and the maple tree exists by the type's invariant.
+        let vma = unsafe { kernel::bindings::find_vma(self.mm.0.as_raw(), addr) };
+        // SAFETY: A vma found under the mmap lock stays as long as the lock is held.
+        (!vma.is_null()).then(|| unsafe { VmaRef::from_raw(vma) })
+    }
+
+    /// The first vma that ends above `addr` and may hold mergeable pages: `VM_MERGEABLE`, with an `anon_vma`.
+    pub(crate) fn mergeable_from(self, addr: usize) -> Option<&'g VmaRef> {
+        let mut vma = self.find_vma(addr)?;
+        while !mergeable(vma) {
+            vma = self.find_vma(vma.end())?;
+        }
+        Some(vma)
+    }
+
+    /// The mergeable vma at `addr`.
+    pub(crate) fn mergeable_at(self, addr: usize) -> Option<&'g VmaRef> {
+        self.find_vma(addr)
+            .filter(|vma| vma.start() <= addr && mergeable(vma))
+    }
+}
+
+fn mergeable(vma: &VmaRef) -> bool {
+    vma.flags() & vm::MERGEABLE != 0 && !anon_vma(vma).is_null()
+}
+
+/// The vma's `anon_vma`; null before its first anonymous page. Stable under the mmap lock.
+pub(crate) fn anon_vma(vma: &VmaRef) -> *mut raw::anon_vma {
+    // SAFETY: A `VmaRef` is valid, and its mm's lock is held.
+    unsafe { raw::rksm_vma_anon_vma(vma.as_ptr().cast()) }
+}
