@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Kernel samepage merging, in place of the built-in.
+//!
+//! Three layers, which depend on each other in this order: [`rksmd`] brings together the [`engine`], which decides and
+//! has no unsafe code, and [`mm`], which does what the kernel does and has all of it. This file loads and unloads.
+
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+mod bindings;
+#[forbid(unsafe_code)]
+#[expect(
+    dead_code,
+    unreachable_pub,
+    reason = "the engine is a crate of its own for the tests on the host"
+)]
+mod engine;
+mod mm;
+#[forbid(unsafe_code)]
+mod rksmd;
+
+use engine::knobs::{
+    Knobs,
+    Mode,
+    FILES, //
+};
+use mm::{
+    kthread::Kthread,
+    memory_notifier::MemoryNotifier,
+    symbols::Symbols,
+    takeover::Takeover,
+    tracepoint::Probes, //
+};
+use rksmd::{
+    Ksm,
+    NAMES, //
+};
+
+module! {
+    type: Rksm,
+    name: "rksm",
+    authors: ["The rksm authors"],
+    description: "Kernel samepage merging, in place of the built-in",
+    license: "GPL",
+    params: {
+        run: i32 {
+            default: -1,
+            description: "run: 0 stop, 1 merge, 2 unmerge; -1 (default) takes the built-in's over",
+        },
+        pages_to_scan: i64 {
+            default: -1,
+            description: "pages_to_scan: pages per batch; -1 (default) takes the built-in's over",
+        },
+        sleep_millisecs: i64 {
+            default: -1,
+            description: "sleep_millisecs: pause between batches; -1 (default) takes the built-in's over",
+        },
+        check: bool {
+            default: false,
+            description: "check: test all invariants after each full scan, which takes long (default 0)",
+        },
+    },
+}
+
+/// The loaded module: what has been set up, to be undone in the reverse order.
+struct Rksm {
+    thread: Option<Kthread>,
+    notifier: Option<Pin<KBox<MemoryNotifier<Ksm>>>>,
+    probes: Option<Probes<Ksm>>,
+    ksm: Arc<Ksm>,
+    takeover: Takeover<Ksm>,
+}
+
+impl kernel::Module for Rksm {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        let symbols = Symbols::resolve()?;
+        mm::btf::check_layouts(symbols)?;
+        let takeover = Takeover::<Ksm>::new(symbols, &NAMES)?;
+        let rksm = Self::start(symbols, takeover)
+            .inspect_err(|error| pr_err!("cannot load: {error:?}; the built-in KSM goes on\n"))?;
+        pr_info!("KSM of the kernel taken over; rmmod rksm hands it back\n");
+        Ok(rksm)
+    }
+}
+
+impl Rksm {
+    fn start(symbols: Symbols, takeover: Takeover<Ksm>) -> Result<Self> {
+        let knobs = initial_knobs(&takeover)?;
+        let ksm = Ksm::new(
+            symbols,
+            takeover.builtin(),
+            knobs,
+            module_parameters::check.value(),
+        )?;
+        // From here on dropping it undoes whatever has been done.
+        let mut rksm = Self {
+            thread: None,
+            notifier: None,
+            probes: None,
+            ksm: ksm.clone(),
+            takeover,
+        };
+        // An mm that comes after the probes are there is told of by them, any other is on the built-in's list.
+        rksm.probes = Some(Probes::register(ksm.clone())?);
+        ksm.register_all()?;
+        rksm.notifier = Some(MemoryNotifier::register(ksm.clone())?);
+        let scanner = ksm.clone();
+        let thread = Kthread::run(symbols, c"rksmd", 5, move |current| {
+            scanner.scan_thread(current)
+        })?;
+        rksm.thread = Some(thread);
+        rksm.takeover.open(ksm);
+        Ok(rksm)
+    }
+}
+
+impl Drop for Rksm {
+    fn drop(&mut self) {
+        self.takeover.close();
+        let ran = self.thread.take().is_some();
+        self.notifier = None;
+        self.probes = None;
+        self.ksm.shut_down();
+        match self
+            .ksm
+            .hand_back(|file, text| self.takeover.builtin_store(file, text))
+        {
+            Ok(run) => self.takeover.set_final_run(run),
+            Err(error) => {
+                pr_warn!("not all files of the built-in KSM got their values back: {error:?}\n")
+            }
+        }
+        if ran {
+            pr_info!("KSM handed back to the kernel\n");
+        }
+    }
+}
+
+/// The built-in's knob values, overridden by the module's parameters.
+fn initial_knobs(takeover: &Takeover<Ksm>) -> Result<Knobs> {
+    let mut knobs = Knobs::new();
+    for (i, (row, name)) in FILES.iter().zip(NAMES).enumerate() {
+        if row.name.as_bytes() != name.to_bytes() {
+            return Err(EINVAL);
+        }
+        if row.mode == Mode::ReadWrite {
+            knobs.take_over(row.file, &takeover.builtin_show(i)?)?;
+        }
+    }
+    let parameters = [
+        ("run", i64::from(module_parameters::run.value())),
+        ("pages_to_scan", module_parameters::pages_to_scan.value()),
+        (
+            "sleep_millisecs",
+            module_parameters::sleep_millisecs.value(),
+        ),
+    ];
+    for (name, value) in parameters {
+        if value != -1 && !knobs.set_at_load(name, value) {
+            pr_err!("cannot load: {name}={value} is no value for {name}\n");
+            return Err(EINVAL);
+        }
+    }
+    Ok(knobs)
+}
