@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Page state and content index at native speed, beside a tree ordered by content.
+//!
+//! `cargo bench --bench content_index`; `RKSM_BENCH_PAGES=1048576,16777216` chooses other numbers of pages than the quick ones
+//! by default. 16 Mi pages take 3 GiB of memory and some minutes.
+//!
+//! The tree is a `BTreeMap` whose keys are compared by the first cache line of their pages, which differ there. That is kind
+//! to the tree: a red-black tree has a node to fetch for each comparison, pages may differ later than that, and in the kernel
+//! each comparison with a candidate takes an mmap lock and a page table walk besides.
+
+use engine_tests::engine::{
+    ids::{
+        Fingerprint,
+        PageRef,
+        SlotId, //
+    },
+    index::{
+        Entry,
+        Index, //
+    },
+    page_state::{
+        PageState,
+        PageStates, //
+    }, //
+};
+
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::GFP_KERNEL, //
+};
+
+use criterion::{
+    BenchmarkId,
+    Criterion, //
+};
+
+use std::{
+    cmp::Ordering,
+    collections::BTreeMap,
+    hint::black_box,
+    rc::Rc,
+    time::Duration, //
+};
+
+const SLOT: SlotId = SlotId(0);
+
+/// Numbers without an order, the same in every run.
+fn scatter(i: u64) -> u64 {
+    let mut z = i.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+fn fingerprint(content: u64) -> Fingerprint {
+    Fingerprint::new(scatter(content), 0)
+}
+
+fn fingerprint_of(states: &PageStates) -> impl Fn(Entry) -> Option<Fingerprint> + '_ {
+    |entry| match entry {
+        Entry::Candidate(page) => states.fingerprint(page),
+        Entry::Stable(_) => None,
+    }
+}
+
+/// Unmerged pages of one mm without gaps; page `i` has content `i`.
+struct Engine {
+    states: PageStates,
+    index: Index,
+    pages: Vec<PageRef>,
+}
+
+impl Engine {
+    fn new(pages: u64) -> Self {
+        let mut engine = Self {
+            states: PageStates::new(),
+            index: Index::new(),
+            pages: Vec::new(),
+        };
+        for i in 0..pages {
+            let addr = i as usize * PAGE_SIZE;
+            let page = engine.states.track(SLOT, addr, GFP_KERNEL).expect("memory");
+            engine.pages.push(page);
+            engine.insert(page, i);
+        }
+        engine
+    }
+
+    fn insert(&mut self, page: PageRef, content: u64) {
+        let fingerprint = fingerprint(content);
+        let state = PageState::Tracked {
+            fingerprint,
+            age: 0,
+            skips: 0,
+            indexed: true,
+        };
+        self.states.set(page, state);
+        let entry = Entry::Candidate(page);
+        self.index
+            .insert(fingerprint, entry, GFP_KERNEL, fingerprint_of(&self.states))
+            .expect("memory");
+    }
+
+    fn find(&self, content: u64) -> Option<Entry> {
+        let wanted = fingerprint(content);
+        self.index
+            .find(wanted)
+            .find(|&entry| fingerprint_of(&self.states)(entry) == Some(wanted))
+    }
+}
+
+/// What of a page is read to compare it.
+#[repr(align(64))]
+#[derive(Clone, Copy)]
+struct Content([u64; 8]);
+
+impl Content {
+    fn new(content: u64) -> Self {
+        Self([scatter(content); 8])
+    }
+}
+
+/// A page in the tree, or one that is looked for.
+#[derive(Clone)]
+struct Key {
+    memory: Rc<[Content]>,
+    page: usize,
+}
+
+impl Key {
+    fn content(&self) -> &[u64; 8] {
+        &self.memory[self.page].0
+    }
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Key {}
+
+impl PartialOrd for Key {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Key {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.content().cmp(other.content())
+    }
+}
+
+struct Tree {
+    memory: Rc<[Content]>,
+    tree: BTreeMap<Key, usize>,
+}
+
+impl Tree {
+    /// The pages in the tree are the first half of the memory.
+    fn new(pages: u64) -> Self {
+        let memory: Rc<[Content]> = (0..2 * pages).map(Content::new).collect();
+        let mut tree = Self {
+            memory,
+            tree: BTreeMap::new(),
+        };
+        for i in 0..pages {
+            tree.tree.insert(tree.key(i), i as usize);
+        }
+        tree
+    }
+
+    fn key(&self, content: u64) -> Key {
+        Key {
+            memory: self.memory.clone(),
+            page: content as usize,
+        }
+    }
+}
+
+fn sizes() -> Vec<u64> {
+    let chosen = std::env::var("RKSM_BENCH_PAGES").unwrap_or_else(|_| "65536,1048576".into());
+    chosen
+        .split(',')
+        .map(|size| {
+            size.trim()
+                .parse()
+                .unwrap_or_else(|_| panic!("RKSM_BENCH_PAGES: {size:?} is not a number of pages"))
+        })
+        .collect()
+}
+
+/// One pass of the scanner over pages it knows: look each up, read its state, write it back.
+fn rescan(c: &mut Criterion) {
+    let mut group = c.benchmark_group("rescan");
+    for pages in sizes() {
+        let mut engine = Engine::new(pages);
+        let mut addr = 0;
+        group.bench_function(BenchmarkId::new("page state", pages), |b| {
+            b.iter(|| {
+                let page = engine.states.lookup(SLOT, addr).expect("tracked");
+                let state = engine.states.get(page).expect("tracked");
+                addr = (addr + PAGE_SIZE) % (pages as usize * PAGE_SIZE);
+                engine.states.set(page, black_box(state))
+            });
+        });
+    }
+}
+
+/// Pages in no order: is there one of this content?
+fn search(c: &mut Criterion) {
+    let mut group = c.benchmark_group("search");
+    for pages in sizes() {
+        let engine = Engine::new(pages);
+        let mut i = 0;
+        let mut next = || {
+            i += 1;
+            scatter(i) % pages
+        };
+        group.bench_function(BenchmarkId::new("index, found", pages), |b| {
+            b.iter(|| assert!(engine.find(next()).is_some()));
+        });
+        group.bench_function(BenchmarkId::new("index, not found", pages), |b| {
+            b.iter(|| assert!(engine.find(pages + next()).is_none()));
+        });
+        drop(engine);
+
+        let tree = Tree::new(pages);
+        group.bench_function(BenchmarkId::new("tree, found", pages), |b| {
+            b.iter(|| assert!(tree.tree.contains_key(&tree.key(next()))));
+        });
+        group.bench_function(BenchmarkId::new("tree, not found", pages), |b| {
+            b.iter(|| assert!(!tree.tree.contains_key(&tree.key(pages + next()))));
+        });
+    }
+}
+
+/// The content of a page in no order changes: the old entry goes, a new one comes.
+fn change(c: &mut Criterion) {
+    let mut group = c.benchmark_group("change");
+    for pages in sizes() {
+        let mut engine = Engine::new(pages);
+        let mut contents: Vec<u64> = (0..pages).collect();
+        let mut i = 0;
+        let mut next = || {
+            i += 1;
+            scatter(i) % pages
+        };
+        group.bench_function(BenchmarkId::new("index", pages), |b| {
+            b.iter(|| {
+                let changed = next();
+                let page = engine.pages[changed as usize];
+                let old = contents[changed as usize];
+                assert!(engine
+                    .index
+                    .remove(fingerprint(old), Entry::Candidate(page)));
+                // Each page has two contents that no other has.
+                let new = if old == changed {
+                    pages + changed
+                } else {
+                    changed
+                };
+                contents[changed as usize] = new;
+                engine.insert(page, new);
+            });
+        });
+        drop(engine);
+
+        let mut tree = Tree::new(pages);
+        contents = (0..pages).collect();
+        group.bench_function(BenchmarkId::new("tree", pages), |b| {
+            b.iter(|| {
+                let changed = next();
+                let old = contents[changed as usize];
+                assert!(tree.tree.remove(&tree.key(old)).is_some());
+                let new = if old == changed {
+                    pages + changed
+                } else {
+                    changed
+                };
+                contents[changed as usize] = new;
+                let key = tree.key(new);
+                tree.tree.insert(key, changed as usize)
+            });
+        });
+    }
+}
+
+fn main() {
+    let mut c = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1))
+        .configure_from_args();
+    rescan(&mut c);
+    search(&mut c);
+    change(&mut c);
+    c.final_summary();
+}

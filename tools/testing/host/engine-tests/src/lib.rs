@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The engine's own sources, compiled for the host.
+
+#[forbid(unsafe_code)]
+#[path = "../../../../../rust/engine/mod.rs"]
+pub mod engine;

@@ -1,0 +1,599 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The files: what a write to each is taken for, and what a read of each shows.
+
+use engine_tests::engine::{
+    knobs::{
+        Action,
+        AdvisorMode,
+        File,
+        Knobs,
+        Mode,
+        RunState,
+        StoreCtx,
+        FILES, //
+    },
+    stats::{
+        Counters,
+        Snapshot, //
+    }, //
+};
+
+use kernel::error::{
+    code::{
+        EBUSY,
+        EINVAL,
+        EIO,
+        ERANGE, //
+    },
+    Error,
+    Result, //
+};
+
+use proptest::prelude::*;
+
+/// Nothing is merged.
+const IDLE: StoreCtx = StoreCtx { pages_shared: 0 };
+
+/// One page is merged.
+const BUSY: StoreCtx = StoreCtx { pages_shared: 1 };
+
+fn show(knobs: &Knobs, file: File) -> String {
+    shown(knobs, file, &Snapshot::default())
+}
+
+fn shown(knobs: &Knobs, file: File, stats: &Snapshot) -> String {
+    let mut text = String::new();
+    knobs.show(file, stats, &mut text).unwrap();
+    assert!(text.ends_with('\n') && text.len() <= 32);
+    text
+}
+
+/// Stores, and does what the caller of the engine does when all goes well.
+fn store(knobs: &mut Knobs, file: File, buf: &[u8], ctx: &StoreCtx) -> Result<Action> {
+    let action = knobs.store(file, buf, ctx)?;
+    if let Action::Empty(pending) = action {
+        knobs.commit(pending);
+    }
+    Ok(action)
+}
+
+#[test]
+fn the_files_are_those_of_the_built_in() {
+    let expected = [
+        ("sleep_millisecs", 0o644, "20"),
+        ("pages_to_scan", 0o644, "100"),
+        ("run", 0o644, "0"),
+        ("pages_scanned", 0o444, "0"),
+        ("pages_shared", 0o444, "0"),
+        ("pages_sharing", 0o444, "0"),
+        ("pages_unshared", 0o444, "0"),
+        ("pages_volatile", 0o444, "0"),
+        ("pages_skipped", 0o444, "0"),
+        ("ksm_zero_pages", 0o444, "0"),
+        ("full_scans", 0o444, "0"),
+        ("merge_across_nodes", 0o644, "1"),
+        ("max_page_sharing", 0o644, "256"),
+        ("stable_node_chains", 0o444, "0"),
+        ("stable_node_dups", 0o444, "0"),
+        ("stable_node_chains_prune_millisecs", 0o644, "2000"),
+        ("use_zero_pages", 0o644, "0"),
+        ("general_profit", 0o444, "0"),
+        ("smart_scan", 0o644, "1"),
+        ("advisor_mode", 0o644, "[none] scan-time"),
+        ("advisor_max_cpu", 0o644, "70"),
+        ("advisor_min_pages_to_scan", 0o644, "500"),
+        ("advisor_max_pages_to_scan", 0o644, "30000"),
+        ("advisor_target_scan_time", 0o644, "200"),
+    ];
+    let knobs = Knobs::default();
+    let rows: Vec<_> = FILES
+        .iter()
+        .map(|row| (row.name, row.mode.bits(), show(&knobs, row.file)))
+        .collect();
+    assert_eq!(rows.len(), expected.len());
+    for ((name, mode, text), (ename, emode, etext)) in rows.iter().zip(expected) {
+        assert_eq!(
+            (*name, *mode, text.as_str()),
+            (ename, emode, format!("{etext}\n").as_str())
+        );
+    }
+}
+
+#[test]
+fn a_file_is_found_by_its_whole_name() {
+    for row in FILES {
+        assert_eq!(File::by_name(row.name.as_bytes()), Some(row.file));
+    }
+    for name in [&b""[..], b"ru", b"run ", b"Run", b"runs"] {
+        assert_eq!(File::by_name(name), None);
+    }
+}
+
+#[test]
+fn counters_show_in_their_own_files() {
+    let stats = Snapshot {
+        counters: Counters {
+            pages_scanned: u64::MAX,
+            pages_shared: 2,
+            pages_sharing: 3,
+            pages_unshared: 4,
+            pages_skipped: 5,
+            full_scans: 6,
+            stable_node_chains: 7,
+            stable_node_dups: 8,
+            tracked: 100,
+        },
+        zero_pages: -9,
+        metadata_bytes: 1000,
+    };
+    let knobs = Knobs::new();
+    for (file, text) in [
+        (File::PagesScanned, "18446744073709551615\n"),
+        (File::PagesShared, "2\n"),
+        (File::PagesSharing, "3\n"),
+        (File::PagesUnshared, "4\n"),
+        (File::PagesVolatile, "91\n"),
+        (File::PagesSkipped, "5\n"),
+        (File::FullScans, "6\n"),
+        (File::StableNodeChains, "7\n"),
+        (File::StableNodeDups, "8\n"),
+        (File::KsmZeroPages, "-9\n"),
+        (File::GeneralProfit, "-25576\n"),
+    ] {
+        assert_eq!(shown(&knobs, file, &stats), text, "{file:?}");
+    }
+}
+
+/// What a number becomes in a file that takes numbers.
+struct Number {
+    file: File,
+    signed: bool,
+    /// The widest type that the file parses.
+    max: i128,
+    /// What the file accepts of it.
+    valid: fn(i128) -> bool,
+    /// How the value is kept.
+    kept: fn(i128) -> i128,
+    /// Whether ERANGE is reported as such.
+    erange: bool,
+}
+
+const U32: i128 = u32::MAX as i128;
+const U64: i128 = u64::MAX as i128;
+
+fn numbers() -> Vec<Number> {
+    let number = |file, max| Number {
+        file,
+        signed: false,
+        max,
+        valid: |_| true,
+        kept: |value| value,
+        erange: false,
+    };
+    vec![
+        number(File::SleepMillisecs, U32),
+        number(File::PagesToScan, U32),
+        number(File::StableNodeChainsPruneMillisecs, U32),
+        number(File::AdvisorMinPagesToScan, U64),
+        number(File::AdvisorMaxPagesToScan, U64),
+        Number {
+            valid: |value| value <= 2,
+            ..number(File::Run, U32)
+        },
+        Number {
+            kept: |value| value & U32,
+            ..number(File::AdvisorMaxCpu, U64)
+        },
+        Number {
+            valid: |value| value >= 1,
+            ..number(File::AdvisorTargetScanTime, U64)
+        },
+        Number {
+            valid: |value| value <= 1,
+            erange: true,
+            ..number(File::MergeAcrossNodes, U64)
+        },
+        Number {
+            signed: true,
+            valid: |value| value >= 2,
+            erange: true,
+            ..number(File::MaxPageSharing, i128::from(i32::MAX))
+        },
+    ]
+}
+
+/// What `lib/kstrtox.c` makes of the text in base 10, in plain words.
+fn kstrto(buf: &[u8], signed: bool, max: i128) -> Result<i128> {
+    let text: Vec<u8> = buf.iter().copied().take_while(|&byte| byte != 0).collect();
+    let (negative, text) = match text.split_first() {
+        Some((b'+', rest)) => (false, rest),
+        Some((b'-', rest)) if signed => (true, rest),
+        _ => (false, &text[..]),
+    };
+    let end = text
+        .iter()
+        .position(|byte: &u8| !byte.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (digits, rest) = text.split_at(end);
+    let digits = std::str::from_utf8(digits).unwrap();
+    let significant = digits.trim_start_matches('0');
+    // No unsigned long long has more than 20 digits.
+    if significant.len() > 20 {
+        return Err(ERANGE);
+    }
+    let value: i128 = format!("0{significant}").parse().unwrap();
+    if value > U64 {
+        return Err(ERANGE);
+    }
+    if digits.is_empty() || !(rest.is_empty() || rest == b"\n") {
+        return Err(EINVAL);
+    }
+    let value = if negative { -value } else { value };
+    let min = if signed { -max - 1 } else { 0 };
+    if value < min || value > max {
+        return Err(ERANGE);
+    }
+    Ok(value)
+}
+
+fn expect(number: &Number, buf: &[u8]) -> Result<i128> {
+    let value = kstrto(buf, number.signed, number.max).map_err(|err| match number.erange {
+        true => err,
+        false => EINVAL,
+    })?;
+    if !(number.valid)(value) {
+        return Err(EINVAL);
+    }
+    Ok((number.kept)(value))
+}
+
+/// Bytes that number and word parsers care about, and now and then any other.
+fn bytes() -> impl Strategy<Value = Vec<u8>> {
+    let byte = prop_oneof![
+        12 => prop::sample::select(&b"0123456789"[..]),
+        4 => prop::sample::select(&b"+- \t\n\0xX.aAeE"[..]),
+        1 => any::<u8>(),
+    ];
+    let limit = prop_oneof![
+        Just(1i128 << 31),
+        Just(1 << 32),
+        Just(1 << 63),
+        Just(1 << 64),
+        Just(10i128.pow(19)),
+        Just(10i128.pow(20)),
+        0..300i128,
+        0..=U64,
+    ];
+    let sign = prop::sample::select(vec!["", "", "+", "-", "+-", " "]);
+    let tail = prop::sample::select(vec!["", "\n", "\n\n", " ", "\0", "\n\0junk", "x", "\r\n"]);
+    let near_limit =
+        (sign, 0..30usize, limit, -2..=2i128, tail).prop_map(|(sign, zeroes, limit, off, tail)| {
+            let value = (limit + off).max(0);
+            format!("{sign}{}{value}{tail}", "0".repeat(zeroes)).into_bytes()
+        });
+    prop_oneof![prop::collection::vec(byte, 1..40), near_limit]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+    #[test]
+    fn numbers_are_parsed_as_by_kstrto(buf in bytes()) {
+        for number in numbers() {
+            let mut knobs = Knobs::new();
+            let before = knobs;
+            match (store(&mut knobs, number.file, &buf, &IDLE), expect(&number, &buf)) {
+                (Ok(_), Ok(value)) => {
+                    prop_assert_eq!(show(&knobs, number.file), format!("{value}\n"));
+                }
+                (Err(err), Err(expected)) => {
+                    prop_assert_eq!(err, expected);
+                    prop_assert_eq!(knobs, before);
+                }
+                (got, expected) => panic!("{:?}: {got:?}, not {expected:?}", number.file),
+            }
+        }
+    }
+
+}
+
+proptest! {
+    #[test]
+    fn a_rejected_write_changes_nothing(
+        writes in prop::collection::vec((0..FILES.len(), bytes(), any::<bool>()), 1..40),
+        advisor in any::<bool>(),
+    ) {
+        let mut knobs = Knobs::new();
+        if advisor {
+            assert!(knobs.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
+        }
+        for (file, buf, busy) in writes {
+            let row = FILES[file];
+            let before = knobs;
+            let ctx = if busy { BUSY } else { IDLE };
+            let result = store(&mut knobs, row.file, &buf, &ctx);
+            if result.is_err() {
+                prop_assert_eq!(knobs, before);
+            }
+            if row.mode == Mode::ReadOnly {
+                prop_assert_eq!(result, Err(EIO));
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_built_in_shows_is_taken_over_and_handed_back(
+        writes in prop::collection::vec((0..FILES.len(), bytes()), 0..40),
+        advisor in any::<bool>(),
+    ) {
+        let mut there = Knobs::new();
+        for (file, buf) in writes {
+            let _ = store(&mut there, FILES[file].file, &buf, &IDLE);
+        }
+        if advisor {
+            assert!(there.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
+        }
+        let writable = || FILES.iter().filter(|row| row.mode == Mode::ReadWrite);
+
+        let mut here = Knobs::new();
+        for row in writable() {
+            here.take_over(row.file, show(&there, row.file).as_bytes()).unwrap();
+        }
+        prop_assert_eq!(here, there);
+
+        // pages_to_scan goes back first, while there is no advisor, and advisor_mode last.
+        let mut back = Knobs::new();
+        let last = File::AdvisorMode;
+        for row in writable().filter(|row| row.file != last) {
+            let mut text = String::new();
+            here.hand_back(row.file, &mut text).unwrap();
+            prop_assert!(store(&mut back, row.file, text.as_bytes(), &IDLE).is_ok());
+        }
+        let mut text = String::new();
+        here.hand_back(last, &mut text).unwrap();
+        prop_assert!(store(&mut back, last, text.as_bytes(), &IDLE).is_ok());
+        for row in writable().filter(|row| row.file != File::PagesToScan) {
+            prop_assert_eq!(show(&back, row.file), show(&there, row.file));
+        }
+        if there.advisor_mode == AdvisorMode::None {
+            prop_assert_eq!(back, there);
+        }
+    }
+}
+
+#[test]
+fn truth_values_go_by_their_first_letters() {
+    let truths = [
+        "e", "E", "yes", "Y", "t", "T", "1", "10", "1\n", "on", "ON", "oNo", "1\0",
+    ];
+    let lies = [
+        "d", "D", "no", "N", "f", "F", "0", "01", "0 1", "off", "OFf", "of",
+    ];
+    let neither = [
+        "\n", "\0", "\x001", "2", "o", "o\n", "o\0n", "-1", "+1", " 1", "a", "\x7f",
+    ];
+    for file in [File::UseZeroPages, File::SmartScan] {
+        for (texts, expected) in [(truths.as_slice(), "1\n"), (lies.as_slice(), "0\n")] {
+            for text in texts {
+                let mut knobs = Knobs::new();
+                let start: &[u8] = if expected == "1\n" { b"0" } else { b"1" };
+                assert_eq!(knobs.store(file, start, &IDLE), Ok(Action::Done));
+                let result = knobs.store(file, text.as_bytes(), &IDLE);
+                assert_eq!(result, Ok(Action::Done), "{text:?}");
+                assert_eq!(show(&knobs, file), expected, "{text:?}");
+            }
+        }
+        for text in neither {
+            let result = Knobs::new().store(file, text.as_bytes(), &IDLE);
+            assert_eq!(result, Err(EINVAL), "{text:?}");
+        }
+    }
+    assert_eq!(
+        Knobs::new().store(File::SmartScan, b"\xc3", &IDLE),
+        Err(EINVAL)
+    );
+}
+
+#[test]
+fn advisor_mode_takes_two_words() {
+    let mode = |text: &str| {
+        let mut knobs = Knobs::new();
+        knobs
+            .store(File::AdvisorMode, text.as_bytes(), &IDLE)
+            .map(|_| knobs.advisor_mode)
+    };
+    for text in [
+        "scan-time",
+        "scan-time\n",
+        "scan-time\0\n",
+        "scan-time\n\0none",
+    ] {
+        assert_eq!(mode(text), Ok(AdvisorMode::ScanTime), "{text:?}");
+    }
+    for text in ["none", "none\n"] {
+        assert_eq!(mode(text), Ok(AdvisorMode::None), "{text:?}");
+    }
+    for text in [
+        "\n",
+        "\0",
+        "scan-tim",
+        "scan-times",
+        "scan-time\n\n",
+        " none",
+        "none ",
+        "None",
+        "[none] scan-time",
+        "0",
+    ] {
+        assert_eq!(mode(text), Err(EINVAL), "{text:?}");
+    }
+}
+
+#[test]
+fn an_advisor_brings_its_own_pages_to_scan() {
+    let mut knobs = Knobs::new();
+    assert_eq!(
+        knobs.store(File::PagesToScan, b"1234", &IDLE),
+        Ok(Action::Done)
+    );
+    // Nothing changes by choosing what there is already.
+    assert!(knobs.store(File::AdvisorMode, b"none", &IDLE).is_ok());
+    assert_eq!(show(&knobs, File::PagesToScan), "1234\n");
+
+    assert!(knobs.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
+    assert_eq!(show(&knobs, File::AdvisorMode), "none [scan-time]\n");
+    assert_eq!(show(&knobs, File::PagesToScan), "500\n");
+    assert_eq!(knobs.store(File::PagesToScan, b"1", &IDLE), Err(EINVAL));
+    assert_eq!(knobs.store(File::PagesToScan, b"x", &IDLE), Err(EINVAL));
+    assert_eq!(show(&knobs, File::PagesToScan), "500\n");
+
+    assert!(knobs.store(File::AdvisorMode, b"none", &IDLE).is_ok());
+    assert_eq!(show(&knobs, File::PagesToScan), "100\n");
+
+    // pages_to_scan is 32 bits wide, what it starts from is 64.
+    let wide = b"4294967303";
+    assert!(knobs
+        .store(File::AdvisorMinPagesToScan, wide, &IDLE)
+        .is_ok());
+    assert!(knobs.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
+    assert_eq!(show(&knobs, File::PagesToScan), "7\n");
+}
+
+#[test]
+fn the_advisor_forgets_what_was_before_it_was_switched_on() {
+    let sec = 1_000_000_000;
+    let mut knobs = Knobs::new();
+    assert!(knobs.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
+    knobs.scan_started(100 * sec);
+    let first = knobs.scan_ended(200 * sec, 0).unwrap();
+    assert!(knobs.store(File::AdvisorMode, b"none", &IDLE).is_ok());
+    knobs.scan_started(300 * sec);
+    assert_eq!(knobs.scan_ended(400 * sec, 0), None);
+    assert_eq!(show(&knobs, File::PagesToScan), "100\n");
+
+    assert!(knobs.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
+    knobs.scan_started(500 * sec);
+    assert_eq!(knobs.scan_ended(600 * sec, 0), Some(first));
+}
+
+#[test]
+fn a_wake_up_follows_where_the_built_in_gives_one() {
+    let mut knobs = Knobs::new();
+    let mut action = |file, text: &str| knobs.store(file, text.as_bytes(), &IDLE);
+    // Even if nothing changes.
+    assert_eq!(action(File::SleepMillisecs, "20"), Ok(Action::WakeIter));
+    assert_eq!(action(File::Run, "0"), Ok(Action::Done));
+    assert_eq!(action(File::Run, "1"), Ok(Action::WakeScanner));
+    assert_eq!(action(File::Run, "1"), Ok(Action::WakeScanner));
+    assert_eq!(action(File::Run, "2"), Ok(Action::Unmerge));
+    assert_eq!(action(File::Run, "2"), Ok(Action::Done));
+    assert_eq!(action(File::Run, "0"), Ok(Action::Done));
+    assert_eq!(action(File::Run, "2"), Ok(Action::Unmerge));
+    assert_eq!(action(File::PagesToScan, "7"), Ok(Action::Done));
+    assert_eq!(action(File::Run, "3"), Err(EINVAL));
+    assert_eq!(action(File::Run, "4"), Err(EINVAL));
+}
+
+#[test]
+fn run_shows_what_became_of_it() {
+    let mut knobs = Knobs::new();
+    assert_eq!(knobs.store(File::Run, b"2", &BUSY), Ok(Action::Unmerge));
+    assert_eq!(show(&knobs, File::Run), "2\n");
+    knobs.unmerge_failed();
+    assert_eq!(
+        (show(&knobs, File::Run), knobs.run),
+        ("0\n".into(), RunState::Stop)
+    );
+
+    assert!(knobs.store(File::Run, b"1", &BUSY).is_ok());
+    knobs.offline = true;
+    assert_eq!(
+        (show(&knobs, File::Run), knobs.run_bits()),
+        ("5\n".into(), 5)
+    );
+    knobs.offline = false;
+    assert_eq!(
+        (show(&knobs, File::Run), knobs.run_bits()),
+        ("1\n".into(), 1)
+    );
+}
+
+#[test]
+fn some_knobs_change_only_while_nothing_is_merged() {
+    for (file, same, other, bad) in [
+        (File::MergeAcrossNodes, "1", "0", "2"),
+        (File::MaxPageSharing, "256", "2", "1"),
+    ] {
+        let mut knobs = Knobs::new();
+        let before = knobs;
+        let write = |knobs: &mut Knobs, text: &str, ctx| knobs.store(file, text.as_bytes(), ctx);
+        assert_eq!(write(&mut knobs, other, &BUSY), Err(EBUSY));
+        assert_eq!(write(&mut knobs, same, &BUSY), Ok(Action::Done));
+        // A value that is wrong by itself is found first.
+        assert_eq!(write(&mut knobs, bad, &BUSY), Err(EINVAL));
+        assert_eq!(
+            write(&mut knobs, "18446744073709551616", &BUSY),
+            Err(ERANGE)
+        );
+
+        // It takes effect when the stable nodes are gone, and not before.
+        let Ok(Action::Empty(pending)) = write(&mut knobs, other, &IDLE) else {
+            panic!("{file:?} was changed at once");
+        };
+        assert_eq!(knobs, before);
+        knobs.commit(pending);
+        assert_eq!(show(&knobs, file), format!("{other}\n"));
+        assert_eq!(write(&mut knobs, other, &BUSY), Ok(Action::Done));
+    }
+}
+
+#[test]
+fn module_parameters_set_some_files() {
+    let mut knobs = Knobs::new();
+    for (name, value, file, text) in [
+        ("run", 0, File::Run, "0\n"),
+        ("run", 1, File::Run, "1\n"),
+        ("run", 2, File::Run, "2\n"),
+        (
+            "pages_to_scan",
+            i64::from(u32::MAX),
+            File::PagesToScan,
+            "4294967295\n",
+        ),
+        ("sleep_millisecs", 0, File::SleepMillisecs, "0\n"),
+    ] {
+        assert!(knobs.set_at_load(name, value), "{name}={value}");
+        assert_eq!(show(&knobs, file), text);
+    }
+    let before = knobs;
+    for (name, value) in [
+        ("run", 3),
+        ("run", -1),
+        ("pages_to_scan", -1),
+        ("sleep_millisecs", 1 << 32),
+        ("use_zero_pages", 1),
+    ] {
+        assert!(!knobs.set_at_load(name, value), "{name}={value}");
+        assert_eq!(knobs, before);
+    }
+}
+
+#[test]
+fn what_the_built_in_cannot_show_is_not_taken_over() {
+    let mut knobs = Knobs::new();
+    let before = knobs;
+    for (file, text) in [
+        (File::AdvisorMode, "none scan-time\n"),
+        (File::AdvisorMode, "none [scan-time\n"),
+        (File::AdvisorMode, "none ]scan-time[\n"),
+        (File::AdvisorMode, "[later] scan-time\n"),
+        (File::Run, "4\n"),
+        (File::MaxPageSharing, "1\n"),
+        (File::PagesShared, "1\n"),
+    ] {
+        let result: Result<(), Error> = knobs.take_over(file, text.as_bytes());
+        assert!(result.is_err(), "{text:?}");
+        assert_eq!(knobs, before);
+    }
+}

@@ -1,0 +1,801 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The registry against a model of it: order of the scan, life of a slot, and who holds which pin.
+
+use engine_tests::engine::{
+    ids::SlotId,
+    registry::{
+        Chunk,
+        Claim,
+        Dead,
+        Enter,
+        Exit,
+        Next,
+        PinnedMm,
+        Registry,
+        Released, //
+    }, //
+};
+
+use kernel::{
+    prelude::GFP_KERNEL,
+    testing::{
+        self,
+        Fail, //
+    }, //
+};
+
+use proptest::prelude::*;
+
+use std::{
+    cell::Cell,
+    collections::BTreeMap,
+    rc::Rc, //
+};
+
+thread_local! {
+    static LOCKED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// An mm, as its exit and its pins see it.
+#[derive(Debug, Default)]
+struct Mm {
+    key: usize,
+    exiting: Cell<bool>,
+    pins: Cell<usize>,
+}
+
+/// A pin on an [`Mm`], which must not be dropped under the lock.
+#[derive(Debug)]
+struct Pin(Rc<Mm>);
+
+impl Pin {
+    fn new(mm: &Rc<Mm>) -> Self {
+        mm.pins.set(mm.pins.get() + 1);
+        Self(mm.clone())
+    }
+}
+
+impl PinnedMm for Pin {
+    fn key(&self) -> usize {
+        self.0.key
+    }
+
+    fn exiting(&self) -> bool {
+        self.0.exiting.get()
+    }
+
+    fn clone_pin(&self) -> Self {
+        Self::new(&self.0)
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        assert!(!LOCKED.get(), "dropped under the lock");
+        self.0.pins.set(self.0.pins.get() - 1);
+    }
+}
+
+fn mm(key: usize) -> Rc<Mm> {
+    Rc::new(Mm {
+        key,
+        ..Mm::default()
+    })
+}
+
+/// A registry behind a lock, checked after each use.
+struct Locked(Registry<Pin>);
+
+impl Locked {
+    fn new() -> Self {
+        let mut this = Self(Registry::new());
+        this.refill();
+        this
+    }
+
+    fn with<R>(&mut self, f: impl FnOnce(&mut Registry<Pin>) -> R) -> R {
+        LOCKED.set(true);
+        let before = (testing::allocations(), testing::live_bytes());
+        let result = f(&mut self.0);
+        let after = (testing::allocations(), testing::live_bytes());
+        assert_eq!(before, after, "allocated or freed under the lock");
+        LOCKED.set(false);
+        assert_eq!(self.0.check(), Ok(()));
+        result
+    }
+
+    /// Adds a chunk if one is wanted.
+    fn refill(&mut self) {
+        if let Some(number) = self.with(|registry| registry.wanted()) {
+            let chunk = Chunk::new(number, GFP_KERNEL).expect("memory for a chunk");
+            assert!(self.with(|registry| registry.add_chunk(chunk)).is_ok());
+        }
+    }
+
+    fn enter(&mut self, mm: &Rc<Mm>) -> Enter<Pin> {
+        let pin = Pin::new(mm);
+        self.with(|registry| registry.enter(pin))
+    }
+
+    fn exit(&mut self, key: usize) -> Exit<Pin> {
+        self.with(|registry| registry.exit(key))
+    }
+
+    fn visit(&mut self) -> Claim<Pin> {
+        match self.with(|registry| registry.claim()) {
+            Next::Visit(claim) => claim,
+            other => panic!("no mm to visit: {other:?}"),
+        }
+    }
+
+    fn release(&mut self, claim: Claim<Pin>, tracked: bool) -> Released<Pin> {
+        self.with(|registry| registry.release(claim, tracked))
+    }
+
+    fn keys(&self) -> Vec<usize> {
+        let mut keys = Vec::new();
+        self.0.for_each(|_, pin| keys.push(pin.key()));
+        keys
+    }
+
+    /// Visits every mm until the end of the scan, and leaves each as `tracked` says.
+    fn scan(&mut self, tracked: bool) -> Vec<usize> {
+        let mut keys = Vec::new();
+        assert!(self.with(|registry| registry.begin()));
+        loop {
+            match self.with(|registry| registry.claim()) {
+                Next::Visit(claim) => {
+                    keys.push(claim.mm().key());
+                    self.with(|registry| registry.advance(&claim));
+                    drop(self.release(claim, tracked));
+                }
+                Next::End => return keys,
+                Next::Idle => panic!("a scan that was begun is idle"),
+            }
+        }
+    }
+}
+
+fn registered(enter: Enter<Pin>) -> bool {
+    matches!(enter, Enter::Registered { .. })
+}
+
+#[test]
+fn an_empty_registry_has_no_room() {
+    let mut registry = Locked(Registry::new());
+    let a = mm(1);
+    assert_eq!(registry.0.bytes(), 0);
+    assert!(matches!(registry.enter(&a), Enter::NoRoom(_)));
+    assert!(matches!(registry.exit(1), Exit::NotFound));
+    assert!(registry.with(|registry| registry.take_missed()));
+    assert!(!registry.with(|registry| registry.take_missed()));
+    assert!(!registry.with(|registry| registry.begin()));
+    assert!(registry.with(|registry| registry.drain()).is_none());
+    assert_eq!(a.pins.get(), 0);
+
+    registry.refill();
+    assert!(registered(registry.enter(&a)));
+    assert!(registry.0.bytes() >= 256 * size_of::<usize>());
+}
+
+#[test]
+fn the_first_mm_wakes_the_scanner() {
+    let mut registry = Locked::new();
+    for (key, first) in [(1, true), (2, false), (3, false)] {
+        match registry.enter(&mm(key)) {
+            Enter::Registered { was_empty, low } => assert_eq!((was_empty, low), (first, false)),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(registry.0.len(), 3);
+    assert!(!registry.0.is_empty());
+}
+
+#[test]
+fn nobody_is_registered_twice_or_after_his_exit() {
+    let mut registry = Locked::new();
+    let (a, b) = (mm(1), mm(2));
+    assert!(registered(registry.enter(&a)));
+    assert!(matches!(registry.enter(&a), Enter::AlreadyThere(_)));
+    b.exiting.set(true);
+    assert!(matches!(registry.enter(&b), Enter::Exiting(_)));
+    assert_eq!((a.pins.get(), b.pins.get()), (1, 0));
+    assert_eq!(registry.keys(), [1]);
+}
+
+#[test]
+fn an_exit_with_nothing_tracked_frees_at_once() {
+    let mut registry = Locked::new();
+    let a = mm(1);
+    assert!(registered(registry.enter(&a)));
+    assert!(matches!(registry.exit(1), Exit::Freed(_)));
+    assert!(matches!(registry.exit(1), Exit::NotFound));
+    assert_eq!(a.pins.get(), 0);
+    assert!(registry.0.is_empty() && !registry.0.has_dead());
+    assert_eq!(registry.0.nr_leaving(), 0);
+}
+
+#[test]
+fn an_exit_with_pages_tracked_waits_for_the_reaper() {
+    let mut registry = Locked::new();
+    let (a, b) = (mm(1), mm(2));
+    assert!(registered(registry.enter(&a)) && registered(registry.enter(&b)));
+    assert_eq!(registry.scan(true), [1, 2]);
+    assert!(matches!(registry.exit(1), Exit::Deferred { reap: true }));
+    assert!(matches!(registry.exit(2), Exit::Deferred { reap: true }));
+    assert!(registry.0.is_empty() && registry.0.has_dead());
+    assert_eq!((a.pins.get(), b.pins.get()), (1, 1));
+
+    // In the order in which they left.
+    let first = registry.with(|registry| registry.pop_dead()).unwrap();
+    let second = registry.with(|registry| registry.pop_dead()).unwrap();
+    assert!(registry.with(|registry| registry.pop_dead()).is_none());
+    assert_eq!((first.mm().key(), second.mm().key()), (1, 2));
+    assert_eq!(registry.0.nr_leaving(), 2);
+    assert_ne!(first.id(), second.id());
+    drop(registry.with(|registry| registry.free(first)));
+    drop(registry.with(|registry| registry.free(second)));
+    assert_eq!((a.pins.get(), b.pins.get()), (0, 0));
+    assert_eq!(registry.0.nr_leaving(), 0);
+}
+
+#[test]
+fn a_claimed_slot_outlives_the_exit() {
+    let mut registry = Locked::new();
+    let a = mm(1);
+    assert!(registered(registry.enter(&a)));
+    assert!(registry.with(|registry| registry.begin()));
+    let claim = registry.visit();
+    let other = registry.visit();
+    assert_eq!(claim.id(), other.id());
+
+    assert!(matches!(registry.exit(1), Exit::Deferred { reap: false }));
+    assert!(!registry.0.has_dead());
+    assert!(registry.with(|registry| registry.pin(claim.id())).is_none());
+    // The number of the slot goes to nobody else.
+    let b = mm(2);
+    assert!(registered(registry.enter(&b)));
+    let mut ids = Vec::new();
+    registry.0.for_each(|id, _| ids.push(id));
+    assert!(!ids.contains(&claim.id()));
+
+    let released = registry.release(claim, true);
+    assert!(!released.reap && !registry.0.has_dead());
+    drop(released);
+    let released = registry.release(other, false);
+    assert!(released.reap && registry.0.has_dead());
+    drop(released);
+    assert_eq!(a.pins.get(), 1);
+    let dead = registry.with(|registry| registry.pop_dead()).unwrap();
+    drop(registry.with(|registry| registry.free(dead)));
+    assert_eq!(a.pins.get(), 0);
+}
+
+#[test]
+fn what_release_says_of_tracked_pages_decides_the_next_exit() {
+    let mut registry = Locked::new();
+    let a = mm(1);
+    assert!(registered(registry.enter(&a)));
+    assert_eq!(registry.scan(true), [1]);
+    assert_eq!(registry.scan(false), [1]);
+    assert!(matches!(registry.exit(1), Exit::Freed(_)));
+}
+
+#[test]
+fn only_one_of_expel_and_exit_removes() {
+    let mut registry = Locked::new();
+    let a = mm(1);
+    for scanner_first in [true, false] {
+        assert!(registered(registry.enter(&a)));
+        assert!(registry.with(|registry| registry.begin()));
+        let claim = registry.visit();
+        if scanner_first {
+            assert!(registry.with(|registry| registry.expel(&claim)));
+            assert!(!registry.with(|registry| registry.expel(&claim)));
+            assert!(matches!(registry.exit(1), Exit::NotFound));
+        } else {
+            assert!(matches!(registry.exit(1), Exit::Deferred { reap: false }));
+            assert!(!registry.with(|registry| registry.expel(&claim)));
+        }
+        let released = registry.release(claim, true);
+        assert!(released.reap);
+        drop(released);
+        let dead = registry.with(|registry| registry.pop_dead()).unwrap();
+        drop(registry.with(|registry| registry.free(dead)));
+        assert_eq!(a.pins.get(), 0);
+        assert!(matches!(
+            registry.with(|registry| registry.claim()),
+            Next::End
+        ));
+    }
+}
+
+#[test]
+fn new_mms_go_behind_the_cursor() {
+    let mut registry = Locked::new();
+    for key in [1, 2, 3] {
+        assert!(registered(registry.enter(&mm(key))));
+    }
+    assert!(registry.with(|registry| registry.begin()));
+    let claim = registry.visit();
+    registry.with(|registry| registry.advance(&claim));
+    drop(registry.release(claim, false));
+
+    // The cursor is on 2.
+    assert!(registered(registry.enter(&mm(4))));
+    assert_eq!(registry.keys(), [1, 4, 2, 3]);
+    assert_eq!(registry.scan(false), [2, 3]);
+    // Between two scans, that is the end of the list.
+    assert!(registered(registry.enter(&mm(5))));
+    assert_eq!(registry.scan(false), [1, 4, 2, 3, 5]);
+}
+
+#[test]
+fn new_mms_go_to_the_end_while_unmerging() {
+    let mut registry = Locked::new();
+    for key in [1, 2] {
+        assert!(registered(registry.enter(&mm(key))));
+    }
+    assert!(registry.with(|registry| registry.begin()));
+    let claim = registry.visit();
+    registry.with(|registry| registry.advance(&claim));
+    drop(registry.release(claim, false));
+
+    // From the first again, and a child that is forked meanwhile is visited too.
+    registry.with(|registry| registry.unmerge_begin());
+    let claim = registry.visit();
+    assert_eq!((claim.mm().key(), claim.address()), (1, 0));
+    assert!(registered(registry.enter(&mm(3))));
+    registry.with(|registry| registry.advance(&claim));
+    drop(registry.release(claim, false));
+    assert_eq!(registry.scan(false), [2, 3]);
+    registry.with(|registry| registry.unmerge_end());
+
+    assert!(!registry.0.scanning());
+    assert!(matches!(
+        registry.with(|registry| registry.claim()),
+        Next::Idle
+    ));
+    assert!(registry.with(|registry| registry.begin()));
+    let claim = registry.visit();
+    registry.with(|registry| registry.advance(&claim));
+    assert!(registered(registry.enter(&mm(4))));
+    drop(registry.release(claim, false));
+    assert_eq!(registry.keys(), [1, 4, 2, 3]);
+}
+
+#[test]
+fn the_cursor_keeps_its_address_only_on_the_mm_it_is_about() {
+    let mut registry = Locked::new();
+    for key in [1, 2] {
+        assert!(registered(registry.enter(&mm(key))));
+    }
+    assert!(registry.with(|registry| registry.begin()));
+    let first = registry.visit();
+    registry.with(|registry| registry.move_to(&first, 0x1000));
+    let again = registry.visit();
+    assert_eq!(
+        (again.mm().key(), again.address(), first.address()),
+        (1, 0x1000, 0)
+    );
+
+    // It leaves under the cursor: the next one begins at 0, and late news of the first is ignored.
+    assert!(matches!(registry.exit(1), Exit::Deferred { .. }));
+    registry.with(|registry| registry.move_to(&first, 0x2000));
+    registry.with(|registry| registry.advance(&again));
+    let second = registry.visit();
+    assert_eq!((second.mm().key(), second.address()), (2, 0));
+    registry.with(|registry| registry.advance(&second));
+    registry.with(|registry| registry.advance(&second));
+    assert!(matches!(
+        registry.with(|registry| registry.claim()),
+        Next::End
+    ));
+    for claim in [first, again, second] {
+        drop(registry.release(claim, false));
+    }
+}
+
+#[test]
+fn a_scan_that_lost_every_mm_before_the_first_is_none() {
+    let mut registry = Locked::new();
+    assert!(registered(registry.enter(&mm(1))));
+    assert!(registry.with(|registry| registry.begin()));
+    assert!(matches!(registry.exit(1), Exit::Freed(_)));
+    assert!(registry.0.scanning());
+    assert!(matches!(
+        registry.with(|registry| registry.claim()),
+        Next::Idle
+    ));
+    assert!(!registry.0.scanning());
+}
+
+#[test]
+fn chunks_are_asked_for_in_time_and_added_once() {
+    let mut registry = Locked::new();
+    let mut low_at = None;
+    let mms: Vec<_> = (0..256).map(|key| mm(key << 11)).collect();
+    for (n, mm) in mms.iter().enumerate() {
+        match registry.enter(mm) {
+            Enter::Registered { low, .. } => {
+                if low && low_at.is_none() {
+                    low_at = Some(n);
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    // Of 256 slots, an eighth and 64 more are kept in hand.
+    assert_eq!(low_at, Some(256 - (64 + 32)));
+    let late = mm(1);
+    assert!(matches!(registry.enter(&late), Enter::NoRoom(_)));
+    assert!(registry.with(|registry| registry.take_missed()));
+
+    assert_eq!(registry.0.wanted(), Some(1));
+    let chunk = Chunk::new(1, GFP_KERNEL).unwrap();
+    let twin = Chunk::new(1, GFP_KERNEL).unwrap();
+    assert!(registry.with(|registry| registry.add_chunk(chunk)).is_ok());
+    assert!(registry.with(|registry| registry.add_chunk(twin)).is_err());
+    assert_eq!(registry.0.wanted(), None);
+    assert!(registered(registry.enter(&late)));
+    assert_eq!(registry.0.len(), 257);
+    for mm in &mms {
+        assert!(matches!(registry.exit(mm.key), Exit::Freed(_)));
+    }
+    assert_eq!(registry.keys(), [1]);
+}
+
+#[test]
+fn a_chunk_without_memory_is_an_error() {
+    testing::fail(Fail::Once(0));
+    assert!(Chunk::<Pin>::new(0, GFP_KERNEL).is_err());
+    testing::fail(Fail::Never);
+    assert!(Chunk::<Pin>::new(15, GFP_KERNEL).is_err());
+    assert_eq!(testing::live_bytes(), 0);
+}
+
+#[test]
+fn many_mms_are_found_whatever_their_number() {
+    let mut registry = Registry::new();
+    let mut mms = Vec::new();
+    for key in 0..10_000usize {
+        if let Some(number) = registry.wanted() {
+            assert!(registry
+                .add_chunk(Chunk::new(number, GFP_KERNEL).unwrap())
+                .is_ok());
+        }
+        let mm = mm(0xffff_8880_0000_0000 + key * 0x740);
+        assert!(registered(registry.enter(Pin::new(&mm))));
+        mms.push(mm);
+        if key % 1000 == 999 {
+            assert_eq!(registry.check(), Ok(()));
+        }
+    }
+    for mm in mms.iter().step_by(2) {
+        assert!(matches!(registry.exit(mm.key), Exit::Freed(_)));
+    }
+    assert_eq!(registry.check(), Ok(()));
+    for (n, mm) in mms.iter().enumerate() {
+        let there = matches!(registry.enter(Pin::new(mm)), Enter::AlreadyThere(_));
+        assert_eq!(there, n % 2 == 1);
+    }
+    assert_eq!(registry.check(), Ok(()));
+    assert_eq!(registry.len(), mms.len());
+}
+
+#[test]
+fn draining_takes_the_dead_first_and_leaves_the_claimed() {
+    let mut registry = Locked::new();
+    for key in [1, 2, 3, 4] {
+        assert!(registered(registry.enter(&mm(key))));
+    }
+    assert_eq!(registry.scan(true), [1, 2, 3, 4]);
+    assert!(registry.with(|registry| registry.begin()));
+    let claim = registry.visit();
+    assert!(matches!(registry.exit(3), Exit::Deferred { .. }));
+    let mut drained = Vec::new();
+    while let Some(dead) = registry.with(|registry| registry.drain()) {
+        drained.push(dead.mm().key());
+        drop(registry.with(|registry| registry.free(dead)));
+    }
+    assert_eq!(drained, [3, 2, 4]);
+    assert_eq!(registry.keys(), [1]);
+    drop(registry.release(claim, true));
+    let dead = registry.with(|registry| registry.drain()).unwrap();
+    assert_eq!(dead.mm().key(), 1);
+    drop(registry.with(|registry| registry.free(dead)));
+    assert!(registry.with(|registry| registry.drain()).is_none());
+}
+
+/// One step of a random history. `who` chooses among the mms, claims or dead that there are.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Enter { who: usize },
+    Exit { who: usize },
+    Begin,
+    Claim,
+    MoveTo { who: usize, address: usize },
+    Advance { who: usize },
+    Expel { who: usize },
+    Release { who: usize, tracked: bool },
+    PopDead,
+    Free { who: usize },
+    UnmergeBegin,
+    UnmergeEnd,
+    Pin { who: usize },
+    Drain,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let who = 0..16usize;
+    prop_oneof![
+        8 => who.clone().prop_map(|who| Step::Enter { who }),
+        4 => who.clone().prop_map(|who| Step::Exit { who }),
+        2 => Just(Step::Begin),
+        6 => Just(Step::Claim),
+        2 => (who.clone(), 1..9usize).prop_map(|(who, page)| Step::MoveTo { who, address: page << 12 }),
+        4 => who.clone().prop_map(|who| Step::Advance { who }),
+        1 => who.clone().prop_map(|who| Step::Expel { who }),
+        5 => (who.clone(), any::<bool>()).prop_map(|(who, tracked)| Step::Release { who, tracked }),
+        3 => Just(Step::PopDead),
+        3 => who.clone().prop_map(|who| Step::Free { who }),
+        1 => Just(Step::UnmergeBegin),
+        1 => Just(Step::UnmergeEnd),
+        1 => who.prop_map(|who| Step::Pin { who }),
+        1 => Just(Step::Drain),
+    ]
+}
+
+/// What the registry is expected to be, in the plainest terms.
+#[derive(Default)]
+struct Model {
+    list: Vec<usize>,
+    cursor: Option<usize>,
+    address: usize,
+    scanning: bool,
+    visited: bool,
+    unmerging: bool,
+    tracked: BTreeMap<usize, bool>,
+    dead: Vec<usize>,
+}
+
+impl Model {
+    fn remove(&mut self, key: usize) {
+        let at = self.list.iter().position(|&other| other == key).unwrap();
+        if self.cursor == Some(key) {
+            self.step();
+        }
+        self.list.remove(at);
+    }
+
+    fn step(&mut self) {
+        let at = self.list.iter().position(|&key| Some(key) == self.cursor);
+        self.cursor = at.and_then(|at| self.list.get(at + 1).copied());
+        self.address = 0;
+    }
+
+    fn restart(&mut self) {
+        self.scanning = true;
+        self.visited = false;
+        self.cursor = self.list.first().copied();
+        self.address = 0;
+    }
+}
+
+/// Runs a history on the registry and on the model side by side.
+fn run(steps: &[Step]) {
+    let mut registry = Locked::new();
+    let mut model = Model::default();
+    // Each mm that ever was; a key stands for the newest mm that has it.
+    let mut all: Vec<Rc<Mm>> = (1..=16).map(mm).collect();
+    let mut alive = all.clone();
+    let mut claims: Vec<Claim<Pin>> = Vec::new();
+    let mut reaping: Vec<Dead<Pin>> = Vec::new();
+    let mut doomed: Vec<usize> = Vec::new();
+
+    for &step in steps {
+        match step {
+            Step::Enter { who } => {
+                let mm = &alive[who];
+                match registry.enter(mm) {
+                    Enter::Registered { was_empty, .. } => {
+                        assert!(!mm.exiting.get());
+                        assert_eq!(was_empty, model.list.is_empty());
+                        assert!(!model.list.contains(&mm.key));
+                        let before = if model.unmerging { None } else { model.cursor };
+                        let at = model.list.iter().position(|&key| Some(key) == before);
+                        model.list.insert(at.unwrap_or(model.list.len()), mm.key);
+                        model.tracked.insert(mm.key, false);
+                    }
+                    Enter::AlreadyThere(_) => assert!(model.list.contains(&mm.key)),
+                    Enter::Exiting(_) => assert!(mm.exiting.get()),
+                    Enter::NoRoom(_) => panic!("16 mms do not fit 256 slots"),
+                }
+            }
+            Step::Exit { who } => {
+                let mm = alive[who].clone();
+                mm.exiting.set(true);
+                let claimed = claims.iter().any(|claim| Rc::ptr_eq(&claim.mm().0, &mm));
+                match registry.exit(mm.key) {
+                    Exit::NotFound => assert!(!model.list.contains(&mm.key)),
+                    Exit::Freed(pin) => {
+                        assert!(Rc::ptr_eq(&pin.0, &mm));
+                        assert!(!claimed && !model.tracked[&mm.key]);
+                        model.remove(mm.key);
+                    }
+                    Exit::Deferred { reap } => {
+                        assert_eq!(reap, !claimed);
+                        assert!(claimed || model.tracked[&mm.key]);
+                        model.remove(mm.key);
+                        if claimed {
+                            doomed.push(mm.key);
+                        } else {
+                            model.dead.push(mm.key);
+                        }
+                    }
+                }
+                // Its address can be another mm's only when nobody pins it any more.
+                if mm.pins.get() == 0 {
+                    alive[who] = self::mm(mm.key);
+                    all.push(alive[who].clone());
+                }
+            }
+            Step::Begin => {
+                let begun = registry.with(|registry| registry.begin());
+                assert_eq!(begun, model.scanning || !model.list.is_empty());
+                if begun && !model.scanning {
+                    model.restart();
+                }
+            }
+            Step::Claim => match registry.with(|registry| registry.claim()) {
+                Next::Visit(claim) => {
+                    assert!(model.scanning);
+                    assert_eq!(Some(claim.mm().key()), model.cursor);
+                    assert_eq!(claim.address(), model.address);
+                    model.visited = true;
+                    claims.push(claim);
+                }
+                next => {
+                    assert_eq!(model.cursor, None);
+                    let end = matches!(next, Next::End);
+                    assert_eq!(end, model.scanning && model.visited);
+                    model.scanning = false;
+                }
+            },
+            Step::MoveTo { who, address } if !claims.is_empty() => {
+                let claim = &claims[who % claims.len()];
+                registry.with(|registry| registry.move_to(claim, address));
+                if is_cursor(&model, claim, &alive) {
+                    model.address = address;
+                }
+            }
+            Step::Advance { who } if !claims.is_empty() => {
+                let claim = &claims[who % claims.len()];
+                registry.with(|registry| registry.advance(claim));
+                if is_cursor(&model, claim, &alive) {
+                    model.step();
+                }
+            }
+            Step::Expel { who } if !claims.is_empty() => {
+                let claim = &claims[who % claims.len()];
+                let key = claim.mm().key();
+                let live = model.list.contains(&key);
+                claim.mm().0.exiting.set(true);
+                assert_eq!(registry.with(|registry| registry.expel(claim)), live);
+                if live {
+                    model.remove(key);
+                    doomed.push(key);
+                }
+            }
+            Step::Release { who, tracked } if !claims.is_empty() => {
+                let claim = claims.swap_remove(who % claims.len());
+                let key = claim.mm().key();
+                let last = claims.iter().all(|other| other.mm().key() != key);
+                let released = registry.release(claim, tracked);
+                let gone = doomed.contains(&key);
+                assert_eq!(released.reap, last && gone);
+                if gone && last {
+                    doomed.retain(|&other| other != key);
+                    model.dead.push(key);
+                } else {
+                    model.tracked.insert(key, tracked);
+                }
+            }
+            Step::PopDead => match registry.with(|registry| registry.pop_dead()) {
+                Some(dead) => {
+                    assert_eq!(dead.mm().key(), model.dead.remove(0));
+                    reaping.push(dead);
+                }
+                None => assert!(model.dead.is_empty()),
+            },
+            Step::Free { who } if !reaping.is_empty() => {
+                let dead = reaping.swap_remove(who % reaping.len());
+                drop(registry.with(|registry| registry.free(dead)));
+            }
+            Step::UnmergeBegin => {
+                registry.with(|registry| registry.unmerge_begin());
+                model.unmerging = true;
+                model.restart();
+            }
+            Step::UnmergeEnd => {
+                registry.with(|registry| registry.unmerge_end());
+                model.unmerging = false;
+                model.scanning = false;
+                model.cursor = None;
+                model.address = 0;
+            }
+            Step::Pin { who } if !claims.is_empty() => {
+                let claim = &claims[who % claims.len()];
+                let pin = registry.with(|registry| registry.pin(claim.id()));
+                assert_eq!(pin.is_some(), !doomed.contains(&claim.mm().key()));
+                if let Some(pin) = pin {
+                    assert!(Rc::ptr_eq(&pin.0, &claim.mm().0));
+                }
+            }
+            Step::Drain => {
+                let claimed = |key| claims.iter().any(|claim| claim.mm().key() == key);
+                let idle = model.list.iter().copied().find(|&key| !claimed(key));
+                match registry.with(|registry| registry.drain()) {
+                    Some(dead) => {
+                        let key = dead.mm().key();
+                        if model.dead.is_empty() {
+                            assert_eq!(Some(key), idle);
+                            model.remove(key);
+                        } else {
+                            assert_eq!(key, model.dead.remove(0));
+                        }
+                        reaping.push(dead);
+                    }
+                    None => assert!(model.dead.is_empty() && idle.is_none()),
+                }
+            }
+            _ => {}
+        }
+        assert_eq!(registry.keys(), model.list);
+        assert_eq!(registry.0.len(), model.list.len());
+        assert_eq!(registry.0.scanning(), model.scanning);
+        assert_eq!(registry.0.has_dead(), !model.dead.is_empty());
+        assert_eq!(
+            registry.0.nr_leaving(),
+            doomed.len() + model.dead.len() + reaping.len()
+        );
+    }
+
+    // Whatever the history was, nothing is left when everybody has let go.
+    for claim in claims {
+        drop(registry.release(claim, true));
+    }
+    for dead in reaping {
+        drop(registry.with(|registry| registry.free(dead)));
+    }
+    while let Some(dead) = registry.with(|registry| registry.drain()) {
+        drop(registry.with(|registry| registry.free(dead)));
+    }
+    assert!(registry.0.is_empty());
+    assert_eq!(registry.0.nr_leaving(), 0);
+    assert_eq!(all.iter().map(|mm| mm.pins.get()).sum::<usize>(), 0);
+}
+
+/// Whether the cursor is on the very mm that the claim is about, and not on a later one of its key.
+fn is_cursor(model: &Model, claim: &Claim<Pin>, alive: &[Rc<Mm>]) -> bool {
+    let key = claim.mm().key();
+    model.cursor == Some(key) && alive.iter().any(|mm| Rc::ptr_eq(mm, &claim.mm().0))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn any_history_is_like_the_model(steps in prop::collection::vec(step(), 0..200)) {
+        run(&steps);
+    }
+}
+
+#[test]
+fn an_id_that_never_was_pins_nothing() {
+    let mut registry = Locked::new();
+    for id in [0, 255, 256, 1 << 20, u32::MAX - 1, u32::MAX] {
+        assert!(registry.with(|registry| registry.pin(SlotId(id))).is_none());
+    }
+}

@@ -1,0 +1,523 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The engine with its registry over the simulated mm, driven as `rksmd` drives them.
+
+use crate::{
+    memory::SimMemory,
+    world::{
+        Batch,
+        Chance,
+        Event,
+        Hash,
+        List,
+        Mapping,
+        Pte,
+        Space,
+        World,
+        BLOCK,
+        PAGE, //
+    }, //
+};
+
+use engine_tests::engine::{
+    ids::{
+        Fingerprint,
+        NodeId, //
+    },
+    memory::Refusal,
+    mmlist::{
+        MmList,
+        Progress,
+        Step,
+        Visited, //
+    },
+    registry::PinnedMm,
+    scan::{
+        Engine,
+        Policy, //
+    },
+    stats::Counters, //
+};
+
+use kernel::{
+    prelude::{
+        ENOMEM,
+        GFP_KERNEL, //
+    },
+    testing::{
+        self,
+        Fail, //
+    }, //
+};
+
+use std::{
+    cell::RefCell,
+    collections::{
+        BTreeMap,
+        BTreeSet,
+        VecDeque, //
+    },
+    rc::Rc, //
+};
+
+/// Nodes of a ring that the engine looks at for room.
+const RING_LOOK: usize = 3;
+
+/// A step of a history.
+#[derive(Clone, Debug)]
+pub(crate) enum Op {
+    Happen(Event),
+    /// Scans so many pages, while things happen beside it.
+    Scan {
+        budget: u32,
+        pause_after: Option<u32>,
+        beside: Vec<(u32, Event)>,
+    },
+    /// Scans to the end of the full scan.
+    FullScan { beside: Vec<(u32, Event)> },
+    Sweep(usize),
+    /// `run` = 2, which fails after so many pages.
+    Unmerge {
+        fail_after: Option<u32>,
+        beside: Vec<(u32, Event)>,
+    },
+    HotRemove { block: usize },
+    Online,
+    SmartScan(bool),
+    UseZeroPages(bool),
+    /// Files that cannot change while pages are merged.
+    MergeAcrossNodes(bool),
+    MaxPageSharing(u32),
+    Chance(Option<Chance>),
+    /// Allocations that fail.
+    Fail(Option<Chance>),
+}
+
+pub(crate) struct Machine {
+    pub(crate) world: Rc<RefCell<World>>,
+    pub(crate) list: Rc<List>,
+    pub(crate) engine: Engine<SimMemory>,
+    batch: Batch,
+    pub(crate) policy: Policy,
+    fail: Fail,
+    /// Pages visited before the world's list of visits was cleared.
+    visits_before: u64,
+}
+
+impl Machine {
+    pub(crate) fn new(hash: Hash) -> Self {
+        let world = World::new(hash);
+        let list = world.list.clone();
+        let policy = Policy {
+            smart_scan: false,
+            use_zero_pages: false,
+            merge_across_nodes: world.merge_across_nodes,
+            max_page_sharing: world.max_page_sharing,
+        };
+        let world = Rc::new(RefCell::new(world));
+        testing::fail(Fail::Never);
+        Self {
+            engine: Engine::new(SimMemory(world.clone())),
+            world,
+            list,
+            batch: Batch::default(),
+            policy,
+            fail: Fail::Never,
+            visits_before: 0,
+        }
+    }
+
+    pub(crate) fn happen(&mut self, event: Event) {
+        self.world.borrow_mut().happen(&event);
+    }
+
+    pub(crate) fn run(&mut self, op: &Op) {
+        match op {
+            Op::Happen(event) => self.happen(event.clone()),
+            Op::Scan {
+                budget,
+                pause_after,
+                beside,
+            } => {
+                self.beside(beside);
+                self.world.borrow_mut().pause_after = *pause_after;
+                self.scan(*budget);
+                let mut world = self.world.borrow_mut();
+                (world.pause_after, world.paused) = (None, false);
+                drop(world);
+                self.overtake();
+            }
+            Op::FullScan { beside } => {
+                self.beside(beside);
+                self.full_scan();
+                self.overtake();
+            }
+            Op::Sweep(count) => {
+                self.engine.sweep(*count);
+            }
+            Op::Unmerge { fail_after, beside } => {
+                self.beside(beside);
+                self.unmerge(*fail_after);
+                self.overtake();
+            }
+            Op::HotRemove { block } => self.hot_remove(*block),
+            Op::Online => self.world.borrow_mut().offline.clear(),
+            Op::SmartScan(on) => self.policy.smart_scan = *on,
+            Op::UseZeroPages(on) => self.policy.use_zero_pages = *on,
+            Op::MergeAcrossNodes(on) => {
+                if self.empty() {
+                    self.policy.merge_across_nodes = *on;
+                    self.world.borrow_mut().merge_across_nodes = *on;
+                }
+            }
+            Op::MaxPageSharing(max) => {
+                if self.empty() {
+                    self.policy.max_page_sharing = *max;
+                    self.world.borrow_mut().max_page_sharing = *max;
+                }
+            }
+            Op::Chance(chance) => self.world.borrow_mut().chance = *chance,
+            Op::Fail(chance) => {
+                self.fail = chance.map_or(Fail::Never, |chance| Fail::Random {
+                    seed: chance.seed,
+                    one_in: chance.one_in,
+                });
+            }
+        }
+        self.check();
+    }
+
+    /// Whether nothing is merged, as a change of some files needs it.
+    fn empty(&mut self) -> bool {
+        self.engine.counters.pages_shared == 0 && self.engine.remove_all_nodes()
+    }
+
+    /// Has things happen while the engine is at work.
+    fn beside(&mut self, events: &[(u32, Event)]) {
+        self.world.borrow_mut().beside = events.iter().cloned().collect();
+    }
+
+    /// Has what was left to happen happen.
+    fn overtake(&mut self) {
+        let left: VecDeque<_> = core::mem::take(&mut self.world.borrow_mut().beside);
+        for (_, event) in left {
+            self.happen(event);
+        }
+    }
+
+    /// What the scanner does before it scans: lets go of those that have left, and takes in those missed.
+    pub(crate) fn attend(&mut self) {
+        let engine = &mut self.engine;
+        self.list.reap(|slot, mm| engine.forget_mm(slot, mm));
+        if self.list.refill(GFP_KERNEL).is_ok() && self.list.locked(|registry| registry.take_missed()) {
+            let world = self.world.borrow();
+            for key in world.live() {
+                world.enter(key);
+            }
+        }
+    }
+
+    /// Scans `budget` pages, or until the full scan ends. Returns whether it did, or could not begin.
+    pub(crate) fn scan(&mut self, mut budget: u32) -> bool {
+        self.attend();
+        testing::fail(self.fail);
+        let (mut over, mut paused) = (false, false);
+        while budget > 0 && !over && !paused {
+            if !self.list.locked(|registry| registry.begin()) {
+                over = true;
+                break;
+            }
+            let Self {
+                engine,
+                policy,
+                batch,
+                list,
+                ..
+            } = self;
+            let step = list.visit(|claim| {
+                let (id, mm) = (claim.id(), claim.mm());
+                let (before, scanned) = (budget, engine.counters.pages_scanned);
+                let progress = engine.scan_mm(policy, &**list, (id, mm), claim.address(), batch, &mut budget);
+                let scanned = engine.counters.pages_scanned - scanned;
+                assert_eq!(u64::from(before - budget), scanned, "pages scanned beyond the budget");
+                if progress == Progress::Exiting {
+                    assert!(mm.exiting() && !engine.tracks(id));
+                }
+                Visited {
+                    progress,
+                    tracked: engine.tracks(id),
+                }
+            });
+            over = step == Step::End;
+            paused = self.world.borrow().paused;
+        }
+        if let Fail::Random { seed, .. } = &mut self.fail {
+            // The next time others fail.
+            *seed = seed.wrapping_add(1);
+        }
+        testing::fail(Fail::Never);
+        if over {
+            self.engine.counters.full_scans += 1;
+        }
+        over
+    }
+
+    /// Scans to the end of the full scan that is under way, or of the next one.
+    pub(crate) fn full_scan(&mut self) {
+        while !self.scan(40) {}
+    }
+
+    fn unmerge(&mut self, mut left: Option<u32>) {
+        let (engine, world) = (&mut self.engine, &self.world);
+        let result = self.list.unmerge(|claim| {
+            let mut world = world.borrow_mut();
+            world.step();
+            world
+                .break_ksm(claim.mm().key(), 0..usize::MAX, &mut left)
+                .map_err(|()| ENOMEM)?;
+            drop(world);
+            engine.forget_mm(claim.id(), claim.mm());
+            Ok(Visited {
+                progress: Progress::Done,
+                tracked: false,
+            })
+        });
+        self.list.reap(|slot, mm| engine.forget_mm(slot, mm));
+        if result.is_err() {
+            return;
+        }
+        engine.remove_all_nodes();
+        engine.counters.full_scans = 0;
+        self.assert_nothing_known();
+        // A page may be left that is mapped where nothing is mergeable, or by a process that was just going.
+        let world = self.world.borrow();
+        for (key, space) in &world.spaces {
+            for (addr, pte) in space.ptes.iter().filter(|(addr, _)| space.mergeable_at(**addr)) {
+                if let Pte::Page(frame) = *pte {
+                    let mapping = world.page(frame).mapping;
+                    assert_eq!(mapping, Mapping::Anon, "{addr:#x} of {key:#x} is still merged");
+                }
+            }
+        }
+    }
+
+    fn hot_remove(&mut self, block: usize) {
+        let frames: Vec<usize> = self.world.borrow().frames.keys().copied().collect();
+        let Some(n) = block.checked_rem(frames.len()) else {
+            return;
+        };
+        let start = frames[n] / BLOCK * BLOCK;
+        let block = start..start + BLOCK;
+        if !self.world.borrow_mut().take_offline(block.clone()) {
+            return;
+        }
+        self.engine.forget_frames(block.clone());
+        let world = self.world.borrow();
+        let mut nodes = world.nodes.iter();
+        assert!(
+            !nodes.any(|(_, node)| block.contains(&node.kpfn)),
+            "a node refers to memory that is gone"
+        );
+    }
+
+    /// No page is known, so that there is nothing to count but nodes whose pages are still mapped.
+    pub(crate) fn assert_nothing_known(&self) {
+        let counters = self.engine.counters;
+        let none = Counters {
+            pages_shared: 0,
+            pages_sharing: 0,
+            pages_unshared: 0,
+            tracked: 0,
+            ..counters
+        };
+        assert_eq!(counters, none);
+    }
+
+    /// Checks what has to hold after every step.
+    pub(crate) fn check(&mut self) {
+        *self.world.borrow().asked.borrow_mut() = Some(Vec::new());
+        if let Err(what) = self.engine.check() {
+            panic!("{what}");
+        }
+        let world = self.world.borrow();
+        world.check();
+        self.list.locked(|registry| registry.check()).unwrap();
+
+        // Each item is some page's, and no other's.
+        let mut asked = world.asked.take().unwrap();
+        asked.sort();
+        let items: Vec<u32> = world.items.iter().map(|(id, _)| id).collect();
+        assert_eq!(asked.iter().map(|id| id.0).collect::<Vec<_>>(), items);
+
+        let mappings = world.nodes.iter().map(|(_, node)| node.items.len() as u64);
+        let mapped: Vec<u64> = mappings.filter(|mappings| *mappings > 0).collect();
+        let shared = mapped.len() as u64;
+        let rings = rings(&world);
+        let chains = rings.iter().filter(|ring| ring.len() > 1);
+        let tracked: isize = world.spaces.values().map(|space| space.tracked).sum();
+        let counters = self.engine.counters;
+        let recounted = Counters {
+            pages_shared: shared,
+            pages_sharing: mapped.iter().sum::<u64>() - shared,
+            stable_node_chains: chains.clone().count() as u64,
+            stable_node_dups: chains.map(|ring| ring.len() as u64).sum(),
+            tracked: tracked as u64,
+            ..counters
+        };
+        assert_eq!(counters, recounted);
+        let not_volatile = counters.pages_shared + counters.pages_sharing + counters.pages_unshared;
+        assert!(counters.tracked >= not_volatile);
+        let visits = counters.pages_scanned + counters.pages_skipped;
+        assert_eq!(visits, world.visits.len() as u64 + self.visits_before);
+
+        for ring in rings {
+            let fingerprint = world.nodes.get(ring[0].0).unwrap().meta.fingerprint;
+            for node in ring {
+                let nid = world.nodes.get(node.0).unwrap().nid;
+                let domain = if world.merge_across_nodes { 0 } else { nid };
+                if let Some(frame) = world.node_frame(node) {
+                    let hash = world.hash(world.page(frame).content);
+                    assert_eq!(fingerprint, Fingerprint::new(hash, domain), "a node is where its content is not looked for");
+                }
+            }
+        }
+        for (refusal, given) in world.refusals.iter().enumerate() {
+            let counted = self.engine.refusals[refusal];
+            match refusal {
+                // Of the engine's own, where there is no memory for a page's state.
+                r if r == Refusal::NoMemory as usize => assert!(counted >= *given),
+                // A page that is gone when it is to be replaced by the zero page is none that was refused.
+                r if r == Refusal::Gone as usize => assert!(counted <= *given),
+                _ => assert_eq!(counted, *given, "refusals of kind {refusal}"),
+            }
+        }
+    }
+
+    /// Ends all that keeps pages from being merged, and scans until everything is.
+    pub(crate) fn settle(&mut self) {
+        self.run(&Op::Happen(Event::Release));
+        self.run(&Op::Chance(None));
+        self.run(&Op::Fail(None));
+        self.run(&Op::FullScan { beside: Vec::new() });
+        // Smart scan passes a page over eight times at most before it looks at it again.
+        for _ in 0..if self.policy.smart_scan { 40 } else { 4 } {
+            let all = self.collectable();
+            self.visits_before += self.world.borrow().visits.len() as u64;
+            self.world.borrow_mut().visits.clear();
+            self.full_scan();
+            let mut visits = self.world.borrow().visits.clone();
+            visits.sort();
+            assert_eq!(visits, all, "not every page was visited once");
+            while !self.engine.sweep(2) {}
+            self.check();
+        }
+    }
+
+    /// What a full scan has to visit: the pages in mergeable memory.
+    fn collectable(&self) -> Vec<(usize, usize)> {
+        let world = self.world.borrow();
+        let pages = world.spaces.iter().flat_map(|(key, space)| {
+            let pages = space.ptes.iter().filter(|(addr, pte)| {
+                matches!(pte, Pte::Page(_)) && space.mergeable_at(**addr)
+            });
+            pages.map(|(addr, _)| (*key, *addr))
+        });
+        pages.collect()
+    }
+
+    /// Everything that can be merged is.
+    pub(crate) fn assert_settled(&self) {
+        let world = self.world.borrow();
+        let all = self.collectable();
+        // Pages that are not merged, and whether there is a merged one with room, for each content.
+        let mut plain: BTreeMap<Fingerprint, BTreeSet<usize>> = BTreeMap::new();
+        for (key, addr) in all {
+            let Some(&Pte::Page(frame)) = world.spaces[&key].ptes.get(&addr) else {
+                unreachable!();
+            };
+            let page = world.page(frame);
+            let domain = if world.merge_across_nodes { 0 } else { crate::world::nid(frame) };
+            let fingerprint = Fingerprint::new(world.hash(page.content), domain);
+            match page.mapping {
+                Mapping::Anon => {
+                    assert!(page.content != 0 || !self.policy.use_zero_pages, "a page of zeroes is left");
+                    plain.entry(fingerprint).or_default().insert(frame);
+                }
+                Mapping::Ksm(node) => {
+                    assert_eq!(world.item_at(key, addr), Some(node), "a mapping without its item");
+                }
+                Mapping::Orphan => panic!("a page without its node"),
+            }
+        }
+        for (fingerprint, frames) in &plain {
+            assert_eq!(frames.len(), 1, "pages of one content are not merged");
+            let head = world.nodes.iter().find(|(_, node)| node.meta.head && node.meta.fingerprint == *fingerprint);
+            let Some((head, _)) = head else { continue };
+            for node in ring(&world, NodeId(head)).into_iter().take(RING_LOOK) {
+                let items = world.nodes.get(node.0).unwrap().items.len();
+                let room = items > 0 && items < world.max_page_sharing as usize;
+                assert!(!room, "a page is not merged, although there is room");
+            }
+        }
+        for (id, node) in world.nodes.iter() {
+            let alone = !node.meta.head && node.meta.next == NodeId(id);
+            assert!(!alone || node.items.is_empty(), "a node is in no ring");
+            let mapped = world.node_frame(NodeId(id)).is_some_and(|frame| world.page(frame).maps > 0);
+            assert!(mapped, "a node without a page is left");
+        }
+    }
+
+    /// All processes exit, and nothing may be left.
+    pub(crate) fn wind_up(mut self) {
+        self.world.borrow_mut().chance = None;
+        let keys = self.world.borrow().spaces.len();
+        for _ in 0..3 {
+            for mm in 0..keys {
+                let mut world = self.world.borrow_mut();
+                let key = world.spaces.keys().nth(mm).copied();
+                key.into_iter().for_each(|key| world.exit_step(key));
+            }
+            self.check();
+        }
+        self.attend();
+        self.assert_nothing_known();
+        self.check();
+        assert!(self.engine.remove_all_nodes());
+        self.check();
+        let world = self.world.borrow();
+        assert_eq!(world.frames.len(), 0);
+        assert_eq!(world.items.iter().count(), 0);
+        assert!(world.spaces.values().all(Space::unpinned), "a pin is lost");
+        assert_eq!(self.engine.nodes(), 0);
+        // Room for a few mms is kept.
+        assert!(self.engine.bytes() < 2 * PAGE);
+        assert_eq!(self.list.locked(|registry| registry.len() + registry.nr_leaving()), 0);
+    }
+}
+
+/// The nodes of a node's ring, from it on.
+fn ring(world: &World, first: NodeId) -> Vec<NodeId> {
+    let mut ring = vec![first];
+    let next = |node: NodeId| world.nodes.get(node.0).unwrap().meta.next;
+    let mut node = next(first);
+    while node != first {
+        ring.push(node);
+        assert!(ring.len() <= world.nodes.iter().count(), "a ring does not close");
+        node = next(node);
+    }
+    ring
+}
+
+/// All rings.
+fn rings(world: &World) -> Vec<Vec<NodeId>> {
+    let mut rings = Vec::new();
+    let mut seen = BTreeSet::new();
+    for (id, _) in world.nodes.iter() {
+        if !seen.contains(&NodeId(id)) {
+            let ring = ring(world, NodeId(id));
+            seen.extend(ring.iter().copied());
+            rings.push(ring);
+        }
+    }
+    rings
+}

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The engine against a simulated mm: random histories, after each step of which everything has to hold.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod machine;
+mod memory;
+mod world;
+
+use common::runner;
+use machine::{
+    Machine,
+    Op, //
+};
+use world::{
+    Chance,
+    Content,
+    Event,
+    Hash,
+    AREAS,
+    PAGES, //
+};
+
+use kernel::testing;
+
+use proptest::{
+    collection::vec,
+    option,
+    prelude::*,
+    test_runner::TestError, //
+};
+
+use std::{
+    cell::Cell,
+    panic,
+    sync::Once, //
+};
+
+/// Which page of which mm, and how many from there on.
+fn place() -> impl Strategy<Value = (usize, usize, usize)> {
+    (0..8usize, 0..PAGES, prop_oneof![4 => 1..6usize, 1 => 20..90usize])
+}
+
+/// Few contents, so that many pages are alike.
+fn content() -> impl Strategy<Value = Content> {
+    prop_oneof![1 => Just(0u8), 4 => 1..5u8, 1 => 5..40u8]
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let mergeable = proptest::array::uniform3(prop_oneof![4 => Just(true), 1 => Just(false)]);
+    prop_oneof![
+        2 => mergeable.prop_map(|mergeable| Event::Spawn { mergeable }),
+        8 => (place(), content(), prop_oneof![3 => Just(0u8), 1 => 1..3u8]).prop_map(
+            |((mm, page, count), content, step)| Event::Write { mm, page, count, content, step }
+        ),
+        2 => place().prop_map(|(mm, page, count)| Event::Unmap { mm, page, count }),
+        1 => (place(), 0..PAGES).prop_map(|((mm, from, count), to)| Event::Move { mm, from, to, count }),
+        1 => place().prop_map(|(mm, page, count)| Event::SwapOut { mm, page, count }),
+        2 => place().prop_map(|(mm, page, _)| Event::Collapse { mm, page }),
+        2 => (0..8usize).prop_map(|mm| Event::Fork { mm }),
+        2 => (0..12usize, 1..4usize).prop_map(|(mm, steps)| Event::Exit { mm, steps }),
+        1 => (0..8usize, 0..AREAS.len(), any::<bool>()).prop_map(|(mm, area, on)| Event::Advise { mm, area, on }),
+        2 => (place(), 0..2u32).prop_map(|((mm, page, _), nid)| Event::Migrate { mm, page, nid }),
+        1 => place().prop_map(|(mm, page, _)| Event::Lock { mm, page }),
+        1 => place().prop_map(|(mm, page, _)| Event::Pin { mm, page }),
+        1 => Just(Event::Release),
+    ]
+}
+
+/// What happens beside a scan, and after how many more of its steps.
+fn beside() -> impl Strategy<Value = Vec<(u32, Event)>> {
+    prop_oneof![
+        1 => Just(Vec::new()),
+        1 => vec((0..60u32, event()), 0..8),
+    ]
+}
+
+fn chance(most: u64) -> impl Strategy<Value = Option<Chance>> {
+    option::of((any::<u64>(), 1..most).prop_map(|(seed, one_in)| Chance { seed, one_in }))
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        12 => event().prop_map(Op::Happen),
+        8 => (1..100u32, option::weighted(0.2, 1..40u32), beside())
+            .prop_map(|(budget, pause_after, beside)| Op::Scan { budget, pause_after, beside }),
+        8 => beside().prop_map(|beside| Op::FullScan { beside }),
+        2 => (1..20usize).prop_map(Op::Sweep),
+        1 => (option::weighted(0.3, 0..40u32), beside())
+            .prop_map(|(fail_after, beside)| Op::Unmerge { fail_after, beside }),
+        1 => (0..1000usize).prop_map(|block| Op::HotRemove { block }),
+        1 => Just(Op::Online),
+        1 => any::<bool>().prop_map(Op::SmartScan),
+        1 => any::<bool>().prop_map(Op::UseZeroPages),
+        1 => any::<bool>().prop_map(Op::MergeAcrossNodes),
+        1 => (2..6u32).prop_map(Op::MaxPageSharing),
+        1 => chance(12).prop_map(Op::Chance),
+        1 => chance(6).prop_map(Op::Fail),
+    ]
+}
+
+/// The knobs that a history begins with.
+fn knobs() -> impl Strategy<Value = Vec<Op>> {
+    (any::<bool>(), any::<bool>(), any::<bool>(), prop_oneof![2..6u32, Just(256)]).prop_map(
+        |(smart_scan, zero, across, sharing)| {
+            vec![
+                Op::SmartScan(smart_scan),
+                Op::UseZeroPages(zero),
+                Op::MergeAcrossNodes(across),
+                Op::MaxPageSharing(sharing),
+            ]
+        },
+    )
+}
+
+/// A history of a few processes.
+fn history(len: usize) -> impl Strategy<Value = Vec<Op>> {
+    let born = vec(event(), 6).prop_map(|events| {
+        let spawn = || Event::Spawn {
+            mergeable: [true; AREAS.len()],
+        };
+        [spawn(), spawn()].into_iter().chain(events).map(Op::Happen).collect::<Vec<_>>()
+    });
+    (knobs(), born, vec(op(), 1..len)).prop_map(|(knobs, born, ops)| [knobs, born, ops].concat())
+}
+
+/// Runs a property, and shows no more than the failure that is left after shrinking.
+fn check<S: Strategy>(cases: u32, strategy: S, property: impl Fn(S::Value)) {
+    thread_local! {
+        static QUIET: Cell<bool> = const { Cell::new(false) };
+    }
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let show = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                show(info);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let result = runner(cases).run(&strategy, |value| {
+        property(value);
+        Ok(())
+    });
+    QUIET.set(false);
+    match result {
+        Ok(()) => {}
+        Err(TestError::Fail(reason, value)) => panic!("{reason}\nafter {value:?}"),
+        Err(TestError::Abort(reason)) => panic!("{reason}"),
+    }
+}
+
+fn live_through(hash: Hash, ops: &[Op]) -> Machine {
+    let mut machine = Machine::new(hash);
+    for op in ops {
+        machine.run(op);
+    }
+    machine
+}
+
+/// Whatever happens: contents stay, counters count what is there, and nothing is left in the end.
+#[test]
+fn histories() {
+    check(400, (any::<bool>(), history(40)), |(collide, ops)| {
+        let before = testing::live_bytes();
+        let hash = if collide { Hash::Colliding } else { Hash::Good };
+        live_through(hash, &ops).wind_up();
+        assert_eq!(testing::live_bytes(), before, "memory is lost");
+    });
+}
+
+/// Whatever has happened: once memory stays as it is, everything is merged that can be.
+#[test]
+fn everything_is_merged() {
+    check(300, history(30), |ops| {
+        let mut machine = live_through(Hash::Good, &ops);
+        machine.settle();
+        machine.assert_settled();
+        machine.wind_up();
+    });
+}
+
+/// Whatever has happened: after unmerging nothing is known, and everything can be merged again.
+#[test]
+fn unmerging_forgets_everything() {
+    check(200, history(30), |ops| {
+        let mut machine = live_through(Hash::Good, &ops);
+        machine.run(&Op::Unmerge {
+            fail_after: None,
+            beside: Vec::new(),
+        });
+        machine.settle();
+        machine.assert_settled();
+        machine.wind_up();
+    });
+}

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Formatting.
+
+pub use core::fmt::{
+    Alignment,
+    Arguments,
+    Binary,
+    Debug,
+    Display,
+    Error,
+    Formatter,
+    LowerExp,
+    LowerHex,
+    Octal,
+    Pointer,
+    Result,
+    UpperExp,
+    UpperHex,
+    Write, //
+};
