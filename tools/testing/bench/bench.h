@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * rksm-bench: the workloads of the benchmark, run in a guest by guest.sh.
+ *
+ * One run of the program is one workload, once, with the KSM that is loaded. It prints
+ * one JSON object a line; report.py makes tables and plots of them.
+ */
+#ifndef BENCH_H
+#define BENCH_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define PAGE 4096ul
+#define HUGE (2ul << 20)
+#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+
+/* What to run, from the command line. */
+struct options {
+	const char *workload;
+	const char *kase;	/* the case of the workload; NULL: all */
+	const char *impl;	/* builtin, rksm or none */
+	int smart_scan;
+	int round;
+	bool quick;
+	uint64_t seed;
+};
+
+extern struct options opt;
+
+/* util.c */
+
+void die(const char *fmt, ...) __attribute__((format(printf, 1, 2), noreturn));
+void note(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+uint64_t now_ns(void);
+void sleep_us(unsigned int us);
+uint64_t mix64(uint64_t x);
+
+/* An xorshift generator; any seed but 0. */
+struct rnd {
+	uint64_t s;
+};
+
+static inline uint64_t rnd_next(struct rnd *r)
+{
+	r->s ^= r->s << 13;
+	r->s ^= r->s >> 7;
+	r->s ^= r->s << 17;
+	return r->s;
+}
+
+bool read_text(const char *path, char *buf, size_t size);
+bool write_text(const char *path, const char *text);
+/* The number behind KEY in a file of "KEY: NUMBER" or "KEY NUMBER" lines; -1: none. */
+long long field_of(const char *path, const char *key);
+
+/* One line of output: the options, then what is added, then the end. */
+void json_begin(const char *kase);
+void json_u64(const char *key, uint64_t value);
+void json_f(const char *key, double value);
+void json_str(const char *key, const char *value);
+void json_list(const char *key, const uint64_t *values, size_t n);
+void json_pairs(const char *key, const uint64_t (*rows)[3], size_t n);
+void json_end(void);
+
+/* A growing list of times. */
+struct times {
+	uint64_t *at;
+	size_t n, room;
+};
+
+void times_add(struct times *t, uint64_t value);
+void times_sort(struct times *t);
+/* Of a sorted list; per_mille of 500 is the median. */
+uint64_t times_at(const struct times *t, unsigned int per_mille);
+void json_times(const char *name, struct times *t);
+
+/* ksm.c */
+
+uint64_t ksm_get(const char *file);
+void ksm_set(const char *file, const char *value);
+void ksm_set_u64(const char *file, uint64_t value);
+void ksm_knob(const char *assignment);
+/* Everything unmerged and stopped, knobs at what the benchmark uses. */
+void ksm_reset(void);
+void ksm_stop(void);
+/* pages and sleep for a scanner that runs by itself. */
+void ksm_run_freely(unsigned int pages, unsigned int sleep_ms);
+
+struct scan {
+	uint64_t cpu_ns;	/* of all scanning threads */
+	uint64_t wall_ns;
+	uint64_t scanned, skipped;
+	uint64_t full_scans;
+};
+
+struct scan scan_now(void);
+struct scan scan_since(const struct scan *before);
+
+/*
+ * Called every few milliseconds of a full scan, with what was spent since it began.
+ * Not called often enough to cost the scanner its CPU.
+ */
+typedef void (*watch_fn)(void *arg, const struct scan *sofar);
+
+/* One full scan from one end of the list to the other; false after limit_s seconds. */
+bool scan_once(struct scan *spent, unsigned int limit_s, watch_fn watch, void *arg);
+void json_scan(const struct scan *s);
+
+/* worker.c: processes with memory */
+
+enum content {
+	UNIQUE,		/* random, every page another */
+	TAIL,		/* equal but for the last 8 bytes */
+	COPIES,		/* random, shape.distinct different pages */
+	MIXED,		/* the first half COPIES, the second UNIQUE */
+	HUGE_ZERO,	/* the first page of each 2 MiB unique, all others zero */
+};
+
+struct shape {
+	enum content content;
+	size_t pages;		/* of this process */
+	size_t first;		/* number of its first page among all processes' */
+	size_t distinct;	/* contents of COPIES and of the half of MIXED */
+	size_t stride;		/* 1, or 64: one page present of 64 */
+	bool huge;
+};
+
+struct worker {
+	pid_t pid;
+	int fd;
+	uint64_t register_ns;	/* what madvise(MADV_MERGEABLE) took */
+};
+
+enum op {
+	OP_HASH,	/* xxh64 over each page; returns CPU ns */
+	OP_REWRITE,	/* a random quarter, arg is the generation; returns pages written */
+	OP_TOUCH,	/* write every page without changing it; returns ns */
+	OP_UNMERGE,	/* madvise(MADV_UNMERGEABLE); returns ns */
+	OP_MERGE,	/* madvise(MADV_MERGEABLE) */
+	OP_FORK,	/* a child that writes a few pages and exits; returns ns till it is gone */
+};
+
+void worker_start(struct worker *w, const struct shape *shape);
+uint64_t worker_do(const struct worker *w, enum op op, uint64_t arg);
+/* Kill it and wait until its memory is gone; returns how long that took. */
+uint64_t worker_kill(struct worker *w);
+/* Of one process, the pages that huge mappings hold. */
+uint64_t worker_huge_pages(const struct worker *w);
+/* The anonymous memory it holds, a page that it maps several times counted once. */
+uint64_t worker_pages_held(const struct worker *w);
+void fill_page(void *page, const struct shape *shape, size_t nr);
+void fill_memory(char *area, const struct shape *shape);
+
+uint64_t xxh64(const void *input, size_t len, uint64_t seed);
+
+/* The workloads. */
+void run_w1(void);
+void run_w2(void);
+void run_w3(void);
+void run_w4(void);
+void run_w5(void);
+void run_w6(void);
+void run_w7(void);
+void run_w8(void);
+void run_w9(void);
+void run_w10(void);
+void run_m(void);
+void run_scale(void);
+
+/* Whether the command line asks for this case. */
+bool wants(const char *kase);
+
+#endif

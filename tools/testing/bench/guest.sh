@@ -1,0 +1,83 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+# Usage: guest.sh ROUNDS quick|full OPTIONS WORKLOAD...
+#
+# In the guest: runs the workloads round by round, with each of SIDES (builtin, rksm) by
+# turns. JSON goes to stdout, progress to stderr. RKSM_ARGS are parameters of the module,
+# OPTIONS go to rksm-bench. Exit status 1 if a workload failed.
+
+rounds=$1 size=$2 options=$3
+shift 3
+[ "$size" = full ] || options="$options --quick"
+bench=/root/rksm-bench
+failed=0
+
+now() {
+	cut -d. -f1 /proc/uptime
+}
+start=$(now)
+
+run() {
+	printf '%5d s  round %d/%d  %-7s  %-3s  smart_scan=%d\n' \
+		$(($(now) - start)) "$round" "$rounds" "$2" "$1" "$3" >&2
+	# shellcheck disable=SC2086 # options are words
+	timeout 900 $bench $options --impl "$2" --smart-scan "$3" --round "$round" "$1" || {
+		failed=1
+		printf '\n{"workload":"%s","impl":"%s","smart_scan":%d,"round":%d,"failed":1}\n' \
+			"$1" "$2" "$3" "$round"
+	}
+}
+
+side() {
+	impl=$1
+	shift
+	if [ "$impl" = rksm ]; then
+		# shellcheck disable=SC2086 # parameters are words
+		insmod /rksm.ko $RKSM_ARGS || {
+			echo "rksm.ko does not load; see the kernel's log" >&2
+			failed=1
+			printf '{"workload":"insmod","impl":"rksm","smart_scan":0,"round":%d,"failed":1}\n' "$round"
+			return
+		}
+	fi
+	for w; do
+		# shellcheck disable=SC2046 # a row of the list: name, smart scan too, no KSM too
+		set -- $($bench --list | grep "^$w ")
+		if [ "$impl" = builtin ] && [ "$3" = 1 ]; then
+			run "$w" none 0
+		fi
+		run "$w" "$impl" 0
+		[ "$2" = 0 ] || [ "$w-$size" = W7-quick ] || run "$w" "$impl" 1
+	done
+	if [ "$impl" = rksm ]; then
+		echo 2 >/sys/kernel/mm/ksm/run
+		rmmod rksm || {
+			echo "rksm does not unload" >&2
+			exit 1
+		}
+	fi
+}
+
+printf '{"meta":{"release":"%s","cpus":%d,"mem_kb":%d,"cpu":"%s","rounds":%d,"quick":%s}}\n' \
+	"$(uname -r)" "$(grep -c ^processor /proc/cpuinfo)" \
+	"$(sed -n 's/^MemTotal: *\([0-9]*\).*/\1/p' /proc/meminfo)" \
+	"$(sed -n '/^model name/ { s/.*: //p; q }' /proc/cpuinfo)" \
+	"$rounds" "$([ "$size" = quick ] && echo true || echo false)"
+
+round=1
+while [ "$round" -le "$rounds" ]; do
+	# Whoever goes first, goes second in the next round.
+	order=
+	for impl in $SIDES; do
+		if [ $((round % 2)) = 1 ]; then
+			order="$order $impl"
+		else
+			order="$impl $order"
+		fi
+	done
+	for impl in $order; do
+		side "$impl" "$@"
+	done
+	round=$((round + 1))
+done
+exit $failed

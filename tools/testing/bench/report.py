@@ -1,0 +1,500 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Usage: report.py RAW.JSONL OUTDIR
+
+Tables (report.md, also printed), figures (results.json) and plots (*.png) of what
+rksm-bench printed. Works with one side missing and with a run that broke off. Exit
+status 1 if a workload failed.
+"""
+
+import json
+import os
+import statistics
+import sys
+import textwrap
+
+SIDES = ("builtin", "rksm")
+NAMES = {"builtin": "built-in", "rksm": "rksm", "none": "no KSM", "floor": "floor"}
+COLOURS = {"builtin": "tab:red", "rksm": "tab:blue", "floor": "tab:gray"}
+MIB = 256  # pages
+
+WHAT = {
+    "W1": "unique random pages: scanner CPU per page and full scan, over the first 4 full scans of fresh memory",
+    "W2": "pages that differ only in their last 8 bytes: the same figure",
+    "W3": "8 copies of each page: until 99 % of the possible saving is there",
+    "W4": "steady state, half of the pages copies (8 each), half unique, nothing changes",
+    "W5": "as W4, but a random quarter of the pages is rewritten before each of 6 full scans",
+    "W6": "processes of 1 MiB, one replaced and one forking every 10 ms, scanned at an equal rate",
+    "W7": "huge pages: unique, 8 copies of each 4 KiB, and zeros but for 4 KiB in 2 MiB",
+    "W8": "3 redis-server and 3 Python processes, each kind with the same data (2 x 16 MB a pair)",
+    "W9": "latency seen by a process that faults, mmaps and forks while its 32 MiB are scanned at an equal rate",
+    "W10": "time to undo merging of 256 MiB: a write to every page, run=2, MADV_UNMERGEABLE",
+    "M": "kernel memory that the scanner's knowledge takes: dense, one page present of 64, and merged (8 copies)",
+    "S": "full scans of 2 processes with 1 and 2 scan_threads",
+}
+
+
+class Metric:
+    def __init__(self, key, unit, of, more=False, digits=2):
+        self.key, self.unit, self.of, self.more, self.digits = key, unit, of, more, digits
+
+
+def visits(r):
+    """Pages that the scans went over, whether looked at or skipped."""
+    if r["workload"] in ("W6", "W9"):
+        return r["scanned"] + r["skipped"]
+    return r["pages"] * max(r["full_scans"], 1)
+
+
+def us_per_page(r):
+    return r["cpu_ns"] / visits(r) / 1e3
+
+
+def scan_us(part):
+    """CPU per page of some of the full scans."""
+
+    def of(r):
+        some = r["scan_cpu_ns"][part]
+        return sum(some) / len(some) / r["pages"] / 1e3
+
+    return of
+
+
+def mib_per_cpu_s(r):
+    return r["saved"] / MIB / (r["cpu_at_goal_ns"] / 1e9)
+
+
+def freed_per_cpu_s(r):
+    # Unique pages have nothing to free.
+    if not r["possible"]:
+        raise KeyError("possible")
+    return r["freed"] / MIB / (r["cpu_ns"] / 1e9)
+
+
+def per_page(key):
+    return lambda r: r[key] / r["pages"]
+
+
+def time_to_saving(index):
+    """When 90 % of what is saved in the end was saved."""
+
+    def of(r):
+        goal = 0.9 * r["saved"]
+        return next(row[index] for row in r["series"] if row[2] >= goal) / 1e3
+
+    return of
+
+
+def latency(op, point):
+    key = f"{op}_{point}_ns"
+    return Metric(f"{op} {point}", "µs", lambda r: r[key] / 1e3)
+
+
+CPU_PER_PAGE = Metric("CPU per page", "µs", us_per_page, digits=3)
+RATE = Metric("pages per second", "1/s", lambda r: r["rate"], digits=0)
+
+METRICS = {
+    "W1": [
+        CPU_PER_PAGE,
+        Metric("of the first scan", "µs", scan_us(slice(0, 1)), digits=3),
+        Metric("of later scans", "µs", scan_us(slice(1, None)), digits=3),
+    ],
+    "W2": [
+        CPU_PER_PAGE,
+        Metric("of the first scan", "µs", scan_us(slice(0, 1)), digits=3),
+        Metric("of later scans", "µs", scan_us(slice(1, None)), digits=3),
+    ],
+    "W3": [
+        Metric("merged per CPU second", "MiB/s", mib_per_cpu_s, more=True, digits=1),
+        Metric("CPU to 99 %", "s", lambda r: r["cpu_at_goal_ns"] / 1e9, digits=3),
+        Metric("full scans to 99 %", "", lambda r: r["full_scans"], digits=0),
+        CPU_PER_PAGE,
+    ],
+    "W4": [
+        CPU_PER_PAGE,
+        Metric("CPU per full scan", "ms", lambda r: r["cpu_ns"] / r["full_scans"] / 1e6),
+        Metric("saved, of what is possible", "%", lambda r: 100 * r["saved"] / r["goal"], more=True, digits=1),
+    ],
+    "W5": [
+        CPU_PER_PAGE,
+        Metric("pages merged", "", lambda r: r["merged"], digits=0),
+        Metric("merged pages broken", "", lambda r: r["broken"], digits=0),
+        Metric("saved at the end", "MiB", lambda r: r["saved"] / MIB, more=True, digits=1),
+    ],
+    "W6": [
+        CPU_PER_PAGE,
+        Metric("register, p50", "µs", lambda r: r["register_p50_ns"] / 1e3),
+        Metric("leave, p50", "µs", lambda r: r["leave_p50_ns"] / 1e3),
+        Metric("fork to exit, p50", "µs", lambda r: r["fork_exit_p50_ns"] / 1e3),
+        RATE,
+    ],
+    "W7": [
+        CPU_PER_PAGE,
+        Metric("freed per CPU second", "MiB/s", freed_per_cpu_s, more=True, digits=1),
+        Metric("freed, of what is possible", "%", lambda r: 100 * r["freed"] / r["possible"], more=True, digits=1),
+        Metric("full scans", "", lambda r: r["full_scans"], digits=0),
+        Metric("huge pages kept", "%", lambda r: 100 * r["huge_kept"] / r["huge_before"], more=True, digits=1),
+    ],
+    "W8": [
+        Metric("saved at the end", "MiB", lambda r: r["saved"] / MIB, more=True, digits=1),
+        Metric("CPU to 90 % of it", "s", time_to_saving(1), digits=3),
+        Metric("time to 90 % of it", "s", time_to_saving(0)),
+        Metric("CPU in all", "s", lambda r: r["cpu_ns"] / 1e9, digits=3),
+        Metric("pages visited", "", lambda r: r["scanned"] + r["skipped"], more=True, digits=0),
+    ],
+    "W9": [latency(op, p) for op in ("fault", "mmap", "fork") for p in ("p50", "p99", "p999")] + [RATE],
+    "W10": [
+        Metric("write to a merged page", "µs/page", lambda r: r["cow_ns"] / r["pages"] / 1e3, digits=3),
+        Metric("run=2", "µs/page", lambda r: r["run2_ns"] / r["pages"] / 1e3, digits=3),
+        Metric("MADV_UNMERGEABLE", "µs/page", lambda r: r["madvise_ns"] / r["pages"] / 1e3, digits=3),
+    ],
+    "M": [
+        Metric("all memory", "B/page", per_page("total_bytes"), digits=1),
+        Metric("of it in slabs", "B/page", per_page("slab_bytes"), digits=1),
+        Metric("of it in vmalloc", "B/page", per_page("vmalloc_bytes"), digits=1),
+    ],
+    "S": [
+        Metric("pages per second", "1/s", lambda r: r["pages"] * r["full_scans"] / (r["wall_ns"] / 1e9), more=True, digits=0),
+        CPU_PER_PAGE,
+    ],
+}
+
+
+class Figure:
+    """Median, minimum and maximum over the rounds."""
+
+    def __init__(self, values):
+        self.values = values
+        self.median = statistics.median(values)
+        self.low, self.high = min(values), max(values)
+
+    def text(self, digits):
+        spread = f" [{self.low:.{digits}f} … {self.high:.{digits}f}]" if len(self.values) > 1 else ""
+        return f"{self.median:.{digits}f}{spread}"
+
+
+def load(path):
+    meta, host, records, failed = {}, {}, [], []
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            try:
+                r = json.loads(line)
+            except json.JSONDecodeError:
+                # A workload that died in the middle of a line says so in the next.
+                continue
+            if "meta" in r:
+                meta = r["meta"]
+            elif "host" in r:
+                host = r["host"]
+            elif "failed" in r:
+                failed.append(r)
+            else:
+                records.append(r)
+    return meta, host, records, failed
+
+
+class Results:
+    def __init__(self, records):
+        self.figures = {}
+        self.records = records
+        self.cases = []
+        values = {}
+        for r in records:
+            case = (r["workload"], r["case"], r["smart_scan"])
+            for m in METRICS[r["workload"]]:
+                try:
+                    value = m.of(r)
+                except (KeyError, ZeroDivisionError):
+                    continue
+                values.setdefault((*case, r["impl"], m.key), []).append(value)
+            if "floor_ns" in r:
+                values.setdefault((*case, "floor", "CPU per page"), []).append(r["floor_ns"] / r["pages"] / 1e3)
+            if case not in self.cases:
+                self.cases.append(case)
+        self.figures = {k: Figure(v) for k, v in values.items()}
+        order = list(METRICS)
+        seen = {c: i for i, c in enumerate(self.cases)}
+        self.cases.sort(key=lambda c: (order.index(c[0]), c[2], seen[c]))
+
+    def get(self, workload, case, smart, side, key):
+        return self.figures.get((workload, case, smart, side, key))
+
+    def ratio(self, workload, case, smart, key):
+        """rksm over built-in."""
+        a, b = (self.get(workload, case, smart, s, key) for s in ("rksm", "builtin"))
+        return a.median / b.median if a and b and b.median else None
+
+    def of_workload(self, workload, smart=None):
+        return [c for c in self.cases if c[0] == workload and smart in (None, c[2])]
+
+
+def times(ratio):
+    """A ratio to the built-in as one reads it."""
+    if ratio is None:
+        return ""
+    if 0 < ratio < 0.995:
+        return f"1/{1 / ratio:.2f}"
+    return f"{ratio:.2f}"
+
+
+def table(head, rows):
+    widths = [max(len(str(r[i])) for r in [head, *rows]) for i in range(len(head))]
+    lines = ["| " + " | ".join(str(c).ljust(w) for c, w in zip(r, widths)) + " |" for r in [head, *rows]]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def tables(res):
+    parts = []
+    for w in METRICS:
+        cases = res.of_workload(w)
+        if not cases:
+            continue
+        extra = {"W9": "none"}.get(w, "floor")
+        with_extra = any(res.get(*c, extra, m.key) for c in cases for m in METRICS[w])
+        head = ["case", "smart_scan", "figure", "unit", "built-in", "rksm", "rksm : built-in"]
+        if with_extra:
+            head.insert(4, NAMES[extra])
+        rows = []
+        for c in cases:
+            for m in METRICS[w]:
+                side = {s: res.get(*c, s, m.key) for s in (*SIDES, extra)}
+                if not any(side.values()):
+                    continue
+                row = [c[1], c[2], m.key, m.unit]
+                if with_extra:
+                    row.append(side[extra].text(m.digits) if side[extra] else "")
+                row += [side[s].text(m.digits) if side[s] else "" for s in SIDES]
+                row.append(times(res.ratio(*c, m.key)))
+                rows.append(row)
+        # The row without any KSM has a smart_scan of its own.
+        parts.append(f"## {w}: {WHAT[w]}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+class Targets:
+    def __init__(self, res):
+        self.res = res
+        self.rows = []
+
+    def add(self, what, target, measured, met):
+        self.rows.append({"what": what, "target": target, "measured": measured, "met": met})
+
+    def at_most(self, what, case, key, limit, text):
+        r = self.res.ratio(*case, key)
+        self.add(f"{self.name(case)}: {what}", text, times(r) if r is not None else "not measured",
+                 None if r is None else r <= limit)
+
+    def at_least(self, what, case, key, limit, text):
+        r = self.res.ratio(*case, key)
+        self.add(f"{self.name(case)}: {what}", text, f"{r:.2f} times" if r is not None else "not measured",
+                 None if r is None else r >= limit)
+
+    def no_worse(self, what, case, key):
+        """Not above the built-in's median, or within what the built-in itself spread over."""
+        ours, theirs = (self.res.get(*case, s, key) for s in ("rksm", "builtin"))
+        if not ours or not theirs:
+            self.add(f"{self.name(case)}: {what}", "not above the built-in", "not measured", None)
+            return
+        self.add(f"{self.name(case)}: {what}", "not above the built-in",
+                 f"{ours.median:.2f}, built-in {theirs.median:.2f} [{theirs.low:.2f} … {theirs.high:.2f}]",
+                 ours.median <= max(theirs.median, theirs.high))
+
+    @staticmethod
+    def name(case):
+        return f"{case[0]} {case[1]}, smart_scan={case[2]}"
+
+    def floor(self, case, factor, text):
+        ours, floor = (self.res.get(*case, s, "CPU per page") for s in ("rksm", "floor"))
+        r = ours.median / floor.median if ours and floor else None
+        self.add(f"{self.name(case)}: CPU per page against the floor (aim)", text,
+                 f"{r:.2f} times" if r is not None else "not measured", None if r is None else r <= factor)
+
+
+def targets(res):
+    t = Targets(res)
+    cpu = "CPU per page"
+    for smart in (0, 1):
+        sizes = {c[1]: c for c in res.of_workload("W1", smart)}
+        for size, limit in (("64Ki", 6), ("256Ki", 7)):
+            if size in sizes:
+                t.at_most(cpu, sizes[size], cpu, 1 / limit, f"at most 1/{limit}")
+        small, large = (res.get("W1", s, smart, "rksm", cpu) for s in ("16Ki", "256Ki"))
+        if small and large:
+            g = large.median / small.median
+            t.add(f"W1, smart_scan={smart}: 256 Ki against 16 Ki", "at most 1.15", f"{g:.2f}", g <= 1.15)
+        for c in sizes.values():
+            t.floor(c, 1.5, "at most 1.5 times")
+        for c in res.of_workload("W2", smart):
+            t.at_most(cpu, c, cpu, 1 / 12, "at most 1/12")
+        for c in res.of_workload("W3", smart):
+            t.at_least("merged per CPU second", c, "merged per CPU second", 3, "at least 3 times")
+            t.no_worse("full scans to 99 %", c, "full scans to 99 %")
+        for c in res.of_workload("W4", smart):
+            t.at_most(cpu, c, cpu, 1 / 5, "at most 1/5")
+            t.floor(c, 1, "below it")
+        for c in res.of_workload("W5", smart):
+            t.at_most(cpu, c, cpu, 1 / 4, "at most 1/4")
+            t.no_worse("merged pages broken again", c, "merged pages broken")
+        for c in res.of_workload("W6", smart):
+            t.at_most(cpu, c, cpu, 1 / 3, "at most 1/3")
+        for c in res.of_workload("W7", smart):
+            # A scan that frees memory does more than one that does not: there it counts what is freed for the CPU.
+            if c[1] != "unique":
+                t.at_least("freed per CPU second", c, "freed per CPU second", 1, "not less")
+            else:
+                t.no_worse(cpu, c, cpu)
+                kept = res.get(*c, "rksm", "huge pages kept")
+                t.add(f"{t.name(c)}: huge pages kept", "all", kept.text(1) + " %" if kept else "not measured",
+                      kept.low >= 100 if kept else None)
+            if c[1] == "zeros":
+                freed = res.get(*c, "rksm", "freed, of what is possible")
+                t.add(f"{t.name(c)}: freed with use_zero_pages=0 (no collapse)", "at least 99 %",
+                      freed.text(1) + " %" if freed else "not measured", freed.low >= 99 if freed else None)
+    for c in res.of_workload("W9"):
+        if res.get(*c, "rksm", "fault p50") or res.get(*c, "builtin", "fault p50"):
+            for m in METRICS["W9"][:-1]:
+                t.no_worse(m.key + ", µs", c, m.key)
+    for c in res.of_workload("W10"):
+        for m in METRICS["W10"]:
+            t.no_worse(m.key + ", µs/page", c, m.key)
+    for case, limit in (("dense", 24), ("sparse", 96)):
+        if ("M", case, 0) in res.cases:
+            f = res.get("M", case, 0, "rksm", "all memory")
+            t.add(f"M {case}: bytes per tracked page", f"at most {limit}", f.text(1) if f else "not measured",
+                  f.median <= limit if f else None)
+    if ("M", "merged", 0) in res.cases:
+        t.no_worse("bytes per merged page", ("M", "merged", 0), "all memory")
+    for c in {x[1].split(",")[0]: x for x in res.of_workload("S")}:
+        for smart in (0, 1):
+            one, two = (res.get("S", f"{c},{n}", smart, "rksm", "pages per second") for n in (1, 2))
+            if one and two:
+                r = two.median / one.median
+                t.add(f"S {c}: pages per second, 2 threads against 1", "at least 1.7 times", f"{r:.2f} times", r >= 1.7)
+    return t.rows
+
+
+def plots(res, where, caption):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    made = []
+
+    def save(fig, name, title):
+        fig.suptitle(title)
+        # Two lines, so that what it says of emulation is there on narrow plots too.
+        fig.text(0.5, 0.005, textwrap.fill(caption, len(caption) // 2 + 12), ha="center", fontsize=7)
+        fig.tight_layout(rect=(0, 0.05, 1, 0.98))
+        path = os.path.join(where, name)
+        fig.savefig(path, dpi=120)
+        plt.close(fig)
+        made.append(path)
+
+    def pages_of(case):
+        return next(r["pages"] for r in res.records if (r["workload"], r["case"], r["smart_scan"]) == case)
+
+    for smart in (0, 1):
+        cases = sorted(res.of_workload("W1", smart), key=pages_of)
+        if not cases:
+            continue
+        fig, ax = plt.subplots(figsize=(8, 5))
+        for side in (*SIDES, "floor"):
+            points = [(pages_of(c), res.get(*c, side, "CPU per page")) for c in cases]
+            points = [(x, f) for x, f in points if f]
+            if points:
+                ys = [f.median for _, f in points]
+                ax.errorbar([x for x, _ in points], ys,
+                            yerr=[[f.median - f.low for _, f in points], [f.high - f.median for _, f in points]],
+                            marker="o", capsize=3, label=NAMES[side], color=COLOURS[side])
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([pages_of(c) for c in cases], [c[1] for c in cases])
+        ax.set_yscale("log")
+        ax.set_xlabel("unique pages")
+        ax.set_ylabel("scanner CPU per page and full scan (µs)")
+        ax.grid(True, which="both", alpha=0.3)
+        ax.legend()
+        save(fig, f"w1-cost-smart{smart}.png", f"W1: cost per page against size, smart_scan={smart} (median, min to max)")
+
+    def over_time(workload, case, smart, name, title):
+        runs = [r for r in res.records if (r["workload"], r["case"], r["smart_scan"]) == (workload, case, smart)]
+        if not runs:
+            return
+        fig, (saved, cpu) = plt.subplots(1, 2, figsize=(11, 5))
+        labelled = set()
+        for r in runs:
+            if not r["series"]:
+                continue
+            label = None if r["impl"] in labelled else NAMES[r["impl"]]
+            labelled.add(r["impl"])
+            style = {"color": COLOURS[r["impl"]], "alpha": 0.7, "lw": 1.2}
+            ts = [row[0] / 1e3 for row in r["series"]]
+            saved.plot(ts, [row[2] / MIB for row in r["series"]], label=label, **style)
+            cpu.plot(ts, [row[1] / 1e3 for row in r["series"]], label=label, **style)
+        for ax, what in ((saved, "memory saved (MiB)"), (cpu, "scanner CPU (s)")):
+            ax.set_xlabel("time (s)")
+            ax.set_ylabel(what)
+            ax.grid(True, alpha=0.3)
+            ax.legend()
+        save(fig, name, title + " (one line per round)")
+
+    for c in res.of_workload("W8"):
+        over_time(*c, "w8-time.png", "W8: redis and Python, memory saved and CPU against time")
+    for c in res.of_workload("W3", 0):
+        over_time(*c, f"w3-time-{c[1]}.png", f"W3, {c[1]}: memory saved and CPU against time, smart_scan=0")
+    return made
+
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    raw, where = sys.argv[1:]
+    meta, host, records, failed = load(raw)
+    if not records:
+        sys.exit(f"{raw}: no result at all")
+    for r in records:
+        if r["workload"] == "W9" and r["impl"] == "none":
+            r["smart_scan"] = 0
+    res = Results(records)
+    how = "software emulation (QEMU TCG), not hardware" if host.get("accel", "tcg") == "tcg" else "QEMU with KVM"
+    caption = (f"Linux {meta.get('release', '?')}, {meta.get('cpus', '?')} CPUs, "
+               f"{meta.get('mem_kb', 0) / 1048576:.1f} GiB, run under {how}; "
+               f"median [min … max] of {meta.get('rounds', '?')} rounds, sides by turns in one boot")
+    if meta.get("quick"):
+        caption += "; quick sizes"
+    rows = targets(res)
+    text = [
+        "# rksm against the built-in KSM",
+        caption + ".",
+        f"The machine's load was {host.get('load_before', '?')} before and {host.get('load_after', '?')} after "
+        f"(on {host.get('cpus', '?')} CPUs; the guest alone makes about 1); it took {host.get('seconds', '?')} s. "
+        "CPU is the run time of the scanning threads from /proc/PID/schedstat. The floor is one xxh64, by a program, "
+        "of each page of the same memory. A page counts once for each full scan that goes over it.",
+        tables(res),
+        "## Targets (issue: ratios to the built-in of the same boot)",
+        table(["what", "target", "measured", "met"],
+              [[r["what"], r["target"], r["measured"], {True: "yes", False: "NO", None: "-"}[r["met"]]] for r in rows]),
+    ]
+    if failed:
+        text.append("## Failed\n\n" + "\n".join(f"- {json.dumps(f)}" for f in failed))
+    text = "\n\n".join(text) + "\n"
+    sys.stdout.write(text)
+    with open(os.path.join(where, "report.md"), "w", encoding="utf-8") as f:
+        f.write(text)
+    units = {(w, m.key): m.unit for w, ms in METRICS.items() for m in ms}
+    with open(os.path.join(where, "results.json"), "w", encoding="utf-8") as f:
+        json.dump({
+            "caption": caption, "guest": meta, "host": host, "failed": failed, "targets": rows,
+            "figures": [
+                {"workload": w, "case": c, "smart_scan": s, "impl": i, "figure": k, "what": WHAT[w],
+                 "unit": units[w, k], "median": v.median, "min": v.low, "max": v.high, "rounds": v.values}
+                for (w, c, s, i, k), v in res.figures.items()
+            ],
+        }, f, indent=1, ensure_ascii=False)
+    plots(res, where, caption)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
