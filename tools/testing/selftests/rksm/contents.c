@@ -152,9 +152,20 @@ static void map_huge(struct area *area)
 
 static void collapse(struct area *area)
 {
-	size_t huge = rnd_below(area->pages * PAGE / HPAGE);
+	size_t first = rnd_below(area->pages * PAGE / HPAGE) * (HPAGE / PAGE);
+	char *huge = area->page[first];
+	struct mapping map;
 
-	area->special += !madvise(area->page[0] + huge * HPAGE, HPAGE, MADV_COLLAPSE);
+	if (!madvise(huge, HPAGE, MADV_COLLAPSE)) {
+		area->special++;
+		return;
+	}
+	/* Merged pages can keep it from being collapsed: have the fault make a huge page */
+	if (madvise(huge, HPAGE, MADV_DONTNEED))
+		return;
+	memcpy(huge, shadow_of(area, first), HPAGE);
+	mappings_of(getpid(), huge, 1, &map);
+	area->special += !!(map.flags & KPF_THP);
 }
 
 static void map_proc_mem(struct area *area)
