@@ -4,17 +4,17 @@
 #
 # Compares what upstream's tests say of the built-in KSM and of rksm in the same boot, and
 # prints it in TAP and as a table. What passes there and not here fails. What passes
-# nowhere is skipped, as it needs something that the kernel does not have.
+# nowhere is skipped, as it needs something that the kernel does not have. Of a case that
+# was tried again the last try counts, and the table says how many there were.
 
 use strict;
 use warnings;
 use TAP::Parser;
 
-my (%result, @cases, $ksm, $program, $tap);
+my (%result, %tries, @cases, $ksm, $program, $tap);
 
 # One program's TAP. A program with one test is its options' case.
 sub take {
-    my ($status) = @_;
     my $parser = TAP::Parser->new({ tap => $tap });
     my $tests = 0;
     while (my $line = $parser->next) {
@@ -27,6 +27,7 @@ sub take {
         my $case = "$program: " . ($program =~ /^ksm_tests/ ? 'result' : "$tests");
         push @cases, $case unless $result{$case};
         $result{$case}{$ksm} = $line->has_skip ? 'skip' : $line->is_ok ? 'pass' : 'FAIL';
+        $result{$case}{"$ksm tries"} = $tries{"$ksm: $program"};
         $result{$case}{name} //= $program =~ /^ksm_tests/ ? $program : "$program: $name";
     }
     # A crash or an exit half-way
@@ -38,10 +39,11 @@ sub take {
 
 while (my $line = <STDIN>) {
     $line =~ s/\r$//;
-    if ($line =~ /^#### exit (\d+)/) {
-        take($1);
+    if ($line =~ /^#### exit \d+/) {
+        take();
     } elsif ($line =~ /^#### (.+?): (.+)$/) {
         ($ksm, $program, $tap) = ($1, $2, '');
+        $tries{"$ksm: $program"}++;
     } elsif (defined $tap) {
         # "Bail out!" is how kselftest ends after a failure that it has reported
         $tap .= $line unless $line =~ /^Bail out!/;
@@ -55,7 +57,11 @@ for my $case (@cases) {
     my $r = $result{$case};
     my ($there, $here) = map { $r->{$_} // 'missing' } 'built-in', 'rksm';
     $n++;
-    $table .= sprintf "#| %-66s %-9s %s\n", $r->{name}, $there, $here
+    my ($tried_there, $tried_here) = map {
+        my $tries = $r->{"$_ tries"} // 1;
+        ($r->{$_} // 'missing') . ($tries > 1 ? " ($tries)" : '')
+    } 'built-in', 'rksm';
+    $table .= sprintf "#| %-66s %-9s %s\n", $r->{name}, $tried_there, $tried_here
         unless $case =~ /completes$/ && $there eq $here;
     if ($here eq 'pass') {
         $tests .= "ok $n $r->{name}\n";

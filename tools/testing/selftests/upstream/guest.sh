@@ -32,11 +32,17 @@ cases() {
 
 run_all() {
 	cases "$2" | while read -r program; do
-		echo "#### $1: $program"
-		# shellcheck disable=SC2086 # a program and its options
-		./$program </dev/null 2>&1
-		echo
-		echo "#### exit $?"
+		# -U waits for one full scan, which may have passed the pages before it wrote to them:
+		# a case of ksm_tests has three tries, on either KSM.
+		for _ in 1 2 3; do
+			echo "#### $1: $program"
+			# shellcheck disable=SC2086 # a program and its options
+			./$program </dev/null 2>&1
+			status=$?
+			echo
+			echo "#### exit $status"
+			[ $status = 1 ] && [ "${program#ksm_tests}" != "$program" ] || break
+		done
 	done
 }
 
