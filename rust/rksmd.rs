@@ -117,6 +117,9 @@ pub(crate) const NAMES: [&CStr; 24] = [
     c"advisor_target_scan_time",
 ];
 
+/// Most pages that are scanned before the counters are shown anew: a large `pages_to_scan` takes long.
+const SLICE: u32 = 1024;
+
 /// Fewest stable nodes that are looked at for a page that is gone after each batch.
 const SWEEP_MIN: usize = 32;
 
@@ -350,15 +353,22 @@ impl Ksm {
                 return;
             }
             let Core { engine, batch, .. } = core;
+            let slice = budget.min(SLICE);
+            budget -= slice;
+            let mut left = slice;
             let step = self.visit(|claim| {
                 let (id, mm) = (claim.id(), claim.mm());
                 let progress =
-                    engine.scan_mm(&policy, self, (id, mm), claim.address(), batch, &mut budget);
+                    engine.scan_mm(&policy, self, (id, mm), claim.address(), batch, &mut left);
                 Visited {
                     progress,
                     tracked: engine.tracks(id),
                 }
             });
+            budget += left;
+            if slice == SLICE {
+                self.publish(core);
+            }
             match step {
                 Step::Visited { reap: true } => self.attention.store(true, Relaxed),
                 Step::Visited { reap: false } => {}
