@@ -267,6 +267,58 @@ static bool under_load(int cycles)
 
 /* Leaks */
 
+/*
+ * A kernel that lacks something is as good as a module that wants something else: the names
+ * in a copy of the module are misspelt. It must refuse to load with err, in one line that
+ * has what is missing, and leave the built-in as it is.
+ */
+static bool refused(const char *const *names, int err)
+{
+	static const char copy[] = "/tmp/misspelt.ko";
+	const char *path = module_path;
+	int in = open(path, O_RDONLY | O_CLOEXEC), got, lines = 0;
+	int out = open(copy, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+	int log = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+	off_t size = in < 0 ? 0 : lseek(in, 0, SEEK_END);
+	char *image = malloc(size), line[8192];
+	bool ok = true;
+
+	if (log < 0 || lseek(log, 0, SEEK_END) < 0 || pread(in, image, size, 0) != size)
+		die("cannot read %s or the log: %s", path, strerror(errno));
+	for (; *names; names++) {
+		size_t len = strlen(*names);
+		char *at = image;
+
+		while ((at = memmem(at, image + size - at, *names, len)))
+			at[len - 1] = '_';
+	}
+	if (write(out, image, size) != size || close(out))
+		die("cannot write %s: %s", copy, strerror(errno));
+	free(image);
+	close(in);
+	module_path = copy;
+	got = module_insert("");
+	module_path = path;
+	unlink(copy);
+	for (;;) {
+		ssize_t n = read(log, line, sizeof(line) - 1);
+
+		if (n <= 0)
+			break;
+		line[n] = 0;
+		if (!strstr(line, "rksm: cannot load"))
+			continue;
+		lines++;
+		ksft_print_msg("%s", strchr(line, ';') + 1);
+	}
+	close(log);
+	if (got != err || lines != 1) {
+		ksft_print_msg("insmod: %s, not %s; %d lines\n", strerror(-got), strerror(-err), lines);
+		ok = false;
+	}
+	return !module_loaded() && merges() && ok;
+}
+
 static long meminfo(const char *field)
 {
 	char buf[4096], *at;
@@ -322,7 +374,7 @@ int main(int argc, char **argv)
 		ksft_exit_skip("no module named\n");
 	if (module_loaded())
 		ksft_exit_fail_msg("rksm is loaded already\n");
-	test_plan(19);
+	test_plan(22);
 	ksm_reset();
 	open_all();
 	area = map_pages(COPIES);
@@ -353,6 +405,12 @@ int main(int argc, char **argv)
 	ok = module_insert("run=1x");
 	ksft_test_result(ok && !module_loaded() && merges(),
 			 "a bad parameter is refused, and the built-in merges on\n");
+	ksft_test_result(refused((const char *[]){ "root_stable_tree", "migrate_nodes", NULL }, -ENOENT),
+			 "a kernel without two symbols is refused, and the built-in merges on\n");
+	ksft_test_result(refused((const char *[]){ "linear_page_index", NULL }, -EINVAL),
+			 "a kernel with another layout is refused, and the built-in merges on\n");
+	ksft_test_result(refused((const char *[]){ "kallsyms_on_each_match_symbol", NULL }, -ENOENT),
+			 "a kernel without kallsyms is refused, and the built-in merges on\n");
 	ksm_set("run", 0);
 	ok = insert("run=1") && ksm_get("run") == 1 && ksm_until("pages_sharing", COPIES - 1, 30);
 	ksm_set("run", 2);
