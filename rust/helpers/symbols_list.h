@@ -29,7 +29,6 @@ D(unsigned long, ksm_run)
 D(struct mutex, ksm_thread_mutex)
 D(spinlock_t, ksm_mmlist_lock)
 D(void, ksm_mm_head)
-D(void, ksm_scan)
 D(struct rb_root *, root_stable_tree)
 D(struct list_head, migrate_nodes)
 D(unsigned long, ksm_pages_shared)
@@ -83,6 +82,9 @@ F(void, mm_trace_rss_stat, (struct mm_struct *mm, int member), (mm, member))
 /* mm/mmu_notifier.c */
 F(int, __mmu_notifier_invalidate_range_start, (struct mmu_notifier_range *range), (range))
 F(void, __mmu_notifier_invalidate_range_end, (struct mmu_notifier_range *range), (range))
+#ifdef CONFIG_LOCKDEP
+D(struct lockdep_map, __mmu_notifier_invalidate_range_start_map)
+#endif
 
 /* mm/page_vma_mapped.c, mm/pagewalk.c */
 F(bool, page_vma_mapped_walk, (struct page_vma_mapped_walk *pvmw), (pvmw))

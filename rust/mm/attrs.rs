@@ -137,7 +137,15 @@ pub(crate) struct Text {
 
 /// As sysfs gives to `show`: a whole aligned page.
 #[repr(C, align(4096))]
+#[derive(Zeroable)]
 struct PageBuffer([u8; PAGE_SIZE]);
+
+impl PageBuffer {
+    /// A page of zeroes, which never is on the stack.
+    fn new() -> Result<KBox<Self>> {
+        KBox::init(pin_init::init_zeroed(), GFP_KERNEL)
+    }
+}
 
 impl Text {
     /// The text `text`, of a page at most.
@@ -146,7 +154,7 @@ impl Text {
     ///
     /// `EINVAL` if it is longer, `ENOMEM`.
     pub(crate) fn new(text: &[u8]) -> Result<Self> {
-        let mut page = KBox::new(PageBuffer([0; PAGE_SIZE]), GFP_KERNEL)?;
+        let mut page = PageBuffer::new()?;
         page.0
             .get_mut(..text.len())
             .ok_or(EINVAL)?
@@ -255,7 +263,7 @@ impl<F: Files> Attrs<F> {
     /// `EINVAL` for an index that is none or a file that cannot be read, `ENOMEM`, or what the
     /// built-in returns.
     pub(crate) fn builtin_show(&self, file: usize) -> Result<Text> {
-        let mut page = KBox::new(PageBuffer([0; PAGE_SIZE]), GFP_KERNEL)?;
+        let mut page = PageBuffer::new()?;
         let file = self.inner.files.get(file).ok_or(EINVAL)?;
         let len = self.inner.forward_show(file, page.0.as_mut_ptr().cast());
         to_result(len as c_int)?;

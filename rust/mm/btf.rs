@@ -62,10 +62,6 @@ const LAYOUTS: &[Layout] = layouts! {
         c"slot" => slot,
         c"rmap_list" => rmap_list,
     }
-    c"ksm_scan" ksm_scan {
-        c"mm_slot" => mm_slot,
-        c"seqnr" => seqnr,
-    }
 };
 
 /// A struct in the running kernel's BTF.

@@ -132,12 +132,6 @@ impl Symbols {
         unsafe { bindings::rksm_data_ksm_mm_head() }.cast()
     }
 
-    /// `ksm_scan`, the built-in's cursor.
-    pub(crate) fn ksm_scan(self) -> *mut bindings::layout::ksm_scan {
-        // SAFETY: Only reads a pointer that is resolved.
-        unsafe { bindings::rksm_data_ksm_scan() }.cast()
-    }
-
     /// `migrate_nodes`, protected by [`Self::ksm_thread_mutex`].
     pub(crate) fn migrate_nodes(self) -> *mut list_head {
         // SAFETY: Only reads a pointer that is resolved.
