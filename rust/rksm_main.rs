@@ -58,6 +58,10 @@ module! {
             default: -1,
             description: "sleep_millisecs: pause between batches; -1 (default) takes the built-in's over",
         },
+        delay: u32 {
+            default: 0,
+            description: "delay: wait up to so many microseconds where races would happen, for tests (default 0)",
+        },
         check: bool {
             default: false,
             description: "check: test all invariants after each full scan, which takes long (default 0)",
@@ -76,6 +80,7 @@ struct Rksm {
 
 impl kernel::Module for Rksm {
     fn init(_module: &'static ThisModule) -> Result<Self> {
+        mm::delay::set_limit(module_parameters::delay.value());
         let symbols = Symbols::resolve()?;
         mm::btf::check_layouts(symbols)?;
         let takeover = Takeover::<Ksm>::new(symbols, &NAMES)?;
@@ -120,9 +125,12 @@ impl Rksm {
 impl Drop for Rksm {
     fn drop(&mut self) {
         self.takeover.close();
+        mm::delay::sleep();
         let ran = self.thread.take().is_some();
+        mm::delay::sleep();
         self.notifier = None;
         self.probes = None;
+        mm::delay::sleep();
         self.ksm.shut_down();
         match self
             .ksm

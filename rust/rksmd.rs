@@ -45,6 +45,7 @@ use crate::{
     },
     mm::{
         attrs::Files,
+        delay,
         ksm,
         ksm::StableNodes,
         kthread::Current,
@@ -360,6 +361,7 @@ impl Ksm {
                 let (id, mm) = (claim.id(), claim.mm());
                 let progress =
                     engine.scan_mm(&policy, self, (id, mm), claim.address(), batch, &mut left);
+                delay::sleep();
                 Visited {
                     progress,
                     tracked: engine.tracks(id),
@@ -585,10 +587,12 @@ impl Pins<PinnedMm> for Ksm {
 
 impl MmEvents for Ksm {
     fn enter(&self, mm: &Mm) {
+        delay::spin();
         self.register(mm);
     }
 
     fn exit(&self, mm: &Mm) {
+        delay::spin();
         if MmList::exit(self, mm.as_raw() as usize) {
             self.attend();
         }

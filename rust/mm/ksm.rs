@@ -17,6 +17,7 @@
 
 use super::{
     arena::Arena,
+    delay,
     folio::{
         self,
         FolioLock,
@@ -226,6 +227,7 @@ impl StableNodes {
             // SAFETY: `frame` is one that held our page; frames that are taken offline are pruned before.
             let folio = unsafe { NonNull::new_unchecked(raw::rksm_pfn_folio(frame)) };
             if folio::mapping(folio) == expected {
+                delay::spin();
                 let reference = loop {
                     // SAFETY: As above.
                     match unsafe { FolioRef::try_get(folio) } {
@@ -271,6 +273,7 @@ impl StableNodes {
         let expected = node.as_ptr() as usize | FOLIO_MAPPING_KSM;
         loop {
             let folio = self.get_folio(node, Get::NoLock).ok()?;
+            delay::sleep();
             let lock = folio.lock();
             // Until it was locked, the page may have been migrated.
             if folio.mapping() == expected {
@@ -445,6 +448,7 @@ impl StableNodes {
         self.items.reserve().map_err(|_| Refusal::NoMemory)?;
         Self::in_vma(at, |live, vma| {
             let item = self.new_item(at, vma)?;
+            delay::sleep();
             if let Target::Itself(node) = target {
                 // The page becomes findable with its item on the node: no folio names the node yet.
                 self.append(item, *node, None);
@@ -537,6 +541,7 @@ impl Memory for StableNodes {
         look: &mut dyn Look,
     ) -> Collected {
         batch.set_limit(limit);
+        delay::sleep();
         let guard = mm.mmap_read_lock();
         let Some(live) = guard.live() else {
             return Collected::Exiting;
@@ -612,6 +617,7 @@ impl Memory for StableNodes {
             batch.truncate_after(i)
         });
         if let Ok(item) = result {
+            delay::sleep();
             // The reference has kept the folio where it is, so its `mapping` is still the node.
             let lock = kfolio.lock();
             self.append(item, node, Some(&lock));
@@ -676,9 +682,11 @@ impl Memory for StableNodes {
             raw::rksm_folio_get(folio);
             FolioRef::from_raw(NonNull::new_unchecked(folio))
         };
+        delay::sleep();
         let second = self.merge_second(&other, &kfolio);
         match second {
             Ok(second) => {
+                delay::sleep();
                 let lock = kfolio.lock();
                 self.append(second, node, Some(&lock));
                 Ok(Pair {
@@ -729,6 +737,7 @@ impl Memory for StableNodes {
         let folio = unsafe { FolioRef::try_get(folio) }.ok_or(Refusal::Stale)?;
         self.items.reserve().map_err(|_| Refusal::NoMemory)?;
         let item = Self::in_vma(&at, |_, vma| self.new_item(&at, vma))?;
+        delay::sleep();
         let lock = folio.lock();
         let expected = node.as_ptr() as usize | FOLIO_MAPPING_KSM;
         if folio.mapping() != expected {
@@ -908,6 +917,7 @@ impl StableNodes {
     fn undo_first(&mut self, at: &Place<'_, PinnedMm>, first: ItemId) {
         let node = self.node_of(first);
         if let Some(_user) = at.mm.mmget_not_zero() {
+            delay::sleep();
             merge::break_one(&at.mm.mmap_read_lock(), at.addr);
         }
         let _ = self.release_item(first);

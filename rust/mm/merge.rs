@@ -14,6 +14,7 @@
 //! lock.
 
 use super::{
+    delay,
     folio::FolioRef,
     ksm::StableNode,
     pin::{
@@ -196,6 +197,7 @@ fn share_locked(
     if unsafe { raw::rksm_folio_test_ksm(folio) } {
         return Err(Refusal::Gone);
     }
+    delay::sleep();
     let _bracket = Invalidate::new(mm, addr);
     let pte = PteGuard::lock(vma, addr).ok_or(Refusal::Gone)?;
     let entry = pte.get();
@@ -218,6 +220,7 @@ fn share_locked(
     };
 
     let entry = pte.clear_flush();
+    delay::spin();
     // From here on nobody can reach the page through this entry: undo by setting it again.
     // SAFETY: The folio is referenced and locked.
     if writable && unsafe { raw::rksm_folio_pinned_beyond(folio, 1) } {

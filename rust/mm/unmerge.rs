@@ -3,6 +3,7 @@
 //! Unmerging: giving every mapping of a merged page a page of its own.
 
 use super::{
+    delay,
     merge,
     pin::PinnedMm,
     raw, //
@@ -26,6 +27,7 @@ const FAULTS: usize = 64;
 pub(crate) fn unmerge_mm(mm: &PinnedMm) -> Result {
     let mut at = 0;
     while let Some(_user) = mm.mmget_not_zero() {
+        delay::sleep();
         let guard = mm.mmap_read_lock();
         let Some(live) = guard.live() else {
             break;
@@ -36,6 +38,7 @@ pub(crate) fn unmerge_mm(mm: &PinnedMm) -> Result {
         let start = at.max(vma.start());
         let end = vma.end().min(start.saturating_add(SPAN));
         at = merge::break_ksm(vma, start, end, FAULTS)?.unwrap_or(end);
+        delay::sleep();
     }
     Ok(())
 }
