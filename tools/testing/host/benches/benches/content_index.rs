@@ -2,7 +2,7 @@
 
 //! Page state and content index at native speed, beside a tree ordered by content.
 //!
-//! `cargo bench --bench content_index`; `RKSM_BENCH_PAGES=1048576,16777216` chooses other numbers of pages than the quick ones
+//! `cargo bench -p engine-benches`; `RKSM_BENCH_PAGES=1048576,16777216` chooses other numbers of pages than the quick ones
 //! by default. 16 Mi pages take 3 GiB of memory and some minutes.
 //!
 //! The tree is a `BTreeMap` whose keys are compared by the first cache line of their pages, which differ there. That is kind
