@@ -41,7 +41,9 @@ run_all() {
 			status=$?
 			echo
 			echo "#### exit $status"
-			[ $status = 1 ] && [ "${program#ksm_tests}" != "$program" ] || break
+			if [ $status != 1 ] || [ "${program#ksm_tests}" = "$program" ]; then
+				break
+			fi
 		done
 	done
 }

@@ -96,7 +96,7 @@ impl Memory for SimMemory {
         batch: &mut Batch,
         look: &mut dyn Look,
     ) -> Collected {
-        let mut world = self.sleep();
+        let world = self.sleep();
         if mm.exiting() {
             return Collected::Exiting;
         }
