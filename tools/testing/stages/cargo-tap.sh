@@ -4,7 +4,7 @@
 
 # cargo_tap OPTION... [-- OPTION...] - `cargo test` in tools/testing/host, in TAP.
 cargo_tap() {
-	cd "$RKSM_TOP/tools/testing/host"
+	cd "$RKSM_TOP/tools/testing/host" || return
 	in_sysroot env CARGO_TARGET_DIR="$RKSM_TOP/build/host" CARGO_TERM_COLOR=never \
 		cargo test --no-fail-fast "$@" 2>&1 | awk '
 		/^test .* \.\.\. (ok|FAILED|ignored)/ {
