@@ -32,6 +32,14 @@ shell: modules ## A shell in a guest with rksm loaded
 check: ## Formatting, warnings, clippy, host tests
 	@scripts/check
 
+.PHONY: coverage
+coverage: ## Lines and branches of the engine that the host tests reach
+	@scripts/coverage
+
+.PHONY: mutants
+mutants: ## Which small mistakes in the engine the host tests notice; hours
+	@scripts/mutants
+
 .PHONY: test
 test: ## Every test; ends in "N passed, M failed"
 	@scripts/test

@@ -40,7 +40,7 @@ pub enum Refusal {
     Stale,
     /// The pages are on different NUMA nodes, and `merge_across_nodes` is 0.
     FarNode,
-    /// The entry is write-protected for a userfaultfd.
+    /// The entry is protected for a userfaultfd, against writes or against any access.
     Userfault,
     /// The module is being unloaded.
     Unloading,

@@ -23,7 +23,7 @@ pub struct History {
 impl History {
     /// Takes note that a full scan came by. True if it is to skip the page.
     ///
-    /// A skipped page is no candidate any more: the caller takes it out of the index.
+    /// A skipped page stays what it was: a candidate goes on being found by others.
     pub fn should_skip(&mut self) -> bool {
         let age = self.age;
         self.age = age.saturating_add(1).min(MAX_AGE);

@@ -459,7 +459,8 @@ fn a_chunk_without_memory_is_an_error() {
 fn many_mms_are_found_whatever_their_number() {
     let mut registry = Registry::new();
     let mut mms = Vec::new();
-    for key in 0..10_000usize {
+    // So many that a search through all of them, each time, would never end.
+    for key in 0..200_000usize {
         if let Some(number) = registry.wanted() {
             assert!(registry
                 .add_chunk(Chunk::new(number, GFP_KERNEL).unwrap())
@@ -468,7 +469,7 @@ fn many_mms_are_found_whatever_their_number() {
         let mm = mm(0xffff_8880_0000_0000 + key * 0x740);
         assert!(registered(registry.enter(Pin::new(&mm))));
         mms.push(mm);
-        if key % 1000 == 999 {
+        if key % 20_000 == 0 {
             assert_eq!(registry.check(), Ok(()));
         }
     }
@@ -482,6 +483,15 @@ fn many_mms_are_found_whatever_their_number() {
     }
     assert_eq!(registry.check(), Ok(()));
     assert_eq!(registry.len(), mms.len());
+}
+
+#[test]
+fn that_somebody_was_missed_is_told_once() {
+    let mut registry = Registry::<Pin>::new();
+    assert!(!registry.take_missed());
+    registry.set_missed();
+    assert!(registry.take_missed());
+    assert!(!registry.take_missed());
 }
 
 #[test]
