@@ -21,7 +21,10 @@ use super::{
 };
 
 use kernel::{
-    alloc::Flags,
+    alloc::{
+        flags::__GFP_NOWARN,
+        Flags, //
+    },
     prelude::*, //
 };
 
@@ -110,7 +113,8 @@ pub trait MmList {
     /// `ENOMEM` if there is no memory for it.
     fn refill(&self, flags: Flags) -> Result {
         while let Some(number) = self.locked(|registry| registry.wanted()) {
-            let chunk = Chunk::new(number, flags)?;
+            // What fails is tried again soon, so the kernel need not tell of it each time.
+            let chunk = Chunk::new(number, flags | __GFP_NOWARN)?;
             // Somebody else may have been quicker; what is too much is freed after unlocking.
             drop(self.locked(|registry| registry.add_chunk(chunk)));
         }

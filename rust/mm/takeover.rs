@@ -124,7 +124,7 @@ impl Builtin {
     /// `ENOMEM`, and whatever `visit` returns, which ends it.
     pub(crate) fn for_each_mm(self, mut visit: impl FnMut(&Mm) -> Result) -> Result {
         might_sleep();
-        let mut batch: KVec<ARef<Mm>> = KVec::with_capacity(BATCH, GFP_KERNEL)?;
+        let mut batch: KVec<ARef<Mm>> = KVec::with_capacity(BATCH, GFP_KERNEL | __GFP_NOWARN)?;
         let mut last: Option<ARef<Mm>> = None;
         loop {
             self.pin_batch(last.as_deref(), &mut batch);
