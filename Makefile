@@ -3,7 +3,7 @@
 # Front door; the work is in scripts/. The kernel's own build reads Kbuild, not this.
 
 MAKEFLAGS += --no-print-directory
-export FLAVOUR KVER KDIR W V CLIPPY
+export FLAVOUR KVER KDIR W V CLIPPY MINUTES SEED KERNEL
 
 .PHONY: help
 help: ## This list
@@ -43,6 +43,10 @@ mutants: ## Which small mistakes in the engine the host tests notice; hours
 .PHONY: test
 test: ## Every test; ends in "N passed, M failed"
 	@scripts/test
+
+.PHONY: torture
+torture: ## Everything at once at random, every byte checked; MINUTES= SEED= KERNEL=
+	@scripts/torture
 
 .PHONY: bench
 bench: ## Speed and memory against the built-in KSM; tables and plots
