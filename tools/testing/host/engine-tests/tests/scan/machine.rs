@@ -74,14 +74,18 @@ pub(crate) enum Op {
         beside: Vec<(u32, Event)>,
     },
     /// Scans to the end of the full scan.
-    FullScan { beside: Vec<(u32, Event)> },
+    FullScan {
+        beside: Vec<(u32, Event)>,
+    },
     Sweep(usize),
     /// `run` = 2, which fails after so many pages.
     Unmerge {
         fail_after: Option<u32>,
         beside: Vec<(u32, Event)>,
     },
-    HotRemove { block: usize },
+    HotRemove {
+        block: usize,
+    },
     Online,
     SmartScan(bool),
     UseZeroPages(bool),
@@ -209,7 +213,9 @@ impl Machine {
     pub(crate) fn attend(&mut self) {
         let engine = &mut self.engine;
         self.list.reap(|slot, mm| engine.forget_mm(slot, mm));
-        if self.list.refill(GFP_KERNEL).is_ok() && self.list.locked(|registry| registry.take_missed()) {
+        if self.list.refill(GFP_KERNEL).is_ok()
+            && self.list.locked(|registry| registry.take_missed())
+        {
             let world = self.world.borrow();
             for key in world.live() {
                 world.enter(key);
@@ -237,9 +243,20 @@ impl Machine {
             let step = list.visit(|claim| {
                 let (id, mm) = (claim.id(), claim.mm());
                 let (before, scanned) = (budget, engine.counters.pages_scanned);
-                let progress = engine.scan_mm(policy, &**list, (id, mm), claim.address(), batch, &mut budget);
+                let progress = engine.scan_mm(
+                    policy,
+                    &**list,
+                    (id, mm),
+                    claim.address(),
+                    batch,
+                    &mut budget,
+                );
                 let scanned = engine.counters.pages_scanned - scanned;
-                assert_eq!(u64::from(before - budget), scanned, "pages scanned beyond the budget");
+                assert_eq!(
+                    u64::from(before - budget),
+                    scanned,
+                    "pages scanned beyond the budget"
+                );
                 if progress == Progress::Exiting {
                     assert!(mm.exiting() && !engine.tracks(id));
                 }
@@ -292,10 +309,18 @@ impl Machine {
         // A page may be left that is mapped where nothing is mergeable, or by a process that was just going.
         let world = self.world.borrow();
         for (key, space) in &world.spaces {
-            for (addr, pte) in space.ptes.iter().filter(|(addr, _)| space.mergeable_at(**addr)) {
+            for (addr, pte) in space
+                .ptes
+                .iter()
+                .filter(|(addr, _)| space.mergeable_at(**addr))
+            {
                 if let Pte::Page(frame) = *pte {
                     let mapping = world.page(frame).mapping;
-                    assert_eq!(mapping, Mapping::Anon, "{addr:#x} of {key:#x} is still merged");
+                    assert_eq!(
+                        mapping,
+                        Mapping::Anon,
+                        "{addr:#x} of {key:#x} is still merged"
+                    );
                 }
             }
         }
@@ -377,7 +402,11 @@ impl Machine {
                 let domain = if world.merge_across_nodes { 0 } else { nid };
                 if let Some(frame) = world.node_frame(node) {
                     let hash = world.hash(world.page(frame).content);
-                    assert_eq!(fingerprint, Fingerprint::new(hash, domain), "a node is where its content is not looked for");
+                    assert_eq!(
+                        fingerprint,
+                        Fingerprint::new(hash, domain),
+                        "a node is where its content is not looked for"
+                    );
                 }
             }
         }
@@ -417,9 +446,10 @@ impl Machine {
     fn collectable(&self) -> Vec<(usize, usize)> {
         let world = self.world.borrow();
         let pages = world.spaces.iter().flat_map(|(key, space)| {
-            let pages = space.ptes.iter().filter(|(addr, pte)| {
-                matches!(pte, Pte::Page(_)) && space.mergeable_at(**addr)
-            });
+            let pages = space
+                .ptes
+                .iter()
+                .filter(|(addr, pte)| matches!(pte, Pte::Page(_)) && space.mergeable_at(**addr));
             pages.map(|(addr, _)| (*key, *addr))
         });
         pages.collect()
@@ -436,22 +466,36 @@ impl Machine {
                 unreachable!();
             };
             let page = world.page(frame);
-            let domain = if world.merge_across_nodes { 0 } else { crate::world::nid(frame) };
+            let domain = if world.merge_across_nodes {
+                0
+            } else {
+                crate::world::nid(frame)
+            };
             let fingerprint = Fingerprint::new(world.hash(page.content), domain);
             match page.mapping {
                 Mapping::Anon => {
-                    assert!(page.content != 0 || !self.policy.use_zero_pages, "a page of zeroes is left");
+                    assert!(
+                        page.content != 0 || !self.policy.use_zero_pages,
+                        "a page of zeroes is left"
+                    );
                     plain.entry(fingerprint).or_default().insert(frame);
                 }
                 Mapping::Ksm(node) => {
-                    assert_eq!(world.item_at(key, addr), Some(node), "a mapping without its item");
+                    assert_eq!(
+                        world.item_at(key, addr),
+                        Some(node),
+                        "a mapping without its item"
+                    );
                 }
                 Mapping::Orphan => panic!("a page without its node"),
             }
         }
         for (fingerprint, frames) in &plain {
             assert_eq!(frames.len(), 1, "pages of one content are not merged");
-            let head = world.nodes.iter().find(|(_, node)| node.meta.head && node.meta.fingerprint == *fingerprint);
+            let head = world
+                .nodes
+                .iter()
+                .find(|(_, node)| node.meta.head && node.meta.fingerprint == *fingerprint);
             let Some((head, _)) = head else { continue };
             for node in ring(&world, NodeId(head)).into_iter().take(RING_LOOK) {
                 let items = world.nodes.get(node.0).unwrap().items.len();
@@ -462,7 +506,9 @@ impl Machine {
         for (id, node) in world.nodes.iter() {
             let alone = !node.meta.head && node.meta.next == NodeId(id);
             assert!(!alone || node.items.is_empty(), "a node is in no ring");
-            let mapped = world.node_frame(NodeId(id)).is_some_and(|frame| world.page(frame).maps > 0);
+            let mapped = world
+                .node_frame(NodeId(id))
+                .is_some_and(|frame| world.page(frame).maps > 0);
             assert!(mapped, "a node without a page is left");
         }
     }
@@ -491,7 +537,11 @@ impl Machine {
         assert_eq!(self.engine.nodes(), 0);
         // Room for a few mms is kept.
         assert!(self.engine.bytes() < 2 * PAGE);
-        assert_eq!(self.list.locked(|registry| registry.len() + registry.nr_leaving()), 0);
+        assert_eq!(
+            self.list
+                .locked(|registry| registry.len() + registry.nr_leaving()),
+            0
+        );
     }
 }
 
@@ -502,7 +552,10 @@ fn ring(world: &World, first: NodeId) -> Vec<NodeId> {
     let mut node = next(first);
     while node != first {
         ring.push(node);
-        assert!(ring.len() <= world.nodes.iter().count(), "a ring does not close");
+        assert!(
+            ring.len() <= world.nodes.iter().count(),
+            "a ring does not close"
+        );
         node = next(node);
     }
     ring

@@ -39,7 +39,11 @@ use std::{
 
 /// Which page of which mm, and how many from there on.
 fn place() -> impl Strategy<Value = (usize, usize, usize)> {
-    (0..8usize, 0..PAGES, prop_oneof![4 => 1..6usize, 1 => 20..90usize])
+    (
+        0..8usize,
+        0..PAGES,
+        prop_oneof![4 => 1..6usize, 1 => 20..90usize],
+    )
 }
 
 /// Few contents, so that many pages are alike.
@@ -102,16 +106,20 @@ fn op() -> impl Strategy<Value = Op> {
 
 /// The knobs that a history begins with.
 fn knobs() -> impl Strategy<Value = Vec<Op>> {
-    (any::<bool>(), any::<bool>(), any::<bool>(), prop_oneof![2..6u32, Just(256)]).prop_map(
-        |(smart_scan, zero, across, sharing)| {
+    (
+        any::<bool>(),
+        any::<bool>(),
+        any::<bool>(),
+        prop_oneof![2..6u32, Just(256)],
+    )
+        .prop_map(|(smart_scan, zero, across, sharing)| {
             vec![
                 Op::SmartScan(smart_scan),
                 Op::UseZeroPages(zero),
                 Op::MergeAcrossNodes(across),
                 Op::MaxPageSharing(sharing),
             ]
-        },
-    )
+        })
 }
 
 /// A history of a few processes.
@@ -120,7 +128,11 @@ fn history(len: usize) -> impl Strategy<Value = Vec<Op>> {
         let spawn = || Event::Spawn {
             mergeable: [true; AREAS.len()],
         };
-        [spawn(), spawn()].into_iter().chain(events).map(Op::Happen).collect::<Vec<_>>()
+        [spawn(), spawn()]
+            .into_iter()
+            .chain(events)
+            .map(Op::Happen)
+            .collect::<Vec<_>>()
     });
     (knobs(), born, vec(op(), 1..len)).prop_map(|(knobs, born, ops)| [knobs, born, ops].concat())
 }

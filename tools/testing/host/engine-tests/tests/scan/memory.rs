@@ -193,7 +193,9 @@ impl Memory for SimMemory {
         drop(world);
         let (node, first) = self.count(first)?;
 
-        let second = self.sleep().merge_second((key, addr, other.owner), node, kpage);
+        let second = self
+            .sleep()
+            .merge_second((key, addr, other.owner), node, kpage);
         match self.count(second) {
             Ok(second) => Ok(Pair {
                 node,

@@ -220,7 +220,9 @@ impl<T> Slab<T> {
     }
 
     fn remove(&mut self, id: u32) -> T {
-        self.0[id as usize].take().expect("an object is freed twice")
+        self.0[id as usize]
+            .take()
+            .expect("an object is freed twice")
     }
 
     pub(crate) fn get(&self, id: u32) -> Option<&T> {
@@ -241,7 +243,9 @@ impl<T> Slab<T> {
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
     /// A new process.
-    Spawn { mergeable: [bool; AREAS.len()] },
+    Spawn {
+        mergeable: [bool; AREAS.len()],
+    },
     /// A run of pages is written to, one content or several.
     Write {
         mm: usize,
@@ -267,16 +271,38 @@ pub(crate) enum Event {
         count: usize,
     },
     /// Pages become one huge page.
-    Collapse { mm: usize, page: usize },
-    Fork { mm: usize },
+    Collapse {
+        mm: usize,
+        page: usize,
+    },
+    Fork {
+        mm: usize,
+    },
     /// So many of the three steps by which an mm goes.
-    Exit { mm: usize, steps: usize },
-    Advise { mm: usize, area: usize, on: bool },
-    Migrate { mm: usize, page: usize, nid: u32 },
+    Exit {
+        mm: usize,
+        steps: usize,
+    },
+    Advise {
+        mm: usize,
+        area: usize,
+        on: bool,
+    },
+    Migrate {
+        mm: usize,
+        page: usize,
+        nid: u32,
+    },
     /// Somebody holds the lock of the folio.
-    Lock { mm: usize, page: usize },
+    Lock {
+        mm: usize,
+        page: usize,
+    },
     /// `get_user_pages`.
-    Pin { mm: usize, page: usize },
+    Pin {
+        mm: usize,
+        page: usize,
+    },
     /// All folio locks and pins are given up.
     Release,
 }
@@ -315,7 +341,10 @@ pub(crate) struct Batch {
 impl Batch {
     /// A walk of this mm begins.
     pub(crate) fn start(&mut self, key: usize) {
-        assert!(self.pages.is_empty() && self.released == 0, "the batch is not empty");
+        assert!(
+            self.pages.is_empty() && self.released == 0,
+            "the batch is not empty"
+        );
         self.key = key;
     }
 }
@@ -589,7 +618,12 @@ impl World {
                     self.space_mut(key).shadow.remove(&addr);
                 }
             }
-            Event::Move { mm, from, to, count } => {
+            Event::Move {
+                mm,
+                from,
+                to,
+                count,
+            } => {
                 let Some(key) = self.nth(mm) else { return };
                 for (from, to) in at(from, count).zip(at(to, count)) {
                     // Only memory that is mergeable alike can be moved there.
@@ -759,7 +793,8 @@ impl World {
     /// Takes a block of memory offline: its pages go elsewhere. False if one of them cannot.
     pub(crate) fn take_offline(&mut self, block: Range<usize>) -> bool {
         let frames: Vec<usize> = self.frames.range(block.clone()).map(|(f, _)| *f).collect();
-        let stuck = |page: &Page| page.refs > 0 || page.locked || page.pinned || page.huge.is_some();
+        let stuck =
+            |page: &Page| page.refs > 0 || page.locked || page.pinned || page.huge.is_some();
         if frames.iter().any(|frame| stuck(self.page(*frame))) {
             return false;
         }
@@ -787,7 +822,10 @@ impl World {
 
     fn roll(&mut self) -> Option<u64> {
         let chance = self.chance.as_mut()?;
-        chance.seed = chance.seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        chance.seed = chance
+            .seed
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
         let number = chance.seed >> 33;
         (number % chance.one_in == 0).then_some(number / chance.one_in)
     }
@@ -896,7 +934,13 @@ impl World {
         }
     }
 
-    pub(crate) fn new_item(&mut self, key: usize, addr: usize, owner: PageRef, node: NodeId) -> Result<ItemId, Refusal> {
+    pub(crate) fn new_item(
+        &mut self,
+        key: usize,
+        addr: usize,
+        owner: PageRef,
+        node: NodeId,
+    ) -> Result<ItemId, Refusal> {
         self.may_refuse(&[Refusal::NoMemory])?;
         assert!(
             self.item_at(key, addr).is_none(),
@@ -915,7 +959,11 @@ impl World {
 
     fn free_item(&mut self, id: ItemId) -> Item {
         let item = self.items.remove(id.0);
-        self.nodes.get_mut(item.node.0).unwrap().items.retain(|i| *i != id);
+        self.nodes
+            .get_mut(item.node.0)
+            .unwrap()
+            .items
+            .retain(|i| *i != id);
         item
     }
 
@@ -1124,7 +1172,12 @@ impl World {
         self.remove_node(node, &mut |_| {});
     }
 
-    pub(crate) fn merge_with_zero(&mut self, addr: usize, batch: &mut Batch, i: usize) -> Result<(), Refusal> {
+    pub(crate) fn merge_with_zero(
+        &mut self,
+        addr: usize,
+        batch: &mut Batch,
+        i: usize,
+    ) -> Result<(), Refusal> {
         let (key, frame) = (batch.key, batch.pages[i].1);
         self.share(key, addr, frame, &Target::Zero, Some((batch, i)))
     }
@@ -1187,7 +1240,10 @@ impl World {
     }
 
     pub(crate) fn free_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef)) {
-        let named = self.frames.values().any(|page| page.mapping == Mapping::Ksm(node));
+        let named = self
+            .frames
+            .values()
+            .any(|page| page.mapping == Mapping::Ksm(node));
         assert!(!named, "a node is freed that its page names");
         while let Some(&item) = self.nodes.get(node.0).unwrap().items.last() {
             let item = self.free_item(item);
@@ -1206,7 +1262,11 @@ impl World {
             assert!(space.tracked >= 0, "an mm has less than no tracked pages");
             assert_eq!(space.ptes.len(), space.shadow.len());
             for (addr, content) in &space.shadow {
-                assert_eq!(self.read(*key, *addr), Some(*content), "contents have changed");
+                assert_eq!(
+                    self.read(*key, *addr),
+                    Some(*content),
+                    "contents have changed"
+                );
             }
             for pte in space.ptes.values() {
                 match pte {
@@ -1225,7 +1285,11 @@ impl World {
                 let node = self.nodes.get(node.0);
                 assert_eq!(node.expect("a page without its node").kpfn, *frame);
             }
-            assert_ne!(page.mapping, Mapping::Orphan, "a mapped page has lost its node");
+            assert_ne!(
+                page.mapping,
+                Mapping::Orphan,
+                "a mapped page has lost its node"
+            );
         }
     }
 }
