@@ -188,7 +188,7 @@ impl Ksm {
     ) -> Result<Arc<Self>> {
         let trace = Trace::new(symbols);
         let core = Core {
-            engine: Engine::new(StableNodes::new(trace, ksm::random_seed())),
+            engine: Engine::new(StableNodes::new(trace)?),
             batch: KBox::new(Batch::new(), GFP_KERNEL)?,
             sweep_at: 0,
         };

@@ -7,6 +7,7 @@
 
 pub mod advisor;
 mod chunks;
+pub mod content_hash;
 pub mod ids;
 pub mod index;
 pub mod knobs;

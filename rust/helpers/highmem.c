@@ -2,20 +2,20 @@
 
 #include <linux/highmem.h>
 #include <linux/string.h>
-#include <linux/xxhash.h>
 
-u64 rksm_hash_page(struct page *page, u64 seed)
+void *rksm_kmap_local_page(struct page *page)
 {
-	void *addr = kmap_local_page(page);
-	u64 hash = xxh64(addr, PAGE_SIZE, seed);
-
-	kunmap_local(addr);
-	return hash;
+	return kmap_local_page(page);
 }
 
-u64 rksm_hash_zero_page(u64 seed)
+void rksm_kunmap_local(const void *addr)
 {
-	return rksm_hash_page(ZERO_PAGE(0), seed);
+	kunmap_local(addr);
+}
+
+struct page *rksm_zero_page(void)
+{
+	return ZERO_PAGE(0);
 }
 
 /* Several words a step: most pages that get here are the same to the end. */

@@ -40,6 +40,7 @@ use super::{
     },
 };
 use crate::engine::{
+    content_hash::ContentKey,
     ids::{
         Fingerprint,
         ItemId,
@@ -164,7 +165,7 @@ enum NoFolio {
 pub(crate) struct StableNodes {
     nodes: Arena<StableNode>,
     items: Arena<RmapItem>,
-    hash_seed: u64,
+    key: KBox<ContentKey>,
     zero_hash: u64,
     trace: Trace,
 }
@@ -173,17 +174,27 @@ pub(crate) struct StableNodes {
 unsafe impl Send for StableNodes {}
 
 impl StableNodes {
-    /// No merged pages. Contents are hashed from `hash_seed`.
-    pub(crate) fn new(trace: Trace, hash_seed: u64) -> Self {
+    /// No merged pages.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(trace: Trace) -> Result<Self> {
+        let mut key = KBox::new(ContentKey::new([0; ContentKey::WORDS]), GFP_KERNEL)?;
+        let words = key.words_mut();
+        // SAFETY: The words are ours, and any bytes make words.
+        unsafe { raw::get_random_bytes(words.as_mut_ptr().cast(), size_of_val(words)) };
         // SAFETY: The zero page is always there.
-        let zero_hash = unsafe { raw::rksm_hash_zero_page(hash_seed) };
-        Self {
+        let zero = unsafe { NonNull::new(raw::rksm_zero_page()) }.ok_or(EINVAL)?;
+        // SAFETY: As above.
+        let zero_hash = unsafe { hash(&key, zero) };
+        Ok(Self {
             nodes: Arena::new(),
             items: Arena::new(),
-            hash_seed,
+            key,
             zero_hash,
             trace,
-        }
+        })
     }
 
     fn node(&self, id: NodeId) -> Option<NonNull<StableNode>> {
@@ -510,10 +521,20 @@ fn kpfn(node: NonNull<StableNode>) -> usize {
     unsafe { raw::rksm_read_once(&raw const (*node.as_ptr()).kpfn) }
 }
 
-/// A seed for the hash of contents, so that nobody can choose contents whose hashes collide.
-pub(crate) fn random_seed() -> u64 {
-    // SAFETY: Has no preconditions.
-    unsafe { raw::get_random_u64() }
+/// Hash of the contents of a page, as they are now.
+///
+/// # Safety
+///
+/// The page is referenced, or reserved. It may change meanwhile.
+unsafe fn hash(key: &ContentKey, page: NonNull<raw::page>) -> u64 {
+    // SAFETY: By the contract the page is there.
+    let words = unsafe { raw::rksm_kmap_local_page(page.as_ptr()) }.cast::<u64>();
+    // SAFETY: The page is mapped until below, and `hash` asks for words that lie in it. Whoever writes to it at the same
+    // time can only make the hash useless.
+    let hash = key.hash(|i| unsafe { words.add(i).read_volatile() });
+    // SAFETY: Mapped above.
+    unsafe { raw::rksm_kunmap_local(words.cast()) };
+    hash
 }
 
 /// Mappings of the zero page that KSM, built-in or not, has placed. The core of mm counts them down.
@@ -570,10 +591,8 @@ impl Memory for StableNodes {
     }
 
     fn hash(&self, batch: &Batch, i: usize) -> u64 {
-        // SAFETY: The batch holds a reference to the page; it may change while it is read, as `xxh64` allows.
-        batch.page(i).map_or(0, |page| unsafe {
-            raw::rksm_hash_page(page.as_ptr(), self.hash_seed)
-        })
+        // SAFETY: The batch holds a reference to the page.
+        batch.page(i).map_or(0, |page| unsafe { hash(&self.key, page) })
     }
 
     fn nid(&self, batch: &Batch, i: usize) -> u32 {
