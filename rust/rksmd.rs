@@ -407,10 +407,10 @@ impl Ksm {
                 );
             }
         }
-        let counters = &mut core.engine.counters;
+        let counters = &core.engine.counters;
         self.trace
             .stop_scan(counters.full_scans, counters.tracked as usize);
-        counters.full_scans += 1;
+        core.engine.end_full_scan();
         self.check(core);
         // Who waits for the end of a full scan is told at once: nothing that is written from now on has been seen.
         self.publish(core);

@@ -102,10 +102,11 @@ pub enum Interest {
 
 /// Looks at each page that a walk comes by, in ascending order of the addresses.
 pub trait Look {
-    /// Says what is to become of the page at `addr`, of NUMA node `nid`.
+    /// Says what is to become of the page at `addr`, of NUMA node `nid`, with [`Memory::touched`] as it would be if
+    /// the page were taken.
     ///
     /// Called with a page table lock held: neither sleeps nor allocates.
-    fn look(&mut self, addr: usize, kind: PageKind, nid: u32) -> Interest;
+    fn look(&mut self, addr: usize, kind: PageKind, nid: u32, touched: bool) -> Interest;
 }
 
 /// What the engine keeps in each stable node.
@@ -152,6 +153,8 @@ pub struct Pair {
     pub first: ItemId,
     /// rmap item of the second page, which has been replaced by it.
     pub second: ItemId,
+    /// Until it could not change any more, the first page may have been touched after the walk took it.
+    pub touched: bool,
 }
 
 /// A page by its address, with the reference under which the engine tracks it.
@@ -175,13 +178,13 @@ pub trait Memory {
     /// the empty `batch`.
     ///
     /// Takes and releases the mmap lock of `mm` once; walks its page tables once.
-    fn collect(
+    fn collect<L: Look>(
         &self,
         mm: &Self::Mm,
         start: usize,
         limit: usize,
         batch: &mut Self::Batch,
-        look: &mut dyn Look,
+        look: &mut L,
     ) -> Collected;
 
     /// Pages in the batch.
@@ -190,6 +193,11 @@ pub trait Memory {
     fn addr(&self, batch: &Self::Batch, i: usize) -> usize;
     /// What the `i`th page is now.
     fn kind(&self, batch: &Self::Batch, i: usize) -> PageKind;
+    /// Whether the `i`th page may have been read or written through an address space since a walk last took it.
+    ///
+    /// Where it is false, the contents are most likely what they were then, but not surely: a device may have written to
+    /// them, and others forget of a page that it was touched.
+    fn touched(&self, batch: &Self::Batch, i: usize) -> bool;
     /// Hash of the contents of the `i`th page, as they are now.
     fn hash(&self, batch: &Self::Batch, i: usize) -> u64;
     /// NUMA node of the `i`th page.

@@ -203,6 +203,15 @@ impl PageStates {
             .then_some(PageRef::new(id, offset))
     }
 
+    /// Returns the page at an address, if it is tracked, and its state.
+    #[inline]
+    pub fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
+        let (number, offset) = split(addr);
+        let id = self.find(slot, number)?;
+        let bits = self.arena.get(id)?.get(offset)?;
+        Some((PageRef::new(id, offset), PageState::from_bits(bits)))
+    }
+
     /// Starts to track the page at an address, in state [`PageState::NEW`]. Returns it as it is if it was tracked already.
     ///
     /// # Errors
@@ -356,6 +365,43 @@ impl PageStates {
         self.cursor = Some(cursor);
         let page = PageRef::new(cursor.id, offset);
         Some((page, addr, self.get(page)?))
+    }
+
+    /// Returns the first tracked page of an mm at or after `from` whose state refers to something: which is a candidate, or
+    /// merged.
+    pub fn next_linked(
+        &mut self,
+        slot: SlotId,
+        from: usize,
+    ) -> Option<(PageRef, usize, PageState)> {
+        let (number, mut offset) = split(from.checked_next_multiple_of(PAGE_SIZE)?);
+        let floor = self.floor(slot, number);
+        let mut cursor = match floor {
+            Some(cursor) if cursor.number == number => cursor,
+            _ => {
+                offset = 0;
+                let directory = self.directory(slot)?;
+                let at = floor.map_or(Directory::FIRST, |cursor| directory.after(cursor.at));
+                self.cursor_at(slot, at)?
+            }
+        };
+        loop {
+            let found = self
+                .arena
+                .get(cursor.id)?
+                .next_with(offset, MERGED | INDEXED);
+            if let Some((offset, bits)) = found {
+                self.cursor = Some(cursor);
+                let page = PageRef::new(cursor.id, offset);
+                return Some((
+                    page,
+                    join(cursor.number, offset),
+                    PageState::from_bits(bits),
+                ));
+            }
+            offset = 0;
+            cursor = self.cursor_at(slot, self.directory(slot)?.after(cursor.at))?;
+        }
     }
 
     /// Stops tracking all pages of an mm at once, and returns how many there were.

@@ -11,6 +11,9 @@
 //! stable nodes form a ring. The newest is the ring's head and the only one in the index; nodes that have got room
 //! again are moved next to it. A search looks at no more than [`RING_LOOK`] of them.
 //!
+//! Contents are not read again while nothing has touched the page ([`Trust`]). What is remembered of them may then be
+//! out of date, which costs a merge tried in vain, or one that comes some scans late.
+//!
 //! # Locks
 //!
 //! The engine is a plain value under the `thread_mutex`, which the scanner holds for a batch, and a write to `run`
@@ -69,6 +72,10 @@ const RING_LOOK: usize = 3;
 /// Candidates of the same contents: so many are tried, and kept.
 const CANDIDATE_TRIES: usize = 4;
 
+/// A page that nothing seems to have touched is read all the same in one full scan of so many: what writes to it may
+/// leave no trace in page tables, as devices do.
+const REVISIT: usize = 16;
+
 /// The knobs that decide about a page, as they are for one batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
@@ -96,12 +103,38 @@ const GAPS: usize = 8;
 /// Most pages that one walk comes by, whether it takes them or not. Bounds, too, what is done under one mmap lock.
 const LOOKS: u32 = 1024;
 
+/// For which pages an unchanged page table entry is taken for unchanged contents.
+#[derive(Clone, Copy)]
+struct Trust {
+    /// For some at least.
+    some: bool,
+    /// Number of the full scan.
+    round: usize,
+}
+
+impl Trust {
+    fn holds(self, addr: usize) -> bool {
+        self.some && (addr / PAGE_SIZE).wrapping_add(self.round) % REVISIT != 0
+    }
+}
+
+/// What is known of the contents of the page that is visited.
+#[derive(Clone, Copy)]
+struct Content {
+    fingerprint: Fingerprint,
+    /// The NUMA node on which to look for its like, if not on all.
+    nid: Option<u32>,
+    /// They have been read since the walk took the page.
+    fresh: bool,
+}
+
 /// What the engine thinks of the pages that a walk comes by, without touching them.
 struct Glance<'a, M: Memory> {
     memory: &'a M,
     states: &'a mut PageStates,
     counters: &'a mut Counters,
     policy: &'a Policy,
+    trust: Trust,
     slot: SlotId,
     /// Where the next page is expected: all before it has been looked at.
     from: usize,
@@ -137,6 +170,20 @@ impl<M: Memory> Glance<'_, M> {
         skip
     }
 
+    /// Whether a page that nothing has touched is where everybody finds it who has the same contents.
+    fn waits(&self, addr: usize, state: PageState) -> bool {
+        let PageState::Tracked {
+            fingerprint,
+            indexed: true,
+            ..
+        } = state
+        else {
+            return false;
+        };
+        let zero = || fingerprint == Fingerprint::new(self.memory.zero_hash(), 0);
+        self.trust.holds(addr) && !(self.policy.use_zero_pages && zero())
+    }
+
     /// Whether a merged page is what it was when its item was made.
     fn settled(&self, item: ItemId, node: NodeId, nid: u32) -> bool {
         self.memory.node_of(item) == Some(node)
@@ -145,33 +192,35 @@ impl<M: Memory> Glance<'_, M> {
 }
 
 impl<M: Memory> Look for Glance<'_, M> {
-    fn look(&mut self, addr: usize, kind: PageKind, nid: u32) -> Interest {
+    fn look(&mut self, addr: usize, kind: PageKind, nid: u32, touched: bool) -> Interest {
         if *self.budget == 0 || self.looks == 0 {
             return Interest::Stop;
         }
         self.looks -= 1;
-        let mut first = self.states.first_in(self.slot, self.from..addr + PAGE_SIZE);
-        if first.is_some_and(|(_, found, _)| found != addr) {
+        if addr > self.from && self.states.first_in(self.slot, self.from..addr).is_some() {
             let Some(gap) = self.gaps.get_mut(self.nr_gaps) else {
                 return Interest::Stop;
             };
             *gap = self.from..addr;
             self.nr_gaps += 1;
-            first = self.states.first_in(self.slot, addr..addr + PAGE_SIZE);
         }
         self.from = addr + PAGE_SIZE;
-        let interest = match (kind, first) {
-            (PageKind::Ksm(node), Some((_, _, PageState::Merged(item))))
+        let interest = match (kind, self.states.at(self.slot, addr)) {
+            (PageKind::Ksm(node), Some((_, PageState::Merged(item))))
                 if self.settled(item, node, nid) =>
             {
                 self.counters.pages_scanned = self.counters.pages_scanned.wrapping_add(1);
                 Interest::Pass
             }
-            (PageKind::Plain, Some((page, _, state)))
+            (PageKind::Plain, Some((page, state)))
                 if self.policy.smart_scan && self.skips(page, state) =>
             {
                 self.counters.pages_skipped = self.counters.pages_skipped.wrapping_add(1);
                 return Interest::Pass;
+            }
+            (PageKind::Plain, Some((_, state))) if !touched && self.waits(addr, state) => {
+                self.counters.pages_scanned = self.counters.pages_scanned.wrapping_add(1);
+                Interest::Pass
             }
             _ => Interest::Take,
         };
@@ -206,6 +255,11 @@ pub struct Engine<M: Memory> {
     /// Pages of the batch, one bit each, that were merged when one before them was visited: what the batch has of
     /// them is no longer what their address maps.
     merged_ahead: u64,
+    trust: Trust,
+    /// `merge_across_nodes` as it was last.
+    across_nodes: bool,
+    /// Full scans to come before fingerprints are again what they were made under other knobs.
+    distrust: u8,
 }
 
 impl<M: Memory> Engine<M> {
@@ -219,6 +273,12 @@ impl<M: Memory> Engine<M> {
             refusals: [0; Refusal::COUNT],
             swept: None,
             merged_ahead: 0,
+            trust: Trust {
+                some: false,
+                round: 0,
+            },
+            across_nodes: true,
+            distrust: 0,
         }
     }
 
@@ -249,6 +309,7 @@ impl<M: Memory> Engine<M> {
         batch: &mut M::Batch,
         budget: &mut u32,
     ) -> Progress {
+        self.update_trust(policy);
         let mut at = start;
         while *budget > 0 {
             let limit = BATCH.min(*budget as usize);
@@ -257,6 +318,7 @@ impl<M: Memory> Engine<M> {
                 states: &mut self.states,
                 counters: &mut self.counters,
                 policy,
+                trust: self.trust,
                 slot,
                 from: at,
                 budget,
@@ -271,7 +333,7 @@ impl<M: Memory> Engine<M> {
             }
             let end = match found {
                 Collected::Exiting => {
-                    self.forget(slot, mm, 0..usize::MAX);
+                    self.forget_mm(slot, mm);
                     return Progress::Exiting;
                 }
                 Collected::More(next) => Some(next),
@@ -314,10 +376,34 @@ impl<M: Memory> Engine<M> {
         Progress::At(at)
     }
 
+    /// A page may migrate to another NUMA node untouched, so nothing is trusted where its fingerprint depends on that.
+    fn update_trust(&mut self, policy: &Policy) {
+        if self.across_nodes != policy.merge_across_nodes {
+            self.across_nodes = policy.merge_across_nodes;
+            // In the full scan that is under way, pages may have been passed already.
+            self.distrust = 2;
+        }
+        self.trust.some = policy.merge_across_nodes && self.distrust == 0;
+    }
+
+    /// Takes note that a full scan has ended.
+    pub fn end_full_scan(&mut self) {
+        self.counters.full_scans += 1;
+        self.trust.round = self.trust.round.wrapping_add(1);
+        self.distrust = self.distrust.saturating_sub(1);
+    }
+
     /// Forgets all pages of an mm: it has left, or all of it has been unmerged. May sleep.
     pub fn forget_mm(&mut self, slot: SlotId, mm: &M::Mm) {
-        self.forget(slot, mm, 0..usize::MAX);
-        self.states.remove_slot(slot);
+        let mut at = 0;
+        while let Some((page, addr, state)) = self.states.next_linked(slot, at) {
+            self.release_state(page, state);
+            at = addr.saturating_add(PAGE_SIZE);
+            self.memory.breathe();
+        }
+        let tracked = self.states.remove_slot(slot);
+        self.counters.tracked = self.counters.tracked.wrapping_sub(tracked as u64);
+        self.memory.account_tracked(mm, -(tracked as isize));
     }
 
     /// Looks at up to `count` stable nodes, going round, and removes those whose page is gone. Returns whether the
@@ -540,8 +626,9 @@ impl<M: Memory> Engine<M> {
         batch: &mut M::Batch,
         i: usize,
     ) {
-        let known = self.states.lookup(slot, addr);
-        let (page, state) = match known.and_then(|page| Some((page, self.states.get(page)?))) {
+        let known = self.states.at(slot, addr);
+        let mut new = known.is_none();
+        let (page, state) = match known {
             Some(known) => known,
             None => match self.states.track(slot, addr, GFP_KERNEL | __GFP_NOWARN) {
                 Ok(page) => {
@@ -576,6 +663,7 @@ impl<M: Memory> Engine<M> {
             PageState::Merged(_) => {
                 // Somebody has written to it since.
                 self.release_state(page, state);
+                new = true;
                 PageState::NEW
             }
             PageState::Tracked { .. } => state,
@@ -595,20 +683,36 @@ impl<M: Memory> Engine<M> {
         } else {
             self.memory.nid(batch, i)
         };
-        let now = Fingerprint::new(self.memory.hash(batch, i), domain);
-        if now != fingerprint {
-            self.unindex(page, state);
-            self.states.set(
-                page,
-                PageState::Tracked {
-                    fingerprint: now,
-                    age,
-                    skips,
-                    indexed: false,
-                },
-            );
+        // Whether it holds still will show next time, without its contents: many a page is gone by then.
+        if new && self.trust.some {
             return;
         }
+        let known = fingerprint != Fingerprint::NONE;
+        let still = self.trust.some && !self.memory.touched(batch, i);
+        let fresh = !(known && still && self.trust.holds(addr));
+        let now = if fresh {
+            Fingerprint::new(self.memory.hash(batch, i), domain)
+        } else {
+            fingerprint
+        };
+        if now != fingerprint {
+            self.unindex(page, state);
+            let state = PageState::Tracked {
+                fingerprint: now,
+                age,
+                skips,
+                indexed: false,
+            };
+            self.states.set(page, state);
+            if known || !still {
+                return;
+            }
+        }
+        let content = Content {
+            fingerprint: now,
+            nid: (!policy.merge_across_nodes).then_some(domain),
+            fresh,
+        };
         if policy.use_zero_pages && now == Fingerprint::new(self.memory.zero_hash(), domain) {
             match self.memory.merge_with_zero(self.place(&at), batch, i) {
                 Ok(()) | Err(Refusal::Gone) => {
@@ -619,18 +723,17 @@ impl<M: Memory> Engine<M> {
             }
         }
 
-        let nid = (!policy.merge_across_nodes).then_some(domain);
-        match self.merge_with_node(policy, &at, batch, i, now, nid) {
+        match self.merge_with_node(policy, &at, batch, i, content) {
             Some(Ok(item)) => {
                 self.unindex(page, state);
                 self.merged(page, item);
                 return;
             }
             // The merged page may be back in a moment, and the same pages are best tried again then.
-            Some(Err(_)) => return,
+            Some(Err(_)) => return self.unindex(page, state),
             None => {}
         }
-        if self.merge_with_candidate(pins, &at, batch, i, now, nid) || indexed {
+        if self.merge_with_candidate(pins, &at, batch, i, content) || indexed {
             return;
         }
         if self.insert(now, Entry::Candidate(page)) {
@@ -693,14 +796,13 @@ impl<M: Memory> Engine<M> {
         at: &Place<'_, M::Mm>,
         batch: &mut M::Batch,
         i: usize,
-        fingerprint: Fingerprint,
-        nid: Option<u32>,
+        content: Content,
     ) -> Option<Result<ItemId, Refusal>> {
         loop {
-            let node = self.node_with_room(fingerprint, policy.max_page_sharing)?;
+            let node = self.node_with_room(content.fingerprint, policy.max_page_sharing)?;
             match self
                 .memory
-                .merge_with_node(self.place(at), batch, i, node, nid)
+                .merge_with_node(self.place(at), batch, i, node, content.nid)
             {
                 Err(Refusal::Stale) => {
                     self.refuse(Refusal::Stale);
@@ -757,9 +859,11 @@ impl<M: Memory> Engine<M> {
         at: &Place<'_, M::Mm>,
         batch: &mut M::Batch,
         i: usize,
-        fingerprint: Fingerprint,
-        nid: Option<u32>,
+        content: Content,
     ) -> bool {
+        let Content {
+            fingerprint, nid, ..
+        } = content;
         let mut same = false;
         let mut nth = 0;
         for _ in 0..CANDIDATE_TRIES {
@@ -791,9 +895,13 @@ impl<M: Memory> Engine<M> {
                     self.states.set(other, PageState::Merged(pair.second));
                     self.counters.mapping_added(true);
                     self.counters.mapping_added(false);
-                    // Both may have been written to after they were looked at: only now the contents stay.
-                    let hash = self.memory.hash(batch, i);
-                    self.link_node(pair.node, Fingerprint::new(hash, nid.unwrap_or(0)));
+                    let fingerprint = if content.fresh && !pair.touched {
+                        fingerprint
+                    } else {
+                        // Both may have been written to after they were looked at: only now the contents stay.
+                        Fingerprint::new(self.memory.hash(batch, i), nid.unwrap_or(0))
+                    };
+                    self.link_node(pair.node, fingerprint);
                     if mm.key() == at.mm.key() {
                         let mut ahead = i + 1..self.memory.len(batch);
                         if let Some(j) = ahead.find(|j| self.memory.addr(batch, *j) == addr) {
@@ -804,18 +912,21 @@ impl<M: Memory> Engine<M> {
                 }
                 Err(refusal) => {
                     self.refuse(refusal);
-                    same |= refusal == Refusal::Same;
-                    if matches!(refusal, Refusal::Gone | Refusal::Differs) {
-                        // A candidate no more, until the scanner has come by it again.
-                        self.unindex(other, state);
-                    } else {
-                        nth += 1;
+                    match refusal {
+                        Refusal::Same => {
+                            same = true;
+                            nth += 1;
+                        }
+                        // What is remembered of it is not true.
+                        Refusal::Gone | Refusal::Differs => self.mistrust(other, state),
+                        // One of them cannot be merged now: no candidate, so that the scanner tries again next time.
+                        _ => self.unindex(other, state),
                     }
                 }
             }
         }
         if nth == CANDIDATE_TRIES && !same {
-            // Of pages that cannot be merged now, as when all are pinned, there may be any number.
+            // Of pages whose mms are just leaving there may be any number.
             if let Some((last, state)) = self.candidate(fingerprint, at.owner, nth - 1) {
                 self.unindex(last, state);
             }
@@ -924,6 +1035,22 @@ impl<M: Memory> Engine<M> {
                 page,
                 PageState::Tracked {
                     fingerprint,
+                    age,
+                    skips,
+                    indexed: false,
+                },
+            );
+        }
+    }
+
+    /// Has the contents of a page be read again before it is merged.
+    fn mistrust(&mut self, page: PageRef, state: PageState) {
+        self.unindex(page, state);
+        if let PageState::Tracked { age, skips, .. } = state {
+            self.states.set(
+                page,
+                PageState::Tracked {
+                    fingerprint: Fingerprint::NONE,
                     age,
                     skips,
                     indexed: false,

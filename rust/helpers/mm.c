@@ -3,6 +3,7 @@
 #include <linux/mm.h>
 #include <linux/mm_inline.h>
 #include <linux/mm_types.h>
+#include <linux/mmap_lock.h>
 #include <linux/sched/mm.h>
 
 #include "symbols.h"
@@ -25,6 +26,11 @@ void rksm_mm_add_rmap_items(struct mm_struct *mm, long delta)
 bool rksm_mm_tlb_flush_pending(struct mm_struct *mm)
 {
 	return mm_tlb_flush_pending(mm);
+}
+
+bool rksm_mmap_lock_is_contended(struct mm_struct *mm)
+{
+	return mmap_lock_is_contended(mm);
 }
 
 struct anon_vma *rksm_vma_anon_vma(struct vm_area_struct *vma)
@@ -85,6 +91,16 @@ bool rksm_folio_try_get(struct folio *folio)
 void rksm_folio_put(struct folio *folio)
 {
 	folio_put(folio);
+}
+
+bool rksm_folio_last_ref(struct folio *folio)
+{
+	return folio_ref_count(folio) == 1;
+}
+
+void rksm_folios_put(struct folio **folios, int nr)
+{
+	release_pages(folios, nr);
 }
 
 unsigned long rksm_folio_mapping(struct folio *folio)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 #include <linux/mm.h>
+#include <linux/mmu_notifier.h>
 #include <linux/pagewalk.h>
 
 #include "symbols.h"
@@ -30,7 +31,8 @@ void *rksm_walk_private(struct mm_walk *walk)
 }
 
 /* The page at `addr` with a reference to its folio, if it is anonymous memory. */
-struct folio *rksm_folio_walk_get(struct vm_area_struct *vma, unsigned long addr, struct page **page)
+struct folio *rksm_folio_walk_get(struct vm_area_struct *vma, unsigned long addr, struct page **page,
+				  bool *touched)
 {
 	struct folio_walk fw;
 	struct folio *folio = folio_walk_start(&fw, vma, addr, 0);
@@ -39,6 +41,8 @@ struct folio *rksm_folio_walk_get(struct vm_area_struct *vma, unsigned long addr
 		return NULL;
 	if (folio_test_anon(folio) && !folio_is_zone_device(folio)) {
 		*page = fw.page;
+		*touched = fw.level != FW_LEVEL_PTE || pte_young(fw.pte) ||
+			   mmu_notifier_test_young(vma->vm_mm, addr);
 		folio_get(folio);
 	} else {
 		folio = NULL;

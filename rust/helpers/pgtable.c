@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-#include <linux/mm.h>
 #include <linux/ksm.h>
 #include <linux/leafops.h>
+#include <linux/mm.h>
+#include <linux/mmu_notifier.h>
+#include <linux/page_idle.h>
 #include <linux/pgtable.h>
 #include <linux/rmap.h>
 #include <asm/tlbflush.h>
@@ -40,10 +42,82 @@ pte_t rksm_pte_wrprotect_clean(pte_t pte)
 	return pte_write(pte) ? pte_wrprotect(pte) : pte;
 }
 
-/* The page of a present entry, NULL if there is none or none with a normal struct page. */
-struct page *rksm_pte_normal_page(struct vm_area_struct *vma, unsigned long addr, pte_t pte)
+/* Whether the mark is there that the page was touched since it was last taken away. */
+bool rksm_touched(struct vm_area_struct *vma, unsigned long addr, pte_t pte)
 {
-	return pte_present(pte) ? vm_normal_page(vma, addr, pte) : NULL;
+	return pte_young(pte) || mmu_notifier_test_young(vma->vm_mm, addr);
+}
+
+/* What an entry maps. */
+struct rksm_mapped {
+	struct page *page;
+	struct folio *folio;
+	unsigned long mapping;
+	int nid;
+	bool touched;
+};
+
+/*
+ * What a present entry maps, if its kind can be merged. One call for all, as nothing here is inlined
+ * into Rust. An entry that is not special has a normal page.
+ */
+bool rksm_pte_mapped(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep,
+		     struct rksm_mapped *mapped)
+{
+	pte_t pte = ptep_get(ptep);
+
+	if (!pte_present(pte) || pte_special(pte))
+		return false;
+	mapped->page = pte_page(pte);
+	mapped->folio = page_folio(mapped->page);
+	if (!folio_test_anon(mapped->folio) || folio_is_zone_device(mapped->folio))
+		return false;
+	mapped->mapping = (unsigned long)READ_ONCE(mapped->folio->mapping);
+	mapped->nid = page_to_nid(mapped->page);
+	mapped->touched = rksm_touched(vma, addr, pte);
+	return true;
+}
+
+static void rksm_folio_was_young(struct folio *folio)
+{
+	/* Reclaim and idle page tracking go on seeing that it was in use. */
+	folio_clear_idle(folio);
+	folio_set_young(folio);
+}
+
+/* Takes the mark away that the page was touched. TLBs are to be flushed for it to be set again. */
+void rksm_pte_mkold(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep,
+		    struct folio *folio)
+{
+	bool young = ptep_test_and_clear_young(vma, addr, ptep);
+
+	young |= mmu_notifier_clear_young(vma->vm_mm, addr, addr + PAGE_SIZE);
+	if (young)
+		rksm_folio_was_young(folio);
+}
+
+bool rksm_pmd_young(struct vm_area_struct *vma, unsigned long addr, pmd_t *pmdp)
+{
+	return pmd_young(pmdp_get(pmdp)) || mmu_notifier_test_young(vma->vm_mm, addr);
+}
+
+/* The same for all of a huge page. */
+void rksm_pmd_mkold(struct vm_area_struct *vma, unsigned long addr, pmd_t *pmdp,
+		    struct folio *folio)
+{
+#ifdef CONFIG_TRANSPARENT_HUGEPAGE
+	unsigned long start = addr & PMD_MASK;
+	bool young = pmdp_test_and_clear_young(vma, start, pmdp);
+
+	young |= mmu_notifier_clear_young(vma->vm_mm, start, start + PMD_SIZE);
+	if (young)
+		rksm_folio_was_young(folio);
+#endif
+}
+
+void rksm_flush_tlb_range(struct vm_area_struct *vma, unsigned long start, unsigned long end)
+{
+	flush_tlb_mm_range(vma->vm_mm, start, end, PAGE_SHIFT, false);
 }
 
 /* Whether the entry refers to a merged page, or to a zero page that KSM has put there. */

@@ -85,6 +85,9 @@ F(void, __mmu_notifier_invalidate_range_end, (struct mmu_notifier_range *range),
 #ifdef CONFIG_LOCKDEP
 D(struct lockdep_map, __mmu_notifier_invalidate_range_start_map)
 #endif
+F(bool, __mmu_notifier_clear_young,
+  (struct mm_struct *mm, unsigned long start, unsigned long end), (mm, start, end))
+F(bool, __mmu_notifier_test_young, (struct mm_struct *mm, unsigned long address), (mm, address))
 
 /* mm/page_vma_mapped.c, mm/pagewalk.c */
 F(bool, page_vma_mapped_walk, (struct page_vma_mapped_walk *pvmw), (pvmw))
@@ -99,12 +102,18 @@ F(struct folio *, folio_walk_start,
 
 F(void, vma_pgtable_walk_end, (struct vm_area_struct *vma), (vma))
 
-/* mm/pgtable-generic.c, arch/x86/mm/tlb.c */
+/* mm/pgtable-generic.c, arch/x86/mm/pgtable.c, arch/x86/mm/tlb.c */
 F(pte_t *, pte_offset_map_lock,
   (struct mm_struct *mm, pmd_t *pmd, unsigned long addr, spinlock_t **ptlp),
   (mm, pmd, addr, ptlp))
 F(pte_t, ptep_clear_flush, (struct vm_area_struct *vma, unsigned long address, pte_t *ptep),
   (vma, address, ptep))
+F(bool, ptep_test_and_clear_young,
+  (struct vm_area_struct *vma, unsigned long addr, pte_t *ptep), (vma, addr, ptep))
+#ifdef CONFIG_TRANSPARENT_HUGEPAGE
+F(bool, pmdp_test_and_clear_young,
+  (struct vm_area_struct *vma, unsigned long addr, pmd_t *pmdp), (vma, addr, pmdp))
+#endif
 F(void, flush_tlb_mm_range,
   (struct mm_struct *mm, unsigned long start, unsigned long end, unsigned int stride_shift,
    bool freed_tables),

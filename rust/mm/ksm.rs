@@ -140,21 +140,6 @@ impl Drop for RmapItem {
     }
 }
 
-/// How [`StableNodes::get_folio`] is to come by a node's folio.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Get {
-    /// With a reference only.
-    NoLock,
-    /// Having seen it unlocked, so that a migration notices the reference.
-    TryLock,
-}
-
-/// Why a node's folio could not be had.
-enum NoFolio {
-    Stale,
-    Busy,
-}
-
 /// Merged pages in existence, and the memory operations of the engine.
 ///
 /// # Invariants
@@ -231,7 +216,7 @@ impl StableNodes {
     /// `mapping` is looked at before and after a reference is taken. A folio that is being migrated has its count
     /// frozen, or a `mapping` of 0, and the node names the new frame before the old one ceases to name the node:
     /// hence the barrier, which pairs with the one in `folio_migrate_ksm`.
-    fn get_folio(&self, node: NonNull<StableNode>, how: Get) -> Result<FolioRef, NoFolio> {
+    fn get_folio(&self, node: NonNull<StableNode>) -> Option<FolioRef> {
         let expected = node.as_ptr() as usize | FOLIO_MAPPING_KSM;
         loop {
             let frame = kpfn(node);
@@ -253,24 +238,13 @@ impl StableNodes {
                     }
                 };
                 if let Some(reference) = reference.filter(|r| r.mapping() == expected) {
-                    if how == Get::NoLock {
-                        return Ok(reference);
-                    }
-                    let lock = reference.trylock();
-                    match lock {
-                        None => return Err(NoFolio::Busy),
-                        Some(_) if reference.mapping() == expected => {
-                            drop(lock);
-                            return Ok(reference);
-                        }
-                        Some(_) => {}
-                    }
+                    return Some(reference);
                 }
             }
             // SAFETY: A barrier.
             unsafe { raw::rksm_smp_rmb() };
             if kpfn(node) == frame {
-                return Err(NoFolio::Stale);
+                return None;
             }
         }
     }
@@ -283,7 +257,7 @@ impl StableNodes {
     ) -> Option<R> {
         let expected = node.as_ptr() as usize | FOLIO_MAPPING_KSM;
         loop {
-            let folio = self.get_folio(node, Get::NoLock).ok()?;
+            let folio = self.get_folio(node)?;
             delay::sleep();
             let lock = folio.lock();
             // Until it was locked, the page may have been migrated.
@@ -447,26 +421,26 @@ impl StableNodes {
         f(live, vma)
     }
 
-    /// Shares the page at a place and makes the rmap item for it.
-    fn share(
+    /// Makes the page at a place the merged page of `node`, on which nothing is yet. Returns its rmap item, and whether
+    /// the page may have been touched after the walk took it.
+    fn share_itself(
         &mut self,
         at: &Place<'_, PinnedMm>,
         page: NonNull<raw::page>,
-        target: &Target<'_>,
+        node: NonNull<StableNode>,
         before_split: impl FnOnce(),
-    ) -> Result<ItemId, Refusal> {
+    ) -> Result<(ItemId, bool), Refusal> {
         // Not under the mmap lock, which the OOM killer may need to free memory.
         self.items.reserve().map_err(|_| Refusal::NoMemory)?;
         Self::in_vma(at, |live, vma| {
             let item = self.new_item(at, vma)?;
             delay::sleep();
-            if let Target::Itself(node) = target {
-                // The page becomes findable with its item on the node: no folio names the node yet.
-                self.append(item, *node, None);
-            }
-            let shared = merge::share(live, vma, at.addr, page, target, before_split);
-            if let Err(refusal) = shared {
-                if let Target::Itself(node) = target {
+            // The page becomes findable with its item on the node: no folio names the node yet.
+            self.append(item, node, None);
+            let target = Target::Itself(node);
+            merge::share(live, vma, at.addr, page, &target, before_split)
+                .map(|touched| (item, touched))
+                .inspect_err(|_| {
                     // SAFETY: Both are in their arenas, and no folio names the node.
                     unsafe {
                         if let Some(item) = self.item(item) {
@@ -475,13 +449,42 @@ impl StableNodes {
                         (*node.as_ptr()).rmap_hlist_len -= 1;
                     }
                     self.free_item(item);
-                } else {
-                    self.discard_item(item);
-                }
-                return Err(refusal);
-            }
-            Ok(item)
+                })
         })
+    }
+
+    /// Replaces the page at a place by the merged page of `node`, whose folio is `kfolio`. Returns its rmap item.
+    fn share_with(
+        &mut self,
+        (live, vma): (LiveMm<'_>, &VmaRef),
+        at: &Place<'_, PinnedMm>,
+        page: NonNull<raw::page>,
+        (node, kfolio): (NonNull<StableNode>, &FolioRef),
+        before_split: impl FnOnce(),
+    ) -> Result<ItemId, Refusal> {
+        if kfolio.page() == page {
+            return Err(Refusal::Same);
+        }
+        // Both folios are locked at once, but neither is waited for.
+        let lock = kfolio.trylock().ok_or(Refusal::Busy)?;
+        // Until it was locked, the page may have been migrated.
+        if kfolio.mapping() != node.as_ptr() as usize | FOLIO_MAPPING_KSM {
+            return Err(Refusal::Busy);
+        }
+        let item = self.new_item(at, vma)?;
+        delay::sleep();
+        let target = Target::Page(kfolio);
+        match merge::share(live, vma, at.addr, page, &target, before_split) {
+            Ok(_) => {
+                delay::sleep();
+                self.append(item, node, Some(&lock));
+                Ok(item)
+            }
+            Err(refusal) => {
+                self.discard_item(item);
+                Err(refusal)
+            }
+        }
     }
 
     fn trace_merge(
@@ -553,13 +556,13 @@ impl Memory for StableNodes {
     type Mm = PinnedMm;
     type Batch = Batch;
 
-    fn collect(
+    fn collect<L: Look>(
         &self,
         mm: &PinnedMm,
         start: usize,
         limit: usize,
         batch: &mut Batch,
-        look: &mut dyn Look,
+        look: &mut L,
     ) -> Collected {
         batch.set_limit(limit);
         delay::sleep();
@@ -567,7 +570,10 @@ impl Memory for StableNodes {
         let Some(live) = guard.live() else {
             return Collected::Exiting;
         };
-        let mut look = |addr, page, mapping| look.look(addr, self.kind_of(mapping), page_nid(page));
+        let mut look = |addr, mapped: &raw::rksm_mapped| {
+            let kind = self.kind_of(mapped.mapping);
+            look.look(addr, kind, mapped.nid as u32, mapped.touched)
+        };
         match walk::collect(live, start, batch, &mut look) {
             Some(next) => Collected::More(next),
             None => Collected::End,
@@ -590,9 +596,15 @@ impl Memory for StableNodes {
         self.kind_of(unsafe { raw::rksm_folio_mapping(raw::rksm_page_folio(page.as_ptr())) })
     }
 
+    fn touched(&self, batch: &Batch, i: usize) -> bool {
+        batch.touched(i)
+    }
+
     fn hash(&self, batch: &Batch, i: usize) -> u64 {
-        // SAFETY: The batch holds a reference to the page.
-        batch.page(i).map_or(0, |page| unsafe { hash(&self.key, page) })
+        batch.page(i).map_or(0, |page| {
+            // SAFETY: The batch holds a reference to the page.
+            unsafe { hash(&self.key, page) }
+        })
     }
 
     fn nid(&self, batch: &Batch, i: usize) -> u32 {
@@ -621,26 +633,17 @@ impl Memory for StableNodes {
     ) -> Result<ItemId, Refusal> {
         let page = batch.page(i).ok_or(Refusal::Gone)?;
         let node = self.node(node).ok_or(Refusal::Stale)?;
-        let kfolio = match self.get_folio(node, Get::TryLock) {
-            Ok(kfolio) => kfolio,
-            Err(NoFolio::Stale) => return Err(Refusal::Stale),
-            Err(NoFolio::Busy) => return Err(Refusal::Busy),
-        };
-        if kfolio.page() == page {
-            return Err(Refusal::Same);
-        }
+        let kfolio = self.get_folio(node).ok_or(Refusal::Stale)?;
         if nid.is_some_and(|nid| nid != page_nid(kfolio.page())) {
             return Err(Refusal::FarNode);
         }
-        let result = self.share(&at, page, &Target::Page(&kfolio), || {
-            batch.truncate_after(i)
+        // Not under the mmap lock, which the OOM killer may need to free memory.
+        self.items.reserve().map_err(|_| Refusal::NoMemory)?;
+        let result = Self::in_vma(&at, |live, vma| {
+            self.share_with((live, vma), &at, page, (node, &kfolio), || {
+                batch.truncate_after(i)
+            })
         });
-        if let Ok(item) = result {
-            delay::sleep();
-            // The reference has kept the folio where it is, so its `mapping` is still the node.
-            let lock = kfolio.lock();
-            self.append(item, node, Some(&lock));
-        }
         self.trace_merge(&at, page, kfolio.page().as_ptr(), &result);
         result
     }
@@ -672,7 +675,8 @@ impl Memory for StableNodes {
             if held.is_pinned() {
                 return Err(Refusal::Pinned);
             }
-            if !merge::pages_identical(page, second) {
+            // One that nothing has touched is still what it was when it became a candidate.
+            if held.touched() && !merge::pages_identical(page, second) {
                 return Err(Refusal::Differs);
             }
             Ok(())
@@ -685,9 +689,14 @@ impl Memory for StableNodes {
             (*node.as_ptr()).id
         };
         // A huge page is split by this, and the first page's frame stays.
-        let first = self.share(&at, page, &Target::Itself(node), || batch.truncate_after(i));
-        self.trace_merge(&at, page, core::ptr::null_mut(), &first);
-        let first = match first {
+        let first = self.share_itself(&at, page, node, || batch.truncate_after(i));
+        self.trace_merge(
+            &at,
+            page,
+            core::ptr::null_mut(),
+            &first.map(|(item, _)| item),
+        );
+        let (first, touched) = match first {
             Ok(first) => first,
             Err(refusal) => {
                 self.discard_node(node_id);
@@ -702,18 +711,14 @@ impl Memory for StableNodes {
             FolioRef::from_raw(NonNull::new_unchecked(folio))
         };
         delay::sleep();
-        let second = self.merge_second(&other, &kfolio);
+        let second = self.merge_second(&other, node, &kfolio);
         match second {
-            Ok(second) => {
-                delay::sleep();
-                let lock = kfolio.lock();
-                self.append(second, node, Some(&lock));
-                Ok(Pair {
-                    node: node_id,
-                    first,
-                    second,
-                })
-            }
+            Ok(second) => Ok(Pair {
+                node: node_id,
+                first,
+                second,
+                touched,
+            }),
             Err(refusal) => {
                 drop(kfolio);
                 self.undo_first(&at, first);
@@ -733,6 +738,7 @@ impl Memory for StableNodes {
             merge::share(live, vma, at.addr, page, &Target::Zero, || {
                 batch.truncate_after(i)
             })
+            .map(|_| ())
         });
         // SAFETY: The zero page is always there.
         let pfn = unsafe { raw::rksm_zero_pfn() };
@@ -838,12 +844,9 @@ impl Memory for StableNodes {
     }
 
     fn state(&self, node: NodeId) -> NodeState {
-        match self
-            .node(node)
-            .map(|node| self.get_folio(node, Get::NoLock))
-        {
-            None | Some(Err(NoFolio::Stale)) => NodeState::Stale,
-            Some(Ok(_) | Err(NoFolio::Busy)) => NodeState::Alive,
+        match self.node(node).and_then(|node| self.get_folio(node)) {
+            None => NodeState::Stale,
+            Some(_) => NodeState::Alive,
         }
     }
 
@@ -913,23 +916,22 @@ impl Memory for StableNodes {
 }
 
 impl StableNodes {
-    /// Puts the merged page `kfolio` in the place of the page at `other`.
+    /// Puts the merged page of `node`, which is `kfolio`, in the place of the page at `other`.
     fn merge_second(
         &mut self,
         other: &Place<'_, PinnedMm>,
+        node: NonNull<StableNode>,
         kfolio: &FolioRef,
     ) -> Result<ItemId, Refusal> {
-        // Referenced only now, so that a huge page of which both are part could be split for the first.
-        let held = Self::in_vma(other, |_, vma| {
-            walk::page_at(vma, other.addr).ok_or(Refusal::Gone)
-        })?;
-        let page = held.page();
-        if page == kfolio.page() {
-            return Err(Refusal::Same);
-        }
-        let result = self.share(other, page, &Target::Page(kfolio), || {});
-        self.trace_merge(other, page, kfolio.page().as_ptr(), &result);
-        result
+        self.items.reserve().map_err(|_| Refusal::NoMemory)?;
+        Self::in_vma(other, |live, vma| {
+            // Referenced only now, so that a huge page of which both are part could be split for the first.
+            let held = walk::page_at(vma, other.addr).ok_or(Refusal::Gone)?;
+            let page = held.page();
+            let result = self.share_with((live, vma), other, page, (node, kfolio), || {});
+            self.trace_merge(other, page, kfolio.page().as_ptr(), &result);
+            result
+        })
     }
 
     /// Unshares a page that has just become a merged page alone.

@@ -139,6 +139,8 @@ fn matches_target(page: NonNull<raw::page>, target: &Target<'_>) -> bool {
 /// The caller holds one reference to `page`. Before a huge page is split, which needs that this reference be the
 /// only one beside its mappings, `before_split` is called.
 ///
+/// Returns whether the page may have been touched since a walk collected it.
+///
 /// # Errors
 ///
 /// The mapping is what it was.
@@ -149,7 +151,7 @@ pub(super) fn share(
     page: NonNull<raw::page>,
     target: &Target<'_>,
     before_split: impl FnOnce(),
-) -> Result<(), Refusal> {
+) -> Result<bool, Refusal> {
     // SAFETY: The page is referenced.
     let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
     // SAFETY: As above.
@@ -190,7 +192,7 @@ fn share_locked(
     addr: usize,
     page: NonNull<raw::page>,
     target: &Target<'_>,
-) -> Result<(), Refusal> {
+) -> Result<bool, Refusal> {
     // SAFETY: The page is referenced, and small.
     let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
     // SAFETY: The folio is referenced; it may have become a merged page while it was not locked.
@@ -262,7 +264,8 @@ fn share_locked(
             }
         }
     }
-    Ok(())
+    // SAFETY: Looks at the entry's bits, and asks secondary MMUs.
+    Ok(unsafe { raw::rksm_touched(pte.vma(), addr, entry) })
 }
 
 /// Unshares merged pages in `start..end` of a vma, at most `faults` of them.

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Collecting pages: one page table walk for a batch.
+//!
+//! A walk takes the mark away from the pages it collects that they were touched (the accessed bits, and what secondary
+//! MMUs know), and flushes the TLBs before it ends: a page that is not marked when the next walk comes by has not been
+//! touched through an address space since. Reclaim and DAMON take marks away, too; so this is a hint.
 
 use super::{
     pin::LiveMm,
@@ -8,7 +12,10 @@ use super::{
     symbols::Symbols, //
 };
 use crate::engine::memory::Interest;
-use core::ptr::NonNull;
+use core::{
+    ops::Range,
+    ptr::NonNull, //
+};
 use kernel::{
     ffi::{
         c_int,
@@ -31,6 +38,15 @@ struct Collected {
     page: NonNull<raw::page>,
     /// This entry owns a reference to the page's folio.
     owns: bool,
+    /// The page may have been touched since a walk last took it.
+    touched: bool,
+}
+
+/// A huge page of which the mark that it was touched has been taken away, for all of its pages but before all were
+/// collected. The others count as touched until the next walk that comes from below.
+struct Huge {
+    mm: usize,
+    pages: Range<usize>,
 }
 
 /// Pages found by a walk, in ascending order of their addresses.
@@ -46,6 +62,10 @@ pub(crate) struct Batch {
     limit: usize,
     /// Entries before this one have been released.
     released: usize,
+    huge: Option<Huge>,
+    /// References to folios that nobody else refers to, to be given up together.
+    last_refs: [*mut raw::folio; BATCH],
+    nr_last_refs: usize,
 }
 
 // SAFETY: References to folios may be given up on any CPU.
@@ -59,6 +79,9 @@ impl Batch {
             len: 0,
             limit: BATCH,
             released: 0,
+            huge: None,
+            last_refs: [core::ptr::null_mut(); BATCH],
+            nr_last_refs: 0,
         }
     }
 
@@ -81,6 +104,11 @@ impl Batch {
         self.entry(i).map_or(0, |e| e.addr)
     }
 
+    /// Whether the `i`th page may have been touched since a walk last took it.
+    pub(crate) fn touched(&self, i: usize) -> bool {
+        self.entry(i).is_none_or(|e| e.touched)
+    }
+
     fn entry(&self, i: usize) -> Option<&Collected> {
         self.entries[..self.len].get(i)?.as_ref()
     }
@@ -97,8 +125,12 @@ impl Batch {
     ///
     /// # Safety
     ///
-    /// `page` is a page of `folio`, which is mapped by a page table whose lock the caller holds.
-    unsafe fn push(&mut self, addr: usize, page: NonNull<raw::page>, folio: NonNull<raw::folio>) {
+    /// `mapped` is what a page table maps whose lock the caller holds.
+    unsafe fn push(&mut self, addr: usize, mapped: &raw::rksm_mapped) {
+        let (Some(page), Some(folio)) = (NonNull::new(mapped.page), NonNull::new(mapped.folio))
+        else {
+            return;
+        };
         let last = self
             .len
             .checked_sub(1)
@@ -121,6 +153,7 @@ impl Batch {
             addr,
             page,
             owns: true,
+            touched: mapped.touched,
         });
         self.len += 1;
     }
@@ -131,8 +164,28 @@ impl Batch {
             let entry = self.entries[self.released].take();
             self.released += 1;
             if let Some(entry) = entry.filter(|entry| entry.owns) {
-                put(entry.page);
+                self.put(entry.page);
             }
+        }
+    }
+
+    /// Gives up a reference to the folio that a page is part of now: at once, or if it is the last one, when the batch
+    /// is cleared. Freeing many folios at a time takes the locks of LRU lists and of free lists once.
+    ///
+    /// The caller owns the reference.
+    fn put(&mut self, page: NonNull<raw::page>) {
+        // SAFETY: The page is referenced, so its folio does not change meanwhile.
+        let (folio, last) = unsafe {
+            let folio = raw::rksm_page_folio(page.as_ptr());
+            (folio, raw::rksm_folio_last_ref(folio))
+        };
+        match self.last_refs.get_mut(self.nr_last_refs) {
+            Some(room) if last => {
+                *room = folio;
+                self.nr_last_refs += 1;
+            }
+            // SAFETY: The reference is the caller's to give.
+            _ => unsafe { raw::rksm_folio_put(folio) },
         }
     }
 
@@ -146,7 +199,7 @@ impl Batch {
             match ours {
                 // INVARIANT: Between the `i`th entry and the first owner after it all entries are of one folio.
                 Some(ours) if entry.owns => ours.owns = true,
-                _ if entry.owns => put(entry.page),
+                _ if entry.owns => self.put(entry.page),
                 _ => {}
             }
         }
@@ -158,17 +211,16 @@ impl Batch {
         if let Some(last) = self.len.checked_sub(1) {
             self.release(last);
         }
+        if self.nr_last_refs > 0 {
+            // SAFETY: Each is a folio of which a reference is ours to give.
+            unsafe {
+                raw::rksm_folios_put(self.last_refs.as_mut_ptr(), self.nr_last_refs as c_int)
+            };
+            self.nr_last_refs = 0;
+        }
         self.len = 0;
         self.released = 0;
     }
-}
-
-/// Gives up a reference to the folio that a page is part of now.
-///
-/// The caller owns the reference.
-fn put(page: NonNull<raw::page>) {
-    // SAFETY: The page is referenced, so its folio does not change meanwhile; the reference is the caller's to give.
-    unsafe { raw::rksm_folio_put(raw::rksm_page_folio(page.as_ptr())) };
 }
 
 impl Drop for Batch {
@@ -185,42 +237,49 @@ pub(crate) fn lru_add_drain_all(_symbols: Symbols) {
     unsafe { raw::rksm_lru_add_drain_all() };
 }
 
-/// Says what is to become of a page, by its address and its folio's `mapping` word.
-///
-/// Called with the page table lock held, so that the page stays mapped.
-pub(crate) type Look<'a> = dyn FnMut(usize, NonNull<raw::page>, usize) -> Interest + 'a;
-
 /// What [`collect`] hands to its callback.
-struct Walk<'a, 'b> {
+struct Walk<'a, F> {
     batch: &'a mut Batch,
-    look: &'a mut Look<'b>,
+    look: &'a mut F,
+    mm: usize,
     /// Where to go on after a walk that has ended early.
     next: usize,
-    /// `look` has ended the walk.
+    /// `look` has ended the walk, or somebody waits for the mmap lock.
     stopped: bool,
+    /// Whether a page table has been walked.
+    begun: bool,
+    /// From the first to the last page whose mark has been taken away.
+    cleared: Range<usize>,
 }
 
-impl Walk<'_, '_> {
-    /// Collects a page if it is wanted. Returns whether the walk goes on behind it.
+impl<F: FnMut(usize, &raw::rksm_mapped) -> Interest> Walk<'_, F> {
+    /// Collects a page if it is wanted. Returns whether it was.
     ///
     /// # Safety
     ///
-    /// `page` is a page of `folio`, which is mapped by a page table whose lock the caller holds.
-    unsafe fn offer(
-        &mut self,
-        addr: usize,
-        page: NonNull<raw::page>,
-        folio: NonNull<raw::folio>,
-    ) -> bool {
-        // SAFETY: The folio is mapped by the contract.
-        let mapping = unsafe { raw::rksm_folio_mapping(folio.as_ptr()) };
-        match (self.look)(addr, page, mapping) {
-            // SAFETY: By the contract.
-            Interest::Take => unsafe { self.batch.push(addr, page, folio) },
+    /// `mapped` is what a page table maps whose lock the caller holds.
+    unsafe fn offer(&mut self, addr: usize, mapped: &mut raw::rksm_mapped) -> bool {
+        if let Some(huge) = &self.batch.huge {
+            mapped.touched |= huge.mm == self.mm && huge.pages.contains(&addr);
+        }
+        match (self.look)(addr, mapped) {
+            Interest::Take => {
+                // SAFETY: By the contract.
+                unsafe { self.batch.push(addr, mapped) };
+                return true;
+            }
             Interest::Pass => {}
             Interest::Stop => self.stopped = true,
         }
-        !self.stopped
+        false
+    }
+
+    /// Takes note that a page's mark has been taken away.
+    fn cleared(&mut self, addr: usize) {
+        if self.cleared.is_empty() {
+            self.cleared.start = addr;
+        }
+        self.cleared.end = addr + PAGE_SIZE;
     }
 
     fn over(&self) -> bool {
@@ -228,17 +287,24 @@ impl Walk<'_, '_> {
     }
 }
 
-/// Collects the pages of mergeable vmas from `start` on that `look` takes. Returns where to go on, or `None` at the
-/// end.
+/// Collects the pages of mergeable vmas from `start` on that `look` takes, by their address and what is mapped there.
+/// Returns where to go on, or `None` at the end.
 ///
-/// The caller holds the mmap lock, as `mm` shows.
+/// `look` is called with a page table lock held. The caller holds the mmap lock, as `mm` shows.
 pub(crate) fn collect(
     mm: LiveMm<'_>,
     start: usize,
     batch: &mut Batch,
-    look: &mut Look<'_>,
+    look: &mut impl FnMut(usize, &raw::rksm_mapped) -> Interest,
 ) -> Option<usize> {
     let bound = start.saturating_add(SPAN);
+    if batch
+        .huge
+        .as_ref()
+        .is_some_and(|huge| start <= huge.pages.start)
+    {
+        batch.huge = None;
+    }
     let mut at = start;
     while let Some(vma) = mm.mergeable_from(at) {
         at = at.max(vma.start());
@@ -246,7 +312,7 @@ pub(crate) fn collect(
             return Some(at);
         }
         let end = vma.end().min(bound);
-        match collect_vma(vma, at, end, batch, look) {
+        match collect_vma(mm, vma, at, end, batch, look) {
             Some(next) => return Some(next),
             None => at = end,
         }
@@ -258,30 +324,41 @@ pub(crate) fn collect(
 }
 
 /// Walks one vma; returns where the walk ended, if it was early.
-fn collect_vma(
+fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
+    mm: LiveMm<'_>,
     vma: &VmaRef,
     start: usize,
     end: usize,
     batch: &mut Batch,
-    look: &mut Look<'_>,
+    look: &mut F,
 ) -> Option<usize> {
     let mut walk = Walk {
         batch,
         look,
+        mm: mm.mm().as_ptr() as usize,
         next: end,
         stopped: false,
+        begun: false,
+        cleared: 0..0,
     };
     // SAFETY: The vma is valid and its mm's lock is held for reading; `start..end` lies within it; the callback
-    // gets `walk`, which outlives the call, as its private data.
+    // gets `walk`, which outlives the call, as its private data, and has its type.
     let stopped = unsafe {
         raw::rksm_walk_page_range_vma(
             vma.as_ptr().cast(),
             start,
             end,
-            Some(collect_pmd),
+            Some(collect_pmd::<F>),
             (&raw mut walk).cast::<c_void>(),
         )
     };
+    if !walk.cleared.is_empty() {
+        // Before the contents are read: a write from now on sets the mark again.
+        // SAFETY: The vma is valid.
+        unsafe {
+            raw::rksm_flush_tlb_range(vma.as_ptr().cast(), walk.cleared.start, walk.cleared.end)
+        };
+    }
     (stopped > 0).then_some(walk.next)
 }
 
@@ -290,20 +367,28 @@ fn collect_vma(
 /// # Safety
 ///
 /// Called by the page walk of [`collect_vma`] alone.
-unsafe extern "C" fn collect_pmd(
+unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
     pmd: *mut raw::pmd_t,
     addr: c_ulong,
     end: c_ulong,
     mm_walk: *mut raw::mm_walk,
 ) -> c_int {
     // SAFETY: `collect_vma` has put its `Walk` there, which nobody else uses during the call.
-    let walk = unsafe { &mut *raw::rksm_walk_private(mm_walk).cast::<Walk<'_, '_>>() };
+    let walk = unsafe { &mut *raw::rksm_walk_private(mm_walk).cast::<Walk<'_, F>>() };
     // SAFETY: The walk names the vma it walks.
     let vma = unsafe { raw::rksm_walk_vma(mm_walk) };
     let mut addr = addr;
 
     // SAFETY: May sleep: a walk under the mmap lock holds no spinlock.
     unsafe { raw::rksm_cond_resched() };
+    // Whoever changes the address space waits for one page table at most.
+    // SAFETY: The walked mm is pinned.
+    if walk.begun && unsafe { raw::rksm_mmap_lock_is_contended(walk.mm as *mut raw::mm_struct) } {
+        walk.stopped = true;
+        walk.next = addr;
+        return 1;
+    }
+    walk.begun = true;
 
     let mut ptl = core::ptr::null_mut();
     // SAFETY: `pmd` belongs to the walked mm. A huge mapping is answered with its lock held.
@@ -311,17 +396,9 @@ unsafe extern "C" fn collect_pmd(
     if !ptl.is_null() {
         if let Some(first) = NonNull::new(huge) {
             // SAFETY: The page is mapped, and the page table lock is held.
-            let folio = unsafe { candidate_folio(first) };
-            let start = addr;
-            while let Some(folio) = folio.filter(|_| addr < end && !walk.batch.full()) {
-                let n = (addr - start) / PAGE_SIZE;
-                // SAFETY: `end` lies within the huge page, whose pages follow one another.
-                let page = unsafe { NonNull::new_unchecked(raw::rksm_nth_page(first.as_ptr(), n)) };
+            if let Some(folio) = unsafe { candidate_folio(first) } {
                 // SAFETY: As above.
-                if !unsafe { walk.offer(addr, page, folio) } {
-                    break;
-                }
-                addr += PAGE_SIZE;
+                addr = unsafe { collect_huge(walk, vma, pmd, addr..end, first, folio) };
             }
         }
         // SAFETY: The shim has taken the lock.
@@ -336,14 +413,17 @@ unsafe extern "C" fn collect_pmd(
         return 0;
     }
     let mut ptep = first;
+    let mut mapped = raw::rksm_mapped::default();
     while addr < end && !walk.batch.full() {
-        // SAFETY: `ptep` points to the entry of `addr`, within this page table, whose lock is held.
-        let page = unsafe { raw::rksm_pte_normal_page(vma, addr, raw::rksm_ptep_get(ptep)) };
-        if let Some(page) = NonNull::new(page) {
-            // SAFETY: The page is mapped, and the page table lock is held.
-            if let Some(folio) = unsafe { candidate_folio(page) } {
-                // SAFETY: As above.
-                if !unsafe { walk.offer(addr, page, folio) } {
+        // SAFETY: `ptep` points to the entry of `addr`, within this page table, whose lock is held; so what is mapped
+        // stays mapped.
+        unsafe {
+            if raw::rksm_pte_mapped(vma, addr, ptep, &mut mapped) {
+                if walk.offer(addr, &mut mapped) && mapped.touched {
+                    raw::rksm_pte_mkold(vma, addr, ptep, mapped.folio);
+                    walk.cleared(addr);
+                }
+                if walk.stopped {
                     break;
                 }
             }
@@ -355,6 +435,58 @@ unsafe extern "C" fn collect_pmd(
     unsafe { raw::rksm_pte_unmap_unlock(first, ptl) };
     walk.next = addr;
     c_int::from(walk.over())
+}
+
+/// Collects pages of a huge mapping. Returns where to go on.
+///
+/// # Safety
+///
+/// `pmd` maps `folio`, and at `range.start` its page `first`; its lock is held. `range` lies within the mapping.
+unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
+    walk: &mut Walk<'_, F>,
+    vma: *mut raw::vm_area_struct,
+    pmd: *mut raw::pmd_t,
+    range: Range<usize>,
+    first: NonNull<raw::page>,
+    folio: NonNull<raw::folio>,
+) -> usize {
+    // SAFETY: By the contract.
+    let (mapping, nid, young) = unsafe {
+        (
+            raw::rksm_folio_mapping(folio.as_ptr()),
+            raw::rksm_page_to_nid(first.as_ptr()),
+            raw::rksm_pmd_young(vma, range.start, pmd),
+        )
+    };
+    let mut addr = range.start;
+    let mut old = !young;
+    while addr < range.end && !walk.batch.full() {
+        let n = (addr - range.start) / PAGE_SIZE;
+        let mut mapped = raw::rksm_mapped {
+            // SAFETY: The pages of a huge page follow one another.
+            page: unsafe { raw::rksm_nth_page(first.as_ptr(), n) },
+            folio: folio.as_ptr(),
+            mapping,
+            nid,
+            touched: young,
+        };
+        // SAFETY: By the contract.
+        if unsafe { walk.offer(addr, &mut mapped) } && !old {
+            // SAFETY: As above.
+            unsafe { raw::rksm_pmd_mkold(vma, addr, pmd, folio.as_ptr()) };
+            walk.cleared(addr);
+            walk.batch.huge = Some(Huge {
+                mm: walk.mm,
+                pages: range.start..range.end,
+            });
+            old = true;
+        }
+        if walk.stopped {
+            break;
+        }
+        addr += PAGE_SIZE;
+    }
+    addr
 }
 
 /// The folio of a mapped page if its kind can be merged: anonymous, not of a device.
@@ -377,25 +509,33 @@ unsafe fn candidate_folio(page: NonNull<raw::page>) -> Option<NonNull<raw::folio
 /// # Invariants
 ///
 /// Owns one reference to the page's folio.
-pub(crate) struct HeldPage(NonNull<raw::page>);
+pub(crate) struct HeldPage {
+    page: NonNull<raw::page>,
+    touched: bool,
+}
 
 impl HeldPage {
     /// The page.
     pub(crate) fn page(&self) -> NonNull<raw::page> {
-        self.0
+        self.page
+    }
+
+    /// Whether it may have been touched since a walk last took it.
+    pub(crate) fn touched(&self) -> bool {
+        self.touched
     }
 
     /// Whether it is a merged page.
     pub(crate) fn is_ksm(&self) -> bool {
         // SAFETY: By the invariant the page's folio is referenced.
-        unsafe { raw::rksm_folio_test_ksm(raw::rksm_page_folio(self.0.as_ptr())) }
+        unsafe { raw::rksm_folio_test_ksm(raw::rksm_page_folio(self.page.as_ptr())) }
     }
 
     /// Whether somebody else holds a reference to it, if it is a small page: it cannot be replaced then.
     pub(crate) fn is_pinned(&self) -> bool {
         // SAFETY: By the invariant the page's folio is referenced.
         unsafe {
-            let folio = raw::rksm_page_folio(self.0.as_ptr());
+            let folio = raw::rksm_page_folio(self.page.as_ptr());
             !raw::rksm_folio_test_large(folio) && raw::rksm_folio_pinned_beyond(folio, 1)
         }
     }
@@ -403,20 +543,22 @@ impl HeldPage {
 
 impl Drop for HeldPage {
     fn drop(&mut self) {
-        put(self.0);
+        // SAFETY: The page is referenced, so its folio does not change meanwhile; the reference is ours to give.
+        unsafe { raw::rksm_folio_put(raw::rksm_page_folio(self.page.as_ptr())) };
     }
 }
 
 /// The page that is mapped at `addr`, if its kind can be merged.
 pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<HeldPage> {
-    let mut page = core::ptr::null_mut();
+    let (mut page, mut touched) = (core::ptr::null_mut(), true);
     // SAFETY: The vma is valid, its mm's lock is held, and `addr` lies in it.
-    let folio = unsafe { raw::rksm_folio_walk_get(vma.as_ptr().cast(), addr, &mut page) };
+    let folio =
+        unsafe { raw::rksm_folio_walk_get(vma.as_ptr().cast(), addr, &mut page, &mut touched) };
     if folio.is_null() {
         return None;
     }
     // INVARIANT: The shim has taken a reference to the folio of the page.
-    NonNull::new(page).map(HeldPage)
+    NonNull::new(page).map(|page| HeldPage { page, touched })
 }
 
 /// The first address in `start..end` of `vma` where a merged page or a KSM-placed zero page is mapped.

@@ -213,6 +213,18 @@ impl Range {
         None
     }
 
+    /// Returns the first tracked page at or after `offset` whose word has a bit of `mask`, and the word.
+    pub(super) fn next_with(&self, offset: usize, mask: u64) -> Option<(usize, u64)> {
+        let mut at = self.next(offset)?;
+        for &value in self.values.get(self.rank(at)..)? {
+            if value & mask != 0 {
+                return Some((at, value));
+            }
+            at = self.next(at + 1)?;
+        }
+        None
+    }
+
     /// Returns the last tracked page at or before `offset`.
     #[inline]
     pub(super) fn prev(&self, offset: usize) -> Option<usize> {

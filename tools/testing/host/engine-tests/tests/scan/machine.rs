@@ -274,7 +274,7 @@ impl Machine {
         }
         testing::fail(Fail::Never);
         if over {
-            self.engine.counters.full_scans += 1;
+            self.engine.end_full_scan();
         }
         over
     }
@@ -428,8 +428,8 @@ impl Machine {
         self.run(&Op::Chance(None));
         self.run(&Op::Fail(None));
         self.run(&Op::FullScan { beside: Vec::new() });
-        // Smart scan passes a page over eight times at most before it looks at it again.
-        for _ in 0..if self.policy.smart_scan { 40 } else { 4 } {
+        // Contents that seem untouched are read once in 16 scans, and smart scan looks at a page once in 9.
+        for _ in 0..if self.policy.smart_scan { 16 * 9 + 40 } else { 20 } {
             let all = self.collectable();
             self.visits_before += self.world.borrow().visits.len() as u64;
             self.world.borrow_mut().visits.clear();

@@ -88,13 +88,13 @@ impl Memory for SimMemory {
     type Mm = Mm;
     type Batch = Batch;
 
-    fn collect(
+    fn collect<L: Look>(
         &self,
         mm: &Mm,
         start: usize,
         limit: usize,
         batch: &mut Batch,
-        look: &mut dyn Look,
+        look: &mut L,
     ) -> Collected {
         let world = self.sleep();
         if mm.exiting() {
@@ -109,7 +109,8 @@ impl Memory for SimMemory {
             if batch.pages.len() == limit {
                 return Collected::More(addr);
             }
-            match look.look(addr, self.kind_of(frame), nid(frame)) {
+            let touched = self.0.borrow().touched(mm.key(), addr);
+            match look.look(addr, self.kind_of(frame), nid(frame), touched) {
                 Interest::Take => self.0.borrow_mut().take(batch, addr, frame),
                 Interest::Pass => self.0.borrow_mut().passed(batch, addr),
                 Interest::Stop => return Collected::More(addr),
@@ -128,6 +129,11 @@ impl Memory for SimMemory {
 
     fn kind(&self, batch: &Batch, i: usize) -> PageKind {
         self.kind_of(self.frame(batch, i))
+    }
+
+    fn touched(&self, batch: &Batch, i: usize) -> bool {
+        assert!(i >= batch.released, "a released page is looked at");
+        batch.touched[i]
     }
 
     fn hash(&self, batch: &Batch, i: usize) -> u64 {
@@ -150,6 +156,7 @@ impl Memory for SimMemory {
             self.0.borrow_mut().release(batch, last);
         }
         batch.pages.clear();
+        batch.touched.clear();
         batch.released = 0;
     }
 
@@ -192,6 +199,7 @@ impl Memory for SimMemory {
         let first = world.merge_first((at.addr, at.owner), batch, i, (key, addr), nid, meta);
         drop(world);
         let (node, first) = self.count(first)?;
+        let touched = self.0.borrow().touched(at.mm.key(), at.addr);
 
         let second = self
             .sleep()
@@ -201,6 +209,7 @@ impl Memory for SimMemory {
                 node,
                 first,
                 second,
+                touched,
             }),
             Err(refusal) => {
                 self.sleep().undo_first(at.addr, first, node);

@@ -167,6 +167,8 @@ pub(crate) struct Space {
     pub(crate) mergeable: [bool; AREAS.len()],
     pub(crate) ptes: BTreeMap<usize, Pte>,
     shadow: BTreeMap<usize, Content>,
+    /// Entries that are marked as touched.
+    touched: BTreeSet<usize>,
     /// `mm->ksm_rmap_items`.
     pub(crate) tracked: isize,
     /// Its exit has been reported.
@@ -270,6 +272,18 @@ pub(crate) enum Event {
         page: usize,
         count: usize,
     },
+    /// Reclaim takes note of which pages were touched, and takes the marks away.
+    Age {
+        mm: usize,
+        page: usize,
+        count: usize,
+    },
+    /// A run of pages is read.
+    Read {
+        mm: usize,
+        page: usize,
+        count: usize,
+    },
     /// Pages become one huge page.
     Collapse {
         mm: usize,
@@ -335,6 +349,8 @@ pub(crate) struct Batch {
     pub(crate) key: usize,
     /// Address and frame.
     pub(crate) pages: Vec<(usize, usize)>,
+    /// Whether each was touched before the walk.
+    pub(crate) touched: Vec<bool>,
     pub(crate) released: usize,
 }
 
@@ -474,6 +490,9 @@ impl World {
             Some(pte) => ptes.insert(addr, pte),
             None => ptes.remove(&addr),
         };
+        if new.is_none() {
+            self.space_mut(key).touched.remove(&addr);
+        }
         match old {
             Some(Pte::Page(frame)) => {
                 self.page_mut(frame).maps -= 1;
@@ -498,6 +517,7 @@ impl World {
             let on = (addr / PAGE % 2) as u32;
             let frame = self.alloc(content, on);
             self.set_pte(key, addr, Some(Pte::Page(frame)));
+            self.touch(key, addr);
         }
     }
 
@@ -517,6 +537,19 @@ impl World {
             }
         }
         self.space_mut(key).shadow.insert(addr, content);
+        self.touch(key, addr);
+    }
+
+    fn touch(&mut self, key: usize, addr: usize) {
+        let space = self.space_mut(key);
+        if space.ptes.contains_key(&addr) {
+            space.touched.insert(addr);
+        }
+    }
+
+    /// Whether an entry is marked as touched.
+    pub(crate) fn touched(&self, key: usize, addr: usize) -> bool {
+        self.space(key).touched.contains(&addr)
     }
 
     // What happens.
@@ -544,6 +577,7 @@ impl World {
             mergeable,
             ptes: BTreeMap::new(),
             shadow: BTreeMap::new(),
+            touched: BTreeSet::new(),
             tracked: 0,
             exited: false,
         };
@@ -637,6 +671,12 @@ impl World {
                     let shadow = &mut self.space_mut(key).shadow;
                     let content = shadow.remove(&from).unwrap();
                     shadow.insert(to, content);
+                    let touched = &mut self.space_mut(key).touched;
+                    if touched.remove(&from) {
+                        touched.insert(to);
+                    } else {
+                        touched.remove(&to);
+                    }
                     // Should it be the page being visited, that has seen another.
                     self.excused.insert((key, to));
                 }
@@ -648,6 +688,18 @@ impl World {
                         let content = self.read(key, addr).unwrap();
                         self.set_pte(key, addr, Some(Pte::Swap(content)));
                     }
+                }
+            }
+            Event::Age { mm, page, count } => {
+                let Some(key) = self.nth(mm) else { return };
+                for addr in at(page, count) {
+                    self.space_mut(key).touched.remove(&addr);
+                }
+            }
+            Event::Read { mm, page, count } => {
+                let Some(key) = self.nth(mm) else { return };
+                for addr in at(page, count) {
+                    self.touch(key, addr);
                 }
             }
             Event::Collapse { mm, page } => {
@@ -875,6 +927,7 @@ impl World {
         self.page_mut(frame).refs += 1;
         self.excused.remove(&(batch.key, addr));
         batch.pages.push((addr, frame));
+        batch.touched.push(self.space_mut(batch.key).touched.remove(&addr));
     }
 
     /// A walk passes a page over, with which the engine is done so.
