@@ -142,6 +142,8 @@ pub struct Released {
     pub remaining: u32,
     /// The node's page is unmapped or gone: [`Memory::remove_node`] is due.
     pub due: bool,
+    /// The owner of another item of the node, which has got the number of the one that is gone.
+    pub moved: Option<(PageRef, ItemId)>,
 }
 
 /// A stable node made from two pages.

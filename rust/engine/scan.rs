@@ -1008,6 +1008,9 @@ impl<M: Memory> Engine<M> {
                 let Some(released) = self.memory.release_item(item) else {
                     return;
                 };
+                if let Some((owner, item)) = released.moved {
+                    self.states.set(owner, PageState::Merged(item));
+                }
                 self.counters.mapping_removed(released.remaining == 0);
                 if released.due {
                     self.remove_node(released.node);

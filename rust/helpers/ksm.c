@@ -5,9 +5,9 @@
 
 #include "symbols.h"
 
-void rksm_folio_set_stable_node(struct folio *folio, void *stable_node)
+void rksm_folio_set_mapping(struct folio *folio, unsigned long mapping)
 {
-	WRITE_ONCE(folio->mapping, (void *)((unsigned long)stable_node | FOLIO_MAPPING_KSM));
+	WRITE_ONCE(folio->mapping, (void *)mapping);
 }
 
 long rksm_ksm_zero_pages(void)

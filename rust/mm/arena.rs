@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Numbered objects of 64 bytes that never move.
+//! Numbered objects of 48 bytes that never move.
 //!
 //! The core of mm follows pointers into stable nodes and rmap items, so they must stay where they are; the
-//! engine names them by 32-bit numbers, so that a page's state fits in 8 bytes. Objects lie in chunks of 64;
-//! a chunk without objects is freed.
+//! engine names them by 32-bit numbers, so that a page's state fits in 8 bytes. Objects lie in chunks of one page,
+//! with the chunk's number at its start, so that an object's number follows from its address; a chunk without objects
+//! is freed.
 
 use core::{
     cell::UnsafeCell,
@@ -17,21 +18,33 @@ use kernel::{
 };
 
 /// Objects of a chunk.
-const CHUNK: usize = 64;
+const CHUNK: usize = 84;
+
+/// Bits of an object's number that say which one of its chunk it is.
+const SHIFT: u32 = 7;
+
+/// Alignment and size of a chunk.
+const CHUNK_SIZE: usize = 4096;
 
 /// A chunk of objects.
 ///
 /// # Invariants
 ///
 /// `slots[i]` is initialised if and only if bit `i` of `used` is set.
+#[repr(C, align(4096))]
 struct Chunk<T> {
-    used: u64,
-    slots: KBox<[UnsafeCell<MaybeUninit<T>>; CHUNK]>,
+    used: u128,
+    number: u32,
+    slots: [UnsafeCell<MaybeUninit<T>>; CHUNK],
 }
+
+const ALL_USED: u128 = (1 << CHUNK) - 1;
+
+static_assert!(size_of::<Chunk<[u64; 6]>>() == CHUNK_SIZE && CHUNK <= 1 << SHIFT);
 
 /// What is known of a chunk number.
 struct Entry<T> {
-    chunk: Option<Chunk<T>>,
+    chunk: Option<KBox<Chunk<T>>>,
     /// The number stands in [`Arena::partial`].
     listed: bool,
 }
@@ -72,7 +85,7 @@ impl<T> Arena<T> {
 
     /// Bytes of memory taken.
     pub(crate) fn bytes(&self) -> usize {
-        self.live_chunks * CHUNK * size_of::<T>()
+        self.live_chunks * size_of::<Chunk<T>>()
             + self.chunks.capacity() * size_of::<Entry<T>>()
             + (self.partial.capacity() + self.holes.capacity()) * size_of::<u32>()
     }
@@ -90,7 +103,7 @@ impl<T> Arena<T> {
     fn chunk_with_room(&mut self) -> Result<u32> {
         while let Some(&number) = self.partial.last() {
             if let Some(entry) = self.chunks.get_mut(number as usize) {
-                if entry.chunk.as_ref().is_some_and(|c| c.used != u64::MAX) {
+                if entry.chunk.as_ref().is_some_and(|c| c.used != ALL_USED) {
                     return Ok(number);
                 }
                 entry.listed = false;
@@ -99,11 +112,7 @@ impl<T> Arena<T> {
             self.partial.pop();
         }
         let flags = GFP_KERNEL | __GFP_NOWARN;
-        let slots = KBox::<[UnsafeCell<MaybeUninit<T>>; CHUNK]>::new_uninit(flags)?;
-        // SAFETY: An array of uninitialised cells needs no initialisation.
-        let slots = unsafe { slots.assume_init() };
-        // INVARIANT: No slot is initialised, and no bit is set.
-        let chunk = Chunk { used: 0, slots };
+        let mut chunk = KBox::<Chunk<T>>::new_uninit(flags)?;
         let number = match self.holes.pop() {
             Some(number) => number,
             None => {
@@ -112,7 +121,7 @@ impl<T> Arena<T> {
                 keep_capacity(&mut self.holes, want)?;
                 let number = u32::try_from(self.chunks.len())
                     .ok()
-                    .filter(|n| *n < u32::MAX / CHUNK as u32)
+                    .filter(|n| *n < u32::MAX >> SHIFT)
                     .ok_or(ENOMEM)?;
                 let entry = Entry {
                     chunk: None,
@@ -121,6 +130,14 @@ impl<T> Arena<T> {
                 self.chunks.push(entry, flags)?;
                 number
             }
+        };
+        let place = chunk.as_mut_ptr();
+        // INVARIANT: No slot is initialised, and no bit is set.
+        // SAFETY: The chunk is ours, and slots need not be initialised.
+        let chunk = unsafe {
+            (&raw mut (*place).used).write(0);
+            (&raw mut (*place).number).write(number);
+            chunk.assume_init()
         };
         if let Some(entry) = self.chunks.get_mut(number as usize) {
             entry.chunk = Some(chunk);
@@ -157,28 +174,42 @@ impl<T> Arena<T> {
         // INVARIANT: The slot has just been initialised.
         chunk.used |= 1 << bit;
         self.len += 1;
-        Ok((number * CHUNK as u32 + bit as u32, object))
+        Ok((number << SHIFT | bit as u32, object))
     }
 
     /// The object of this number.
     #[inline]
     pub(crate) fn get(&self, id: u32) -> Option<NonNull<T>> {
-        let chunk = self.chunks.get(id as usize / CHUNK)?.chunk.as_ref()?;
-        let bit = id as usize % CHUNK;
-        if chunk.used & (1 << bit) == 0 {
+        let chunk = self.chunks.get((id >> SHIFT) as usize)?.chunk.as_ref()?;
+        let bit = id % (1 << SHIFT);
+        if chunk.used >> bit & 1 == 0 {
             return None;
         }
-        NonNull::new(chunk.slots[bit].get().cast())
+        NonNull::new(chunk.slots.get(bit as usize)?.get().cast())
+    }
+
+    /// The number of an object.
+    ///
+    /// # Safety
+    ///
+    /// The object is in an arena.
+    pub(crate) unsafe fn number_of(object: NonNull<T>) -> u32 {
+        let at = object.as_ptr() as usize;
+        let chunk = (at & !(CHUNK_SIZE - 1)) as *const Chunk<T>;
+        let offset = at % CHUNK_SIZE - core::mem::offset_of!(Chunk<T>, slots);
+        // SAFETY: A chunk begins at the multiple of its size below its objects.
+        let number = unsafe { (*chunk).number };
+        number << SHIFT | (offset / size_of::<T>()) as u32
     }
 
     /// Takes an object out, ending its address.
     pub(crate) fn remove(&mut self, id: u32) -> Option<T> {
-        let number = id / CHUNK as u32;
+        let number = id >> SHIFT;
         let object = self.get(id)?;
         let entry = self.chunks.get_mut(number as usize)?;
         let chunk = entry.chunk.as_mut()?;
         // INVARIANT: The object is moved out below.
-        chunk.used &= !(1 << (id as usize % CHUNK));
+        chunk.used &= !(1 << (id % (1 << SHIFT)));
         let empty = chunk.used == 0;
         // SAFETY: By the invariant the slot was initialised, and `used` no longer says so.
         let value = unsafe { object.read() };
@@ -196,14 +227,19 @@ impl<T> Arena<T> {
 
     /// The number of the first object after `after`.
     pub(crate) fn next(&self, after: Option<u32>) -> Option<u32> {
-        let mut id = after.map_or(0, |id| id as usize + 1);
-        while id / CHUNK < self.chunks.len() {
-            let chunk = self.chunks[id / CHUNK].chunk.as_ref();
-            let used = chunk.map_or(0, |c| c.used & (u64::MAX << (id % CHUNK)));
+        let from = after.map_or(0, |id| id + 1);
+        let mut used = u128::MAX << (from % (1 << SHIFT));
+        for (number, entry) in self
+            .chunks
+            .iter()
+            .enumerate()
+            .skip((from >> SHIFT) as usize)
+        {
+            used &= entry.chunk.as_ref().map_or(0, |chunk| chunk.used);
             if used != 0 {
-                return Some((id / CHUNK * CHUNK) as u32 + used.trailing_zeros());
+                return Some((number as u32) << SHIFT | used.trailing_zeros());
             }
-            id = (id / CHUNK + 1) * CHUNK;
+            used = u128::MAX;
         }
         None
     }

@@ -5,7 +5,11 @@
 //! A merged folio's `mapping` is a pointer to its stable node, marked `FOLIO_MAPPING_KSM`; `rmap_walk_ksm`,
 //! `folio_migrate_ksm` and `collect_procs_ksm` follow it to the node's `hlist` of rmap items. So both structs have
 //! the fields these functions use where the built-in KSM has them ([`super::btf`] compares the layouts with the
-//! running kernel's), and use the rest for their own ends.
+//! running kernel's), and use the rest for their own ends. What comes before the first and after the last such field
+//! is left out: a pointer that the core has to either points to where the whole struct would begin.
+//!
+//! Of an `hlist_node` the core uses `next` only. So the list is singly linked here, and an item is taken off by moving
+//! the first item of the list to its place.
 //!
 //! A node holds no reference to its page, which can so be freed at once. [`StableNodes::get_folio`] finds out
 //! whether the page is still the node's.
@@ -45,7 +49,8 @@ use crate::engine::{
         Fingerprint,
         ItemId,
         NodeId,
-        PageRef, //
+        PageRef,
+        RangeId, //
     },
     memory::{
         Collected,
@@ -70,6 +75,7 @@ use kernel::{
         c_ulong, //
     },
     mm::virt::VmaRef,
+    page::PAGE_SIZE,
     prelude::*, //
 };
 
@@ -78,16 +84,17 @@ const FOLIO_MAPPING_ANON: usize = raw::FOLIO_MAPPING_ANON as usize;
 /// Both bits of a `mapping` word are set for a merged page.
 const FOLIO_MAPPING_KSM: usize = FOLIO_MAPPING_ANON | raw::FOLIO_MAPPING_ANON_KSM as usize;
 
-/// A merged page.
+/// A merged page: `struct ksm_stable_node` from [`NODE_SKIP`] on.
 ///
-/// From `hlist` on it is `struct ksm_stable_node`; the bytes before belong, in the built-in, to its trees, which no
-/// function but its own scanner looks at.
+/// The bytes before `hlist` belong, in the built-in, to its trees, which no function but its own scanner looks at.
 #[repr(C)]
 pub(super) struct StableNode {
-    meta: NodeMeta,
+    /// Fingerprint, and [`HEAD`].
+    content: u64,
+    next: NodeId,
+    prev: NodeId,
     id: NodeId,
-    /// Keeps `hlist` at its offset in the built-in struct.
-    _tree: [u32; 3],
+    _unused: u32,
     hlist: raw::hlist_head,
     /// Changed by `folio_migrate_ksm`, under the folio's lock.
     kpfn: c_ulong,
@@ -95,43 +102,138 @@ pub(super) struct StableNode {
     nid: c_int,
 }
 
-/// A mapping of a merged page.
+/// Where a [`StableNode`] begins in a `struct ksm_stable_node`.
+const NODE_SKIP: usize = 16;
+
+/// The node is the head of its ring.
+const HEAD: u64 = 1 << 63;
+
+/// A mapping of a merged page: `struct ksm_rmap_item` from its second word to `hlist.next`.
 ///
-/// `struct ksm_rmap_item` with `rmap_list`, the list by which the built-in scans, used for `owner`, and `head`
-/// used for `node` and `id`.
+/// In the place of `head`, by which the built-in finds the node, are the numbers of node and owner.
 #[repr(C)]
 pub(super) struct RmapItem {
-    owner: PageRef,
     /// Owns a reference, taken under the mmap lock before the item could be found.
     anon_vma: NonNull<raw::anon_vma>,
     mm: PinnedMm,
     address: c_ulong,
     linear_page_index: c_ulong,
     node: NodeId,
-    id: ItemId,
-    hlist: raw::hlist_node,
+    /// The range of the owner, whose place in it follows from the address.
+    range: RangeId,
+    /// Where the next item has its own `next`.
+    next: *mut raw::hlist_node,
 }
 
 const _: () = {
     use core::mem::offset_of;
     use raw::layout;
-    assert!(size_of::<StableNode>() == 64 && size_of::<RmapItem>() == 64);
-    assert!(offset_of!(StableNode, hlist) == offset_of!(layout::ksm_stable_node, hlist));
-    assert!(offset_of!(StableNode, kpfn) == offset_of!(layout::ksm_stable_node, __bindgen_anon_2));
+    /// Where an [`RmapItem`] begins in a `struct ksm_rmap_item`.
+    const ITEM_SKIP: usize = 8;
+    assert!(size_of::<StableNode>() == 48 && size_of::<RmapItem>() == 48);
+    assert!(Fingerprint::BITS < u64::BITS);
     assert!(
-        offset_of!(StableNode, rmap_hlist_len)
+        NODE_SKIP + offset_of!(StableNode, hlist) == offset_of!(layout::ksm_stable_node, hlist)
+    );
+    assert!(
+        NODE_SKIP + offset_of!(StableNode, kpfn)
+            == offset_of!(layout::ksm_stable_node, __bindgen_anon_2)
+    );
+    assert!(
+        NODE_SKIP + offset_of!(StableNode, rmap_hlist_len)
             == offset_of!(layout::ksm_stable_node, rmap_hlist_len)
     );
-    assert!(offset_of!(RmapItem, anon_vma) == offset_of!(layout::ksm_rmap_item, __bindgen_anon_1));
-    assert!(offset_of!(RmapItem, mm) == offset_of!(layout::ksm_rmap_item, mm));
-    assert!(offset_of!(RmapItem, address) == offset_of!(layout::ksm_rmap_item, address));
     assert!(
-        offset_of!(RmapItem, linear_page_index)
+        ITEM_SKIP + offset_of!(RmapItem, anon_vma)
+            == offset_of!(layout::ksm_rmap_item, __bindgen_anon_1)
+    );
+    assert!(ITEM_SKIP + offset_of!(RmapItem, mm) == offset_of!(layout::ksm_rmap_item, mm));
+    assert!(
+        ITEM_SKIP + offset_of!(RmapItem, address) == offset_of!(layout::ksm_rmap_item, address)
+    );
+    assert!(
+        ITEM_SKIP + offset_of!(RmapItem, linear_page_index)
             == offset_of!(layout::ksm_rmap_item, __bindgen_anon_2)
     );
     // In the last union, after `head`.
-    assert!(offset_of!(RmapItem, hlist) == offset_of!(layout::ksm_rmap_item, __bindgen_anon_3) + 8);
+    assert!(
+        ITEM_SKIP + offset_of!(RmapItem, next)
+            == offset_of!(layout::ksm_rmap_item, __bindgen_anon_3) + 8
+    );
 };
+
+impl StableNode {
+    /// What the core of mm takes for the node's address.
+    fn as_core(node: NonNull<Self>) -> usize {
+        node.as_ptr() as usize - NODE_SKIP
+    }
+
+    /// The `mapping` word of the node's folio.
+    pub(super) fn mapping(node: NonNull<Self>) -> usize {
+        Self::as_core(node) | FOLIO_MAPPING_KSM
+    }
+
+    /// Puts an item on the node.
+    ///
+    /// # Safety
+    ///
+    /// Both are in their arenas, and the item is on no node. The node's folio is locked, or no folio names the node.
+    unsafe fn push(node: NonNull<Self>, item: NonNull<RmapItem>) {
+        // SAFETY: By the contract.
+        unsafe {
+            (*item.as_ptr()).node = (*node.as_ptr()).id;
+            (*item.as_ptr()).next = (*node.as_ptr()).hlist.first;
+            (*node.as_ptr()).hlist.first = (&raw mut (*item.as_ptr()).next).cast();
+            (*node.as_ptr()).rmap_hlist_len += 1;
+        }
+    }
+
+    /// Takes the first item off the node.
+    ///
+    /// # Safety
+    ///
+    /// The node is in its arena, as are the items on it. Its folio is locked, or no folio names the node.
+    unsafe fn pop(node: NonNull<Self>) -> Option<NonNull<RmapItem>> {
+        // SAFETY: By the contract.
+        let link = NonNull::new(unsafe { (*node.as_ptr()).hlist.first })?;
+        // SAFETY: The list links `RmapItem`s by their `next`.
+        unsafe {
+            let item =
+                kernel::container_of!(link.as_ptr().cast::<*mut raw::hlist_node>(), RmapItem, next);
+            (*node.as_ptr()).hlist.first = (*item).next;
+            (*node.as_ptr()).rmap_hlist_len -= 1;
+            NonNull::new(item)
+        }
+    }
+
+    /// Takes an item off the node: another comes to its place, if it was not the first. Returns the place that is free
+    /// now, with the item that is gone in it.
+    ///
+    /// # Safety
+    ///
+    /// As for [`StableNode::pop`]; `item` is on the node.
+    unsafe fn unlink(node: NonNull<Self>, item: NonNull<RmapItem>) -> NonNull<RmapItem> {
+        // SAFETY: By the contract.
+        let Some(first) = (unsafe { Self::pop(node) }) else {
+            return item;
+        };
+        if first != item {
+            // SAFETY: Both are valid, and differ. The list goes on from `item` as before.
+            unsafe {
+                let next = (*item.as_ptr()).next;
+                core::ptr::swap(first.as_ptr(), item.as_ptr());
+                (*item.as_ptr()).next = next;
+            }
+        }
+        first
+    }
+}
+
+impl RmapItem {
+    fn owner(&self) -> PageRef {
+        PageRef::new(self.range, self.address / PAGE_SIZE)
+    }
+}
 
 impl Drop for RmapItem {
     fn drop(&mut self) {
@@ -144,8 +246,8 @@ impl Drop for RmapItem {
 ///
 /// # Invariants
 ///
-/// - Every node in `nodes` and every item in `items` has its own number in `id`. A node's `hlist` holds `rmap_hlist_len` items of `items`, all
-///   of which name it as their `node`.
+/// - Every node in `nodes` has its own number in `id`. A node's `hlist` holds `rmap_hlist_len` items of `items`, all of
+///   which name it as their `node`.
 /// - While there are nodes, the module holds a reference to itself.
 pub(crate) struct StableNodes {
     nodes: Arena<StableNode>,
@@ -192,7 +294,8 @@ impl StableNodes {
 
     /// The node of ours that a `mapping` word names.
     fn node_of_mapping(&self, mapping: usize) -> Option<NodeId> {
-        let node = NonNull::new((mapping & !(FOLIO_MAPPING_KSM)) as *mut StableNode)?;
+        let base = Some(mapping & !FOLIO_MAPPING_KSM).filter(|base| *base != 0)?;
+        let node = NonNull::new((base + NODE_SKIP) as *mut StableNode)?;
         // SAFETY: The built-in KSM had no page left when we took over, so every node that a folio names is ours, and a
         // node is freed only after its folio has been freed or has ceased to name it.
         let id = unsafe { (*node.as_ptr()).id };
@@ -217,7 +320,7 @@ impl StableNodes {
     /// frozen, or a `mapping` of 0, and the node names the new frame before the old one ceases to name the node:
     /// hence the barrier, which pairs with the one in `folio_migrate_ksm`.
     fn get_folio(&self, node: NonNull<StableNode>) -> Option<FolioRef> {
-        let expected = node.as_ptr() as usize | FOLIO_MAPPING_KSM;
+        let expected = StableNode::mapping(node);
         loop {
             let frame = kpfn(node);
             // SAFETY: `frame` is one that held our page; frames that are taken offline are pruned before.
@@ -255,7 +358,7 @@ impl StableNodes {
         node: NonNull<StableNode>,
         f: impl FnOnce(&FolioLock<'_>) -> R,
     ) -> Option<R> {
-        let expected = node.as_ptr() as usize | FOLIO_MAPPING_KSM;
+        let expected = StableNode::mapping(node);
         loop {
             let folio = self.get_folio(node)?;
             delay::sleep();
@@ -279,21 +382,16 @@ impl StableNodes {
             raw::rksm_linear_anon_page_index(vma.as_ptr().cast(), at.addr)
         };
         let item = RmapItem {
-            owner: at.owner,
             anon_vma,
             mm: crate::engine::registry::PinnedMm::clone_pin(at.mm),
             address: at.addr,
             linear_page_index,
             node: NodeId(0),
-            id: ItemId(0),
-            hlist: raw::hlist_node::default(),
+            range: at.owner.range(),
+            next: core::ptr::null_mut(),
         };
-        let (id, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
-        let id = ItemId(id);
-        // SAFETY: Just inserted, and known to nobody else.
-        // INVARIANT: The item gets its own number.
-        unsafe { (*item.as_ptr()).id = id };
-        Ok(id)
+        let (id, _) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
+        Ok(ItemId(id))
     }
 
     /// Puts an item on a node.
@@ -301,14 +399,9 @@ impl StableNodes {
     /// `lock` is the lock of the node's folio, or shows that no folio names the node yet.
     fn append(&mut self, id: ItemId, node: NonNull<StableNode>, _lock: Option<&FolioLock<'_>>) {
         let Some(item) = self.item(id) else { return };
-        // SAFETY: Both are in their arenas; the hlist is ours to change by the lock.
+        // SAFETY: Both are in their arenas; the list is ours to change by the lock. The item pins its mm.
         unsafe {
-            (*item.as_ptr()).node = (*node.as_ptr()).id;
-            raw::rksm_hlist_add_head(
-                &raw mut (*item.as_ptr()).hlist,
-                &raw mut (*node.as_ptr()).hlist,
-            );
-            (*node.as_ptr()).rmap_hlist_len += 1;
+            StableNode::push(node, item);
             raw::rksm_mm_add_merging((*item.as_ptr()).mm.as_ptr(), 1);
         }
     }
@@ -336,14 +429,11 @@ impl StableNodes {
             return Err(Refusal::Unloading);
         }
         let node = StableNode {
-            meta: NodeMeta {
-                fingerprint,
-                next: NodeId(0),
-                prev: NodeId(0),
-                head: false,
-            },
+            content: fingerprint.to_bits(),
+            next: NodeId(0),
+            prev: NodeId(0),
             id: NodeId(0),
-            _tree: [0; 3],
+            _unused: 0,
             hlist: raw::hlist_head::default(),
             kpfn: 0,
             rmap_hlist_len: 0,
@@ -356,8 +446,8 @@ impl StableNodes {
                 // INVARIANT: The node gets its own number.
                 unsafe {
                     (*node.as_ptr()).id = id;
-                    (*node.as_ptr()).meta.next = id;
-                    (*node.as_ptr()).meta.prev = id;
+                    (*node.as_ptr()).next = id;
+                    (*node.as_ptr()).prev = id;
                 }
                 Ok(node)
             }
@@ -379,25 +469,19 @@ impl StableNodes {
         // SAFETY: The node is in the arena.
         let (id, kpfn) = unsafe { ((*node.as_ptr()).id, (*node.as_ptr()).kpfn) };
         // SAFETY: No folio names the node, so nobody else looks at its list; items are freed after they left it.
-        while let Some(link) = NonNull::new(unsafe { (*node.as_ptr()).hlist.first }) {
-            // SAFETY: The list links `RmapItem`s by their `hlist`, by the type's invariant.
-            let item = unsafe { kernel::container_of!(link.as_ptr(), RmapItem, hlist) };
-            // SAFETY: As above.
-            unsafe {
-                raw::rksm_hlist_del(link.as_ptr());
-                (*node.as_ptr()).rmap_hlist_len -= 1;
-            }
+        while let Some(item) = unsafe { StableNode::pop(node) } {
             // SAFETY: The item is in the arena still.
             let (id, owner, more) = unsafe {
                 let more = !(*node.as_ptr()).hlist.first.is_null();
-                ((*item).id, (*item).owner, more)
+                (Arena::number_of(item), (*item.as_ptr()).owner(), more)
             };
             if more {
                 // SAFETY: As above.
-                let mm = unsafe { (*item).mm.as_mm() };
-                self.trace.remove_rmap_item(kpfn, item as usize, mm);
+                let mm = unsafe { (*item.as_ptr()).mm.as_mm() };
+                self.trace
+                    .remove_rmap_item(kpfn, item.as_ptr() as usize, mm);
             }
-            self.free_item(id);
+            self.free_item(ItemId(id));
             orphan(owner);
         }
         self.trace.remove_ksm_page(kpfn);
@@ -442,12 +526,7 @@ impl StableNodes {
                 .map(|touched| (item, touched))
                 .inspect_err(|_| {
                     // SAFETY: Both are in their arenas, and no folio names the node.
-                    unsafe {
-                        if let Some(item) = self.item(item) {
-                            raw::rksm_hlist_del(&raw mut (*item.as_ptr()).hlist);
-                        }
-                        (*node.as_ptr()).rmap_hlist_len -= 1;
-                    }
+                    let _ = unsafe { StableNode::pop(node) };
                     self.free_item(item);
                 })
         })
@@ -468,7 +547,7 @@ impl StableNodes {
         // Both folios are locked at once, but neither is waited for.
         let lock = kfolio.trylock().ok_or(Refusal::Busy)?;
         // Until it was locked, the page may have been migrated.
-        if kfolio.mapping() != node.as_ptr() as usize | FOLIO_MAPPING_KSM {
+        if kfolio.mapping() != StableNode::mapping(node) {
             return Err(Refusal::Busy);
         }
         let item = self.new_item(at, vma)?;
@@ -764,7 +843,7 @@ impl Memory for StableNodes {
         let item = Self::in_vma(&at, |_, vma| self.new_item(&at, vma))?;
         delay::sleep();
         let lock = folio.lock();
-        let expected = node.as_ptr() as usize | FOLIO_MAPPING_KSM;
+        let expected = StableNode::mapping(node);
         if folio.mapping() != expected {
             self.discard_item(item);
             return Err(Refusal::Stale);
@@ -783,22 +862,18 @@ impl Memory for StableNodes {
         let node_id = self.node_of(id)?;
         let node = self.node(node_id)?;
         // SAFETY: Both are in their arenas; the folio is locked, or names the node no more.
-        let unlink = || unsafe {
-            raw::rksm_hlist_del(&raw mut (*item.as_ptr()).hlist);
-            (*node.as_ptr()).rmap_hlist_len -= 1;
+        let unlink = || unsafe { StableNode::unlink(node, item) };
+        let locked = self.with_locked(node, |lock| (unlink(), lock.folio().mapped()));
+        let (gone, mapped) = match locked {
+            Some((gone, mapped)) => (gone, Some(mapped)),
+            None => (unlink(), None),
         };
-        let mapped = self.with_locked(node, |lock| {
-            unlink();
-            lock.folio().mapped()
-        });
-        if mapped.is_none() {
-            unlink();
-        }
         // SAFETY: The item is in the arena still, and pins its mm.
-        let mm = unsafe { (*item.as_ptr()).mm.as_mm() };
+        let mm = unsafe { (*gone.as_ptr()).mm.as_mm() };
         self.trace
             .remove_rmap_item(kpfn(node), item.as_ptr() as usize, mm);
-        self.free_item(id);
+        // SAFETY: As above.
+        self.free_item(ItemId(unsafe { Arena::number_of(gone) }));
         let remaining = self.mappings(node_id);
         Some(Released {
             node: node_id,
@@ -807,18 +882,33 @@ impl Memory for StableNodes {
                 None => true,
                 Some(mapped) => remaining == 0 && !mapped,
             },
+            moved: (gone != item).then(|| {
+                // SAFETY: Another item has come to this place, which is in the arena.
+                (unsafe { (*item.as_ptr()).owner() }, id)
+            }),
         })
     }
 
     fn meta(&self, node: NodeId) -> Option<NodeMeta> {
-        // SAFETY: The node is in the arena; only the engine, whose lock is held, looks at `meta`.
-        self.node(node).map(|node| unsafe { (*node.as_ptr()).meta })
+        let node = self.node(node)?.as_ptr();
+        // SAFETY: The node is in the arena; only the engine, whose lock is held, looks at these.
+        let (content, next, prev) = unsafe { ((*node).content, (*node).next, (*node).prev) };
+        Some(NodeMeta {
+            fingerprint: Fingerprint::from_bits(content),
+            next,
+            prev,
+            head: content & HEAD != 0,
+        })
     }
 
     fn set_meta(&mut self, node: NodeId, meta: NodeMeta) {
-        if let Some(node) = self.node(node) {
-            // SAFETY: As above.
-            unsafe { (*node.as_ptr()).meta = meta };
+        let Some(node) = self.node(node) else { return };
+        let head = if meta.head { HEAD } else { 0 };
+        // SAFETY: As above.
+        unsafe {
+            (*node.as_ptr()).content = meta.fingerprint.to_bits() | head;
+            (*node.as_ptr()).next = meta.next;
+            (*node.as_ptr()).prev = meta.prev;
         }
     }
 
@@ -858,9 +948,7 @@ impl Memory for StableNodes {
             let mapped = lock.folio().mapped();
             if !mapped {
                 // SAFETY: The folio is locked, and nobody maps it: it may end its days without a node.
-                unsafe {
-                    raw::rksm_folio_set_stable_node(lock.folio().as_ptr(), core::ptr::null_mut())
-                };
+                unsafe { raw::rksm_folio_set_mapping(lock.folio().as_ptr(), FOLIO_MAPPING_KSM) };
             }
             mapped
         });

@@ -246,7 +246,7 @@ fn share_locked(
         match target {
             Target::Itself(node) => {
                 pte.set(raw::rksm_pte_wrprotect_clean(entry));
-                raw::rksm_folio_set_stable_node(folio, node.as_ptr().cast());
+                raw::rksm_folio_set_mapping(folio, StableNode::mapping(*node));
                 raw::rksm_folio_mark_accessed(folio);
                 // Reclaim frees a clean folio without writing it out: this one must reach swap.
                 raw::rksm_folio_mark_dirty(folio);

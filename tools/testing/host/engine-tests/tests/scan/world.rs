@@ -1266,8 +1266,14 @@ impl World {
     }
 
     pub(crate) fn release_item(&mut self, id: ItemId) -> Option<Released> {
-        self.items.get(id.0)?;
-        let node = self.free_item(id).node;
+        let node = self.items.get(id.0)?.node;
+        // The item that was put on the node last comes to the place of the one that goes.
+        let last = *self.nodes.get(node.0)?.items.last()?;
+        if last != id {
+            self.items.0.swap(last.0 as usize, id.0 as usize);
+        }
+        self.free_item(last);
+        let moved = self.items.get(id.0).map(|item| (item.owner, id));
         let remaining = self.nodes.get(node.0).unwrap().items.len() as u32;
         let mapped = self.node_frame(node).map(|frame| self.page(frame).maps > 0);
         Some(Released {
@@ -1277,6 +1283,7 @@ impl World {
                 None => true,
                 Some(mapped) => remaining == 0 && !mapped,
             },
+            moved,
         })
     }
 
