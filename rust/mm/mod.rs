@@ -6,7 +6,6 @@ mod arena;
 pub(crate) mod attrs;
 pub(crate) mod btf;
 pub(crate) mod delay;
-mod extra_file;
 mod folio;
 pub(crate) mod ksm;
 pub(crate) mod kthread;

@@ -67,7 +67,7 @@ void ksm_knob(const char *assignment)
 	extra_knobs[nr_extra_knobs++] = assignment;
 }
 
-/* ksmd for the built-in; rksmd, or rksmd and something, for rksm. */
+/* ksmd for the built-in; rksmd for rksm. */
 static void find_threads(void)
 {
 	const char *name = strcmp(opt.impl, "rksm") == 0 ? "rksmd" : "ksmd";
