@@ -459,6 +459,10 @@ impl Machine {
     pub(crate) fn assert_settled(&self) {
         let world = self.world.borrow();
         let all = self.collectable();
+        assert!(
+            self.engine.counters.tracked <= all.len() as u64,
+            "pages are tracked that are not there"
+        );
         // Pages that are not merged, and whether there is a merged one with room, for each content.
         let mut plain: BTreeMap<Fingerprint, BTreeSet<usize>> = BTreeMap::new();
         for (key, addr) in all {
