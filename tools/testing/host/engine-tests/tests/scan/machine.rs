@@ -429,7 +429,11 @@ impl Machine {
         self.run(&Op::Fail(None));
         self.run(&Op::FullScan { beside: Vec::new() });
         // Contents that seem untouched are read once in 16 scans, and smart scan looks at a page once in 9.
-        for _ in 0..if self.policy.smart_scan { 16 * 9 + 40 } else { 20 } {
+        for _ in 0..if self.policy.smart_scan {
+            16 * 9 + 40
+        } else {
+            20
+        } {
             let all = self.collectable();
             self.visits_before += self.world.borrow().visits.len() as u64;
             self.world.borrow_mut().visits.clear();

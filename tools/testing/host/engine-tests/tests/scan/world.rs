@@ -927,7 +927,9 @@ impl World {
         self.page_mut(frame).refs += 1;
         self.excused.remove(&(batch.key, addr));
         batch.pages.push((addr, frame));
-        batch.touched.push(self.space_mut(batch.key).touched.remove(&addr));
+        batch
+            .touched
+            .push(self.space_mut(batch.key).touched.remove(&addr));
     }
 
     /// A walk passes a page over, with which the engine is done so.
