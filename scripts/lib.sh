@@ -94,3 +94,10 @@ toolchain() {
 in_sysroot() {
 	"$RKSM_TOP/scripts/sysroot-run" "$@"
 }
+
+# Build the module for what scripts/vm calls --kernel WHAT, where that names a flavour.
+build_for() {
+	case $1 in
+	amd64 | cloud-amd64 | sanitizer) KVER='' FLAVOUR=$1 "$RKSM_TOP/scripts/build" >/dev/null ;;
+	esac
+}
