@@ -450,6 +450,8 @@ int main(int argc, char **argv)
 	size_t n;
 
 	test_init(argc, argv);
+	if (!module_path)
+		ksft_exit_fail_msg("no module to compare with\n");
 	read_allowed(argv[0]);
 	add_long_inputs();
 	test_plan(NR_STATES * KSM_FILES + 6);
