@@ -268,8 +268,11 @@ bool ksm_all_zero(void)
 	/* The last one to let go of a process may be a moment behind its end, on either KSM */
 	for (int i = 0; i < 50 && ksm_get("run") == 2 && !all_zero(false); i++) {
 		usleep(100000);
-		ksm_set("run", 0);
-		ksm_set("run", 2);
+		/* rksm has to let go by itself; the built-in does when it next scans or unmerges */
+		if (!module_loaded()) {
+			ksm_set("run", 0);
+			ksm_set("run", 2);
+		}
 	}
 	return all_zero(true);
 }
