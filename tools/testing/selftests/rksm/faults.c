@@ -115,21 +115,42 @@ static long injected(void)
 	return n;
 }
 
+/* fail-nth of this thread, open for good: to open it takes allocations, which could be the ones to fail */
+static int nth_fd(void)
+{
+	static int fd = -1;
+
+	if (fd < 0)
+		fd = open("/proc/thread-self/fail-nth", O_RDWR | O_CLOEXEC);
+	if (fd < 0)
+		die("fail-nth: %s", strerror(errno));
+	return fd;
+}
+
 /* The nth allocation of this thread fails, from here on */
 static void fail_nth(unsigned int n)
 {
 	char text[16];
+	int len = snprintf(text, sizeof(text), "%u", n);
 
-	snprintf(text, sizeof(text), "%u", n);
-	if (!write_file("/proc/thread-self/fail-nth", text))
+	if (pwrite(nth_fd(), text, len, 0) != len)
 		die("fail-nth: %s", strerror(errno));
+}
+
+/* So many allocations are left until one fails; 0 after that */
+static unsigned int nth_left(void)
+{
+	char buf[16] = "";
+
+	if (pread(nth_fd(), buf, sizeof(buf) - 1, 0) <= 0)
+		die("fail-nth: %s", strerror(errno));
+	return atoi(buf);
 }
 
 /* Switches that off; whether it came so far */
 static bool has_failed(void)
 {
-	char buf[16];
-	bool failed = read_file("/proc/thread-self/fail-nth", buf, sizeof(buf)) > 0 && !atoi(buf);
+	bool failed = !nth_left();
 
 	fail_nth(0);
 	return failed;
@@ -301,13 +322,7 @@ static void load_one_by_one(void)
 		die("rksm does not go");
 	fail_nth(1000000);
 	err = module_insert("check=1");
-	{
-		char buf[16];
-
-		if (read_file("/proc/thread-self/fail-nth", buf, sizeof(buf)) <= 0)
-			die("fail-nth");
-		all = 1000000 - atoi(buf);
-	}
+	all = 1000000 - nth_left();
 	fail_nth(0);
 	if (err || module_remove())
 		die("rksm does not load and unload: %s", strerror(-err));
