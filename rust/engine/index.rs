@@ -266,6 +266,12 @@ impl Index {
         }
     }
 
+    /// Returns whether an entry may have this fingerprint.
+    #[inline]
+    pub fn has(&self, fingerprint: Fingerprint) -> bool {
+        self.find(fingerprint).next().is_some()
+    }
+
     /// Adds an entry; [`Index::find`] yields it first.
     ///
     /// `fingerprint_of` is asked for the fingerprints of other entries, those under which they were inserted. An entry for

@@ -80,6 +80,8 @@ pub enum File {
     AdvisorMaxPagesToScan,
     /// Seconds that a full scan is to take.
     AdvisorTargetScanTime,
+    /// Threads that share the scanning. The built-in has no such file.
+    ScanThreads,
 }
 
 /// Who may do what with a file.
@@ -158,6 +160,7 @@ pub const FILES: &[Row] = &{
             ReadWrite,
         ),
         row(AdvisorTargetScanTime, "advisor_target_scan_time", ReadWrite),
+        row(ScanThreads, "scan_threads", ReadWrite),
     ]
 };
 
@@ -213,6 +216,8 @@ pub enum Change {
     AdvisorMaxPagesToScan(u64),
     /// Of [`File::AdvisorTargetScanTime`]; at least 1.
     AdvisorTargetScanTime(u64),
+    /// Of [`File::ScanThreads`]; at least 1.
+    ScanThreads(u32),
 }
 
 impl File {
@@ -275,6 +280,10 @@ impl File {
                 0 => return Err(EINVAL),
                 seconds => seconds,
             }),
+            Self::ScanThreads => Change::ScanThreads(match uint()? {
+                0 => return Err(EINVAL),
+                threads => threads,
+            }),
             Self::PagesScanned
             | Self::PagesShared
             | Self::PagesSharing
@@ -295,6 +304,8 @@ impl File {
 pub struct StoreCtx {
     /// Merged pages in use.
     pub pages_shared: u64,
+    /// CPUs that are online: the most threads.
+    pub cpus: u32,
 }
 
 /// What the caller has to do after a change.
@@ -355,6 +366,8 @@ pub struct Knobs {
     pub advisor_max_pages_to_scan: u64,
     /// `advisor_target_scan_time`, seconds, at least 1.
     pub advisor_target_scan_time: u64,
+    /// `scan_threads`, at least 1.
+    pub scan_threads: u32,
     /// What the advisor remembers.
     advisor: advisor::Context,
 }
@@ -377,6 +390,7 @@ impl Knobs {
             advisor_min_pages_to_scan: 500,
             advisor_max_pages_to_scan: 30_000,
             advisor_target_scan_time: 200,
+            scan_threads: 1,
             advisor: advisor::Context::new(),
         }
     }
@@ -390,11 +404,12 @@ impl Knobs {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the advisor sets `pages_to_scan`, `EBUSY` if pages are merged. Nothing has
-    /// changed then.
+    /// `EINVAL` if the advisor sets `pages_to_scan`, or there are fewer CPUs than threads; `EBUSY`
+    /// if pages are merged. Nothing has changed then.
     pub fn apply(&mut self, change: Change, ctx: &StoreCtx) -> Result<Action> {
         let held = match change {
             Change::PagesToScan(_) if self.advisor_mode != AdvisorMode::None => return Err(EINVAL),
+            Change::ScanThreads(threads) if threads > ctx.cpus => return Err(EINVAL),
             Change::MergeAcrossNodes(across) => across != self.merge_across_nodes,
             Change::MaxPageSharing(sharing) => sharing != self.max_page_sharing,
             _ => false,
@@ -442,6 +457,7 @@ impl Knobs {
             Change::AdvisorMinPagesToScan(pages) => self.advisor_min_pages_to_scan = pages,
             Change::AdvisorMaxPagesToScan(pages) => self.advisor_max_pages_to_scan = pages,
             Change::AdvisorTargetScanTime(seconds) => self.advisor_target_scan_time = seconds,
+            Change::ScanThreads(threads) => self.scan_threads = threads,
         }
     }
 
@@ -524,6 +540,7 @@ impl Knobs {
                     File::AdvisorMinPagesToScan => self.advisor_min_pages_to_scan,
                     File::AdvisorMaxPagesToScan => self.advisor_max_pages_to_scan,
                     File::AdvisorTargetScanTime => self.advisor_target_scan_time,
+                    File::ScanThreads => self.scan_threads.into(),
                     File::KsmZeroPages | File::GeneralProfit | File::AdvisorMode => return Ok(()),
                 };
                 writeln!(out, "{number}")
@@ -553,14 +570,15 @@ impl Knobs {
         Ok(())
     }
 
-    /// Sets the file `name` to a module parameter. False if it cannot have that value.
-    pub fn set_at_load(&mut self, name: &str, value: i64) -> bool {
+    /// Sets the file `name` to a module parameter. False if it cannot have that value, where there are so many CPUs.
+    pub fn set_at_load(&mut self, name: &str, value: i64, cpus: u32) -> bool {
         let change = match (name, u32::try_from(value)) {
             ("run", Ok(0)) => Change::Run(RunState::Stop),
             ("run", Ok(1)) => Change::Run(RunState::Merge),
             ("run", Ok(2)) => Change::Run(RunState::Unmerge),
             ("pages_to_scan", Ok(pages)) => Change::PagesToScan(pages),
             ("sleep_millisecs", Ok(msecs)) => Change::SleepMillisecs(msecs),
+            ("scan_threads", Ok(threads @ 1..)) if threads <= cpus => Change::ScanThreads(threads),
             _ => return false,
         };
         self.set(change);

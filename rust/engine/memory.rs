@@ -5,6 +5,10 @@
 //! The engine decides, an implementation of [`Memory`] acts. In the module that is the `mm` layer over the
 //! kernel's mm APIs; on the host it is a simulation. No method is called with a spinlock held: each may take
 //! the mmap lock of one mm at a time, folio locks and page table locks, and may sleep.
+//!
+//! What takes long may be done by several threads at once: collecting, hashing, merging, giving up pages. So these take
+//! `&self`, and change nothing but what they are given and the pages themselves; what is kept of merged pages changes in
+//! the methods that take `&mut self`, which one thread calls while the others do nothing.
 
 use super::{
     ids::{
@@ -81,7 +85,7 @@ pub enum PageKind {
 /// Where a walk for pages stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Collected {
-    /// The batch is full or the walk's bound is reached; go on at this address.
+    /// The batch is full or a bound is reached; go on at this address, which may lie beyond what was asked for.
     More(usize),
     /// No mergeable memory is left in this mm.
     End,
@@ -101,6 +105,8 @@ pub enum Interest {
 }
 
 /// Looks at each page that a walk comes by, in ascending order of the addresses.
+///
+/// Not shared: each walk has its own.
 pub trait Look {
     /// Says what is to become of the page at `addr`, of NUMA node `nid`, with [`Memory::touched`] as it would be if
     /// the page were taken.
@@ -169,22 +175,70 @@ pub struct Place<'a, M> {
     pub owner: PageRef,
 }
 
-/// The memory that is scanned and merged.
-pub trait Memory {
-    /// A pinned mm (`mmgrab`).
-    type Mm: PinnedMm;
-    /// A bounded run of collected pages, each with a reference held.
-    type Batch;
+impl<M> Clone for Place<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
 
-    /// Collects up to `limit` pages of mergeable vmas of `mm` at or after `start`, of those that `look` takes, into
-    /// the empty `batch`.
+impl<M> Copy for Place<'_, M> {}
+
+/// What a page of a batch is to be merged with.
+pub enum Partner<'a, M> {
+    /// The zero page.
+    Zero,
+    /// The merged page of a stable node.
+    Node {
+        /// The node.
+        node: NodeId,
+        /// Demands that its page lies on this NUMA node.
+        nid: Option<u32>,
+    },
+    /// Another page that is not merged yet: the page of the batch becomes the merged page of a new node.
+    ///
+    /// The new node's meta has no fingerprint and the node as its own ring, and is not a head.
+    Page {
+        /// Where it is.
+        other: Place<'a, M>,
+        /// Demands that it lies on this NUMA node.
+        nid: Option<u32>,
+    },
+}
+
+/// A huge page, as long as a batch has a reference to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HugeId(pub usize);
+
+/// What has come of a merge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Merged {
+    /// The zero page is mapped in the page's place.
+    Zero,
+    /// The node's page is, with this rmap item.
+    Node(ItemId),
+    /// There is a new node.
+    Pair(Pair),
+}
+
+/// The memory that is scanned and merged.
+pub trait Memory: Sync {
+    /// A pinned mm (`mmgrab`).
+    type Mm: PinnedMm + Send + Sync;
+    /// A bounded run of collected pages, each with a reference held.
+    type Batch: Send;
+    /// A merge that has been decided on, with all that it needs.
+    type Merge: Send;
+
+    /// Adds up to `limit` pages of mergeable vmas of `mm` whose addresses are `within`, of those that `look` takes, to the
+    /// `batch`, which has room for them. Where it is not `alone`, other threads collect beside it.
     ///
     /// Takes and releases the mmap lock of `mm` once; walks its page tables once.
     fn collect<L: Look>(
         &self,
         mm: &Self::Mm,
-        start: usize,
+        within: Range<usize>,
         limit: usize,
+        alone: bool,
         batch: &mut Self::Batch,
         look: &mut L,
     ) -> Collected;
@@ -204,58 +258,54 @@ pub trait Memory {
     fn hash(&self, batch: &Self::Batch, i: usize) -> u64;
     /// NUMA node of the `i`th page.
     fn nid(&self, batch: &Self::Batch, i: usize) -> u32;
-    /// Gives up the reference to the `i`th page; pages are released in ascending order.
-    fn release(&mut self, batch: &mut Self::Batch, i: usize);
+    /// The huge page that the `i`th page is part of, which has to be split before that is merged.
+    fn huge(&self, batch: &Self::Batch, i: usize) -> Option<HugeId>;
+    /// Takes note that nothing more is to be done with the `i`th page, and gives up the reference to it: as long as there is
+    /// one, the page cannot migrate.
+    fn done(&self, batch: &mut Self::Batch, i: usize) {
+        self.release(batch, i);
+    }
+    /// Gives up the reference to the `i`th page.
+    fn release(&self, batch: &mut Self::Batch, i: usize);
+    /// Gives up all references to a huge page, but one for the page `keep`: it can be split only if there are no others.
+    fn make_way(&self, batch: &mut Self::Batch, huge: HugeId, keep: Option<usize>);
+    /// Takes a reference again to what is now mapped at the address of the `i`th page, if [`Memory::make_way`] has given that
+    /// up. Returns whether the batch has one.
+    fn regain(&self, mm: &Self::Mm, batch: &mut Self::Batch, i: usize) -> bool;
     /// Gives up all references that are still held, and empties the batch.
-    fn clear(&mut self, batch: &mut Self::Batch);
+    fn clear(&self, batch: &mut Self::Batch);
+    /// The same, for a walk that is to be done anew.
+    fn discard(&self, batch: &mut Self::Batch) {
+        self.clear(batch);
+    }
     /// Hash of a page of zeroes.
     fn zero_hash(&self) -> u64;
 
-    /// Replaces the `i`th page of the batch by the merged page of `node`.
-    ///
-    /// `nid` demands that the merged page lies on this NUMA node.
+    /// Makes ready to replace the `i`th page of the batch, which stays there until [`Memory::finish`].
     ///
     /// # Errors
     ///
-    /// The page stays as it was. A huge page may have been split; then the batch holds nothing after `i`.
-    fn merge_with_node(
+    /// Nothing has changed.
+    fn prepare(
         &mut self,
         at: Place<'_, Self::Mm>,
-        batch: &mut Self::Batch,
+        batch: &Self::Batch,
         i: usize,
-        node: NodeId,
-        nid: Option<u32>,
-    ) -> Result<ItemId, Refusal>;
+        partner: Partner<'_, Self::Mm>,
+    ) -> Result<Self::Merge, Refusal>;
 
-    /// Makes a merged page of the `i`th page of the batch and puts it in the place of the page at `other`.
+    /// Replaces the page, or leaves it and its partner as they were.
     ///
-    /// `nid` demands that the page at `other` lies on this NUMA node. The new node's meta has the node as its
-    /// own ring, and is not a head.
-    ///
-    /// # Errors
-    ///
-    /// Both pages' contents and mappings stay as they were for their users.
-    fn merge_pair(
-        &mut self,
-        at: Place<'_, Self::Mm>,
-        batch: &mut Self::Batch,
-        i: usize,
-        other: Place<'_, Self::Mm>,
-        nid: Option<u32>,
-        fingerprint: Fingerprint,
-    ) -> Result<Pair, Refusal>;
+    /// Calls `before_split` before it splits a huge page, for all other references to that to be given up. Merges that are
+    /// done at the same time are of different contents, and of small pages only.
+    fn merge(&self, merge: &mut Self::Merge, before_split: impl FnOnce());
 
-    /// Replaces the `i`th page of the batch by the zero page.
+    /// Takes note of what has come of a merge, and frees what it has not used.
     ///
     /// # Errors
     ///
-    /// The page stays as it was.
-    fn merge_with_zero(
-        &mut self,
-        at: Place<'_, Self::Mm>,
-        batch: &mut Self::Batch,
-        i: usize,
-    ) -> Result<(), Refusal>;
+    /// The pages' contents and mappings are for their users what they were.
+    fn finish(&mut self, merge: Self::Merge) -> Result<Merged, Refusal>;
 
     /// Records that `at` maps the merged page of `node`, as it does after a fork.
     ///
@@ -265,7 +315,7 @@ pub trait Memory {
     fn adopt(
         &mut self,
         at: Place<'_, Self::Mm>,
-        batch: &mut Self::Batch,
+        batch: &Self::Batch,
         i: usize,
         node: NodeId,
     ) -> Result<ItemId, Refusal>;

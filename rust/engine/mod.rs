@@ -8,9 +8,11 @@
 pub mod advisor;
 mod chunks;
 pub mod content_hash;
+mod glance;
 pub mod ids;
 pub mod index;
 pub mod knobs;
+pub mod lane;
 pub mod memory;
 pub mod mmlist;
 pub mod page_state;

@@ -151,11 +151,39 @@ struct Cursor {
 /// 4. `bytes` is what the values of the ranges and the leaves of the directories take.
 /// 5. The cursor's range exists, and its fields are right.
 pub struct PageStates {
-    arena: Arena,
-    slots: Chunks<Directory>,
+    table: Table,
     cursor: Option<Cursor>,
     tracked: usize,
     bytes: usize,
+}
+
+/// The ranges, and where they are.
+struct Table {
+    arena: Arena,
+    slots: Chunks<Directory>,
+}
+
+/// Looks at states that do not change meanwhile; several threads can do so at once, each with a reader of its own.
+pub struct Reader<'a> {
+    table: &'a Table,
+    cursor: Option<Cursor>,
+}
+
+impl Reader<'_> {
+    /// As [`PageStates::at`].
+    #[inline]
+    pub fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
+        self.table.at(&mut self.cursor, slot, addr)
+    }
+
+    /// As [`PageStates::first_in`].
+    pub fn first_in(
+        &mut self,
+        slot: SlotId,
+        within: core::ops::Range<usize>,
+    ) -> Option<(PageRef, usize, PageState)> {
+        self.table.first_in(&mut self.cursor, slot, within)
+    }
 }
 
 impl Default for PageStates {
@@ -169,8 +197,10 @@ impl PageStates {
     pub const fn new() -> Self {
         // INVARIANT: 1. to 5. hold where there is nothing.
         Self {
-            arena: Arena::new(),
-            slots: Chunks::new(),
+            table: Table {
+                arena: Arena::new(),
+                slots: Chunks::new(),
+            },
             cursor: None,
             tracked: 0,
             bytes: 0,
@@ -184,20 +214,21 @@ impl PageStates {
 
     /// Returns the number of tracked pages of one mm.
     pub fn tracked(&self, slot: SlotId) -> usize {
-        self.directory(slot).map_or(0, Directory::tracked)
+        self.table.directory(slot).map_or(0, Directory::tracked)
     }
 
     /// Returns how many bytes of memory the table takes.
     pub fn bytes(&self) -> usize {
-        self.arena.bytes() + self.slots.bytes() + self.bytes
+        self.table.arena.bytes() + self.table.slots.bytes() + self.bytes
     }
 
     /// Returns the page at an address if it is tracked.
     #[inline]
     pub fn lookup(&mut self, slot: SlotId, addr: usize) -> Option<PageRef> {
         let (number, offset) = split(addr);
-        let id = self.find(slot, number)?;
-        self.arena
+        let id = self.table.find(&mut self.cursor, slot, number)?;
+        self.table
+            .arena
             .get(id)?
             .contains(offset)
             .then_some(PageRef::new(id, offset))
@@ -206,10 +237,15 @@ impl PageStates {
     /// Returns the page at an address, if it is tracked, and its state.
     #[inline]
     pub fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
-        let (number, offset) = split(addr);
-        let id = self.find(slot, number)?;
-        let bits = self.arena.get(id)?.get(offset)?;
-        Some((PageRef::new(id, offset), PageState::from_bits(bits)))
+        self.table.at(&mut self.cursor, slot, addr)
+    }
+
+    /// Lets a thread look at the states beside others.
+    pub fn reader(&self) -> Reader<'_> {
+        Reader {
+            table: &self.table,
+            cursor: self.cursor,
+        }
     }
 
     /// Starts to track the page at an address, in state [`PageState::NEW`]. Returns it as it is if it was tracked already.
@@ -220,11 +256,11 @@ impl PageStates {
     #[inline]
     pub fn track(&mut self, slot: SlotId, addr: usize, flags: Flags) -> Result<PageRef> {
         let (number, offset) = split(addr);
-        let id = match self.find(slot, number) {
+        let id = match self.table.find(&mut self.cursor, slot, number) {
             Some(id) => id,
             None => self.add_range(slot, number, flags)?,
         };
-        let range = self.arena.get_mut(id).ok_or(EINVAL)?;
+        let range = self.table.arena.get_mut(id).ok_or(EINVAL)?;
         if !range.contains(offset) {
             let before = range.value_bytes();
             // INVARIANT: 2. A new range has memory for its first page, so this cannot fail for one.
@@ -232,7 +268,7 @@ impl PageStates {
             // INVARIANT: 3. and 4.
             self.bytes = self.bytes + range.value_bytes() - before;
             self.tracked += 1;
-            if let Some(directory) = self.slots.get_mut(slot.0 as usize) {
+            if let Some(directory) = self.table.slots.get_mut(slot.0 as usize) {
                 *directory.tracked_mut() += 1;
             }
         }
@@ -243,14 +279,14 @@ impl PageStates {
     ///
     /// The caller has released what the state refers to, or does so now.
     pub fn untrack(&mut self, page: PageRef) -> Option<PageState> {
-        let range = self.arena.get_mut(page.range())?;
+        let range = self.table.arena.get_mut(page.range())?;
         let before = range.value_bytes();
         let bits = range.remove(page.offset())?;
         let (slot, empty) = (range.slot(), range.len() == 0);
         // INVARIANT: 3. and 4.
         self.bytes = self.bytes + range.value_bytes() - before;
         self.tracked -= 1;
-        if let Some(directory) = self.slots.get_mut(slot.0 as usize) {
+        if let Some(directory) = self.table.slots.get_mut(slot.0 as usize) {
             *directory.tracked_mut() -= 1;
         }
         if empty {
@@ -262,8 +298,7 @@ impl PageStates {
     /// Returns the state of a page, `None` if it is not tracked.
     #[inline]
     pub fn get(&self, page: PageRef) -> Option<PageState> {
-        let bits = self.arena.get(page.range())?.get(page.offset())?;
-        Some(PageState::from_bits(bits))
+        self.table.get(page)
     }
 
     /// Changes the state of a page and returns the one before; `None`, and nothing happens, if it is not tracked.
@@ -271,7 +306,7 @@ impl PageStates {
     /// Ages and skips above [`MAX_AGE`] are taken as that.
     #[inline]
     pub fn set(&mut self, page: PageRef, state: PageState) -> Option<PageState> {
-        let range = self.arena.get_mut(page.range())?;
+        let range = self.table.arena.get_mut(page.range())?;
         let bits = core::mem::replace(range.get_mut(page.offset())?, state.to_bits());
         Some(PageState::from_bits(bits))
     }
@@ -290,7 +325,7 @@ impl PageStates {
     /// Returns the mm and the address of a page, `None` if it is not tracked.
     #[inline]
     pub fn owner(&self, page: PageRef) -> Option<(SlotId, usize)> {
-        let range = self.arena.get(page.range())?;
+        let range = self.table.arena.get(page.range())?;
         range
             .contains(page.offset())
             .then_some((range.slot(), join(range.number(), page.offset())))
@@ -304,10 +339,250 @@ impl PageStates {
         slot: SlotId,
         within: core::ops::Range<usize>,
     ) -> Option<(PageRef, usize, PageState)> {
+        self.table.first_in(&mut self.cursor, slot, within)
+    }
+
+    /// Returns the last tracked page of an mm with an address in `within`, its address and state.
+    ///
+    /// To untrack many pages, ask for the last again and again: that never moves the states of the others.
+    pub fn last_in(
+        &mut self,
+        slot: SlotId,
+        within: core::ops::Range<usize>,
+    ) -> Option<(PageRef, usize, PageState)> {
+        let last = within.end.checked_sub(1)?;
+        let (number, offset) = split(last);
+        let floor = self.table.floor(self.cursor, slot, number)?;
+        let to = if floor.number == number {
+            offset
+        } else {
+            RANGE_PAGES - 1
+        };
+        let (cursor, offset) = match self.table.arena.get(floor.id)?.prev(to) {
+            Some(offset) => (floor, offset),
+            None => {
+                let at = self.table.directory(slot)?.before(floor.at)?;
+                let cursor = self.table.cursor_at(slot, at)?;
+                (
+                    cursor,
+                    self.table.arena.get(cursor.id)?.prev(RANGE_PAGES - 1)?,
+                )
+            }
+        };
+        let addr = join(cursor.number, offset);
+        if addr < within.start {
+            return None;
+        }
+        self.cursor = Some(cursor);
+        let page = PageRef::new(cursor.id, offset);
+        Some((page, addr, self.get(page)?))
+    }
+
+    /// Returns the first tracked page of an mm at or after `from` whose state refers to something: which is a candidate, or
+    /// merged.
+    pub fn next_linked(
+        &mut self,
+        slot: SlotId,
+        from: usize,
+    ) -> Option<(PageRef, usize, PageState)> {
+        let (number, mut offset) = split(from.checked_next_multiple_of(PAGE_SIZE)?);
+        let floor = self.table.floor(self.cursor, slot, number);
+        let mut cursor = match floor {
+            Some(cursor) if cursor.number == number => cursor,
+            _ => {
+                offset = 0;
+                let directory = self.table.directory(slot)?;
+                let at = floor.map_or(Directory::FIRST, |cursor| directory.after(cursor.at));
+                self.table.cursor_at(slot, at)?
+            }
+        };
+        loop {
+            let found = self
+                .table
+                .arena
+                .get(cursor.id)?
+                .next_with(offset, MERGED | INDEXED);
+            if let Some((offset, bits)) = found {
+                self.cursor = Some(cursor);
+                let page = PageRef::new(cursor.id, offset);
+                return Some((
+                    page,
+                    join(cursor.number, offset),
+                    PageState::from_bits(bits),
+                ));
+            }
+            offset = 0;
+            cursor = self
+                .table
+                .cursor_at(slot, self.table.directory(slot)?.after(cursor.at))?;
+        }
+    }
+
+    /// Stops tracking all pages of an mm at once, and returns how many there were.
+    ///
+    /// The caller has released what their states refer to. Takes time in the number of ranges.
+    pub fn remove_slot(&mut self, slot: SlotId) -> usize {
+        let Some(directory) = self.table.slots.get_mut(slot.0 as usize) else {
+            return 0;
+        };
+        let directory = core::mem::replace(directory, Directory::new());
+        let (arena, bytes) = (&mut self.table.arena, &mut self.bytes);
+        *bytes -= directory.bytes();
+        directory.for_each(|id| {
+            *bytes -= arena.get(id).map_or(0, Range::value_bytes);
+            arena.remove(id);
+        });
+        self.tracked -= directory.tracked();
+        self.cursor = None;
+        // Slots are numbered from below, so the memory of those at the end can go.
+        while let Some(last) = self.table.slots.len().checked_sub(1) {
+            if self.table.slots.get(last).is_none_or(|d| !d.is_empty()) {
+                break;
+            }
+            self.table.slots.pop();
+        }
+        directory.tracked()
+    }
+
+    /// Checks all invariants, in time proportional to the number of ranges.
+    ///
+    /// # Errors
+    ///
+    /// Says which one does not hold.
+    pub fn check(&self) -> Result<(), &'static str> {
+        self.table.arena.check()?;
+        let (mut listed, mut tracked, mut bytes) = (0, 0, 0);
+        for s in 0..self.table.slots.len() {
+            let slot = SlotId(s as u32);
+            let Some(directory) = self.table.slots.get(s) else {
+                return Err("page state: a slot is missing");
+            };
+            directory.check(&self.table.arena)?;
+            let (mut pages, mut alien) = (0, false);
+            directory.for_each(|id| {
+                let range = self.table.arena.get(id);
+                alien |= range.map(Range::slot) != Some(slot);
+                pages += range.map_or(0, Range::len);
+                listed += 1;
+            });
+            if alien {
+                return Err("page state: a range in another mm's directory");
+            }
+            if pages != directory.tracked() {
+                return Err("page state: the number of tracked pages of an mm is wrong");
+            }
+            tracked += pages;
+            bytes += directory.bytes();
+        }
+        self.table.arena.for_each(|_, range| {
+            listed -= 1;
+            bytes += range.value_bytes();
+            if range.len() == 0 {
+                return Err("page state: a range without pages");
+            }
+            range.check()
+        })?;
+        if listed != 0 {
+            return Err("page state: not every range is in one directory");
+        }
+        if tracked != self.tracked {
+            return Err("page state: the number of tracked pages is wrong");
+        }
+        if bytes != self.bytes {
+            return Err("page state: the number of bytes is wrong");
+        }
+        if let Some(cursor) = self.cursor {
+            let found = self.table.cursor_at(cursor.slot, cursor.at);
+            if found.is_none_or(|found| found.id != cursor.id || found.number != cursor.number) {
+                return Err("page state: the cursor is wrong");
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a range that the slot does not have yet, and makes it the cursor. The caller is about to track a page in it, which
+    /// cannot fail.
+    #[cold]
+    fn add_range(&mut self, slot: SlotId, number: usize, flags: Flags) -> Result<RangeId> {
+        while self.table.slots.len() <= slot.0 as usize {
+            self.table.slots.push(Directory::new(), flags)?;
+        }
+        let directory = self.table.slots.get_mut(slot.0 as usize).ok_or(EINVAL)?;
+        let range = Range::new(slot, number, flags)?;
+        let value_bytes = range.value_bytes();
+        let id = self.table.arena.insert(range, flags)?;
+        match directory.insert(&self.table.arena, id, &mut self.bytes, flags) {
+            Ok(at) => {
+                // INVARIANT: 1. It is in both. 4. 5.
+                self.bytes += value_bytes;
+                self.cursor = Some(Cursor {
+                    slot,
+                    number,
+                    id,
+                    at,
+                });
+                Ok(id)
+            }
+            Err(error) => {
+                self.table.arena.remove(id);
+                // The directory may have been rearranged.
+                self.cursor = None;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Removes a range without tracked pages.
+    #[cold]
+    fn remove_range(&mut self, id: RangeId) {
+        let Some(range) = self.table.arena.get(id) else {
+            return;
+        };
+        let (slot, number) = (range.slot(), range.number());
+        let at = self
+            .table
+            .floor(self.cursor, slot, number)
+            .map(|cursor| cursor.at);
+        if let (Some(directory), Some(at)) = (self.table.slots.get_mut(slot.0 as usize), at) {
+            // INVARIANT: 1. It leaves both. 4. 5. Positions behind it are others now.
+            directory.remove(&self.table.arena, at, &mut self.bytes);
+            self.bytes -= range.value_bytes();
+            self.table.arena.remove(id);
+            self.cursor = None;
+        }
+    }
+}
+
+impl Table {
+    #[inline]
+    fn at(
+        &self,
+        cursor: &mut Option<Cursor>,
+        slot: SlotId,
+        addr: usize,
+    ) -> Option<(PageRef, PageState)> {
+        let (number, offset) = split(addr);
+        let id = self.find(cursor, slot, number)?;
+        let bits = self.arena.get(id)?.get(offset)?;
+        Some((PageRef::new(id, offset), PageState::from_bits(bits)))
+    }
+
+    #[inline]
+    fn get(&self, page: PageRef) -> Option<PageState> {
+        let bits = self.arena.get(page.range())?.get(page.offset())?;
+        Some(PageState::from_bits(bits))
+    }
+
+    fn first_in(
+        &self,
+        hint: &mut Option<Cursor>,
+        slot: SlotId,
+        within: core::ops::Range<usize>,
+    ) -> Option<(PageRef, usize, PageState)> {
         // A page belongs to `within` by the address of its start.
         let start = within.start.checked_next_multiple_of(PAGE_SIZE)?;
         let (number, offset) = split(start);
-        let floor = self.floor(slot, number);
+        let floor = self.floor(*hint, slot, number);
         let in_range = floor.and_then(|cursor| {
             let from = if cursor.number == number {
                 offset
@@ -329,161 +604,9 @@ impl PageStates {
         if addr >= within.end {
             return None;
         }
-        self.cursor = Some(cursor);
+        *hint = Some(cursor);
         let page = PageRef::new(cursor.id, offset);
         Some((page, addr, self.get(page)?))
-    }
-
-    /// Returns the last tracked page of an mm with an address in `within`, its address and state.
-    ///
-    /// To untrack many pages, ask for the last again and again: that never moves the states of the others.
-    pub fn last_in(
-        &mut self,
-        slot: SlotId,
-        within: core::ops::Range<usize>,
-    ) -> Option<(PageRef, usize, PageState)> {
-        let last = within.end.checked_sub(1)?;
-        let (number, offset) = split(last);
-        let floor = self.floor(slot, number)?;
-        let to = if floor.number == number {
-            offset
-        } else {
-            RANGE_PAGES - 1
-        };
-        let (cursor, offset) = match self.arena.get(floor.id)?.prev(to) {
-            Some(offset) => (floor, offset),
-            None => {
-                let at = self.directory(slot)?.before(floor.at)?;
-                let cursor = self.cursor_at(slot, at)?;
-                (cursor, self.arena.get(cursor.id)?.prev(RANGE_PAGES - 1)?)
-            }
-        };
-        let addr = join(cursor.number, offset);
-        if addr < within.start {
-            return None;
-        }
-        self.cursor = Some(cursor);
-        let page = PageRef::new(cursor.id, offset);
-        Some((page, addr, self.get(page)?))
-    }
-
-    /// Returns the first tracked page of an mm at or after `from` whose state refers to something: which is a candidate, or
-    /// merged.
-    pub fn next_linked(
-        &mut self,
-        slot: SlotId,
-        from: usize,
-    ) -> Option<(PageRef, usize, PageState)> {
-        let (number, mut offset) = split(from.checked_next_multiple_of(PAGE_SIZE)?);
-        let floor = self.floor(slot, number);
-        let mut cursor = match floor {
-            Some(cursor) if cursor.number == number => cursor,
-            _ => {
-                offset = 0;
-                let directory = self.directory(slot)?;
-                let at = floor.map_or(Directory::FIRST, |cursor| directory.after(cursor.at));
-                self.cursor_at(slot, at)?
-            }
-        };
-        loop {
-            let found = self
-                .arena
-                .get(cursor.id)?
-                .next_with(offset, MERGED | INDEXED);
-            if let Some((offset, bits)) = found {
-                self.cursor = Some(cursor);
-                let page = PageRef::new(cursor.id, offset);
-                return Some((
-                    page,
-                    join(cursor.number, offset),
-                    PageState::from_bits(bits),
-                ));
-            }
-            offset = 0;
-            cursor = self.cursor_at(slot, self.directory(slot)?.after(cursor.at))?;
-        }
-    }
-
-    /// Stops tracking all pages of an mm at once, and returns how many there were.
-    ///
-    /// The caller has released what their states refer to. Takes time in the number of ranges.
-    pub fn remove_slot(&mut self, slot: SlotId) -> usize {
-        let Some(directory) = self.slots.get_mut(slot.0 as usize) else {
-            return 0;
-        };
-        let directory = core::mem::replace(directory, Directory::new());
-        let (arena, bytes) = (&mut self.arena, &mut self.bytes);
-        *bytes -= directory.bytes();
-        directory.for_each(|id| {
-            *bytes -= arena.get(id).map_or(0, Range::value_bytes);
-            arena.remove(id);
-        });
-        self.tracked -= directory.tracked();
-        self.cursor = None;
-        // Slots are numbered from below, so the memory of those at the end can go.
-        while let Some(last) = self.slots.len().checked_sub(1) {
-            if self.slots.get(last).is_none_or(|d| !d.is_empty()) {
-                break;
-            }
-            self.slots.pop();
-        }
-        directory.tracked()
-    }
-
-    /// Checks all invariants, in time proportional to the number of ranges.
-    ///
-    /// # Errors
-    ///
-    /// Says which one does not hold.
-    pub fn check(&self) -> Result<(), &'static str> {
-        self.arena.check()?;
-        let (mut listed, mut tracked, mut bytes) = (0, 0, 0);
-        for s in 0..self.slots.len() {
-            let slot = SlotId(s as u32);
-            let Some(directory) = self.slots.get(s) else {
-                return Err("page state: a slot is missing");
-            };
-            directory.check(&self.arena)?;
-            let (mut pages, mut alien) = (0, false);
-            directory.for_each(|id| {
-                let range = self.arena.get(id);
-                alien |= range.map(Range::slot) != Some(slot);
-                pages += range.map_or(0, Range::len);
-                listed += 1;
-            });
-            if alien {
-                return Err("page state: a range in another mm's directory");
-            }
-            if pages != directory.tracked() {
-                return Err("page state: the number of tracked pages of an mm is wrong");
-            }
-            tracked += pages;
-            bytes += directory.bytes();
-        }
-        self.arena.for_each(|_, range| {
-            listed -= 1;
-            bytes += range.value_bytes();
-            if range.len() == 0 {
-                return Err("page state: a range without pages");
-            }
-            range.check()
-        })?;
-        if listed != 0 {
-            return Err("page state: not every range is in one directory");
-        }
-        if tracked != self.tracked {
-            return Err("page state: the number of tracked pages is wrong");
-        }
-        if bytes != self.bytes {
-            return Err("page state: the number of bytes is wrong");
-        }
-        if let Some(cursor) = self.cursor {
-            let found = self.cursor_at(cursor.slot, cursor.at);
-            if found.is_none_or(|found| found.id != cursor.id || found.number != cursor.number) {
-                return Err("page state: the cursor is wrong");
-            }
-        }
-        Ok(())
     }
 
     #[inline]
@@ -493,29 +616,34 @@ impl PageStates {
 
     /// Returns the range of a slot at this address, and makes it the cursor.
     #[inline]
-    fn find(&mut self, slot: SlotId, number: usize) -> Option<RangeId> {
-        match self.cursor {
+    fn find(&self, cursor: &mut Option<Cursor>, slot: SlotId, number: usize) -> Option<RangeId> {
+        match cursor {
             Some(cursor) if cursor.number == number && cursor.slot == slot => Some(cursor.id),
-            _ => self.find_elsewhere(slot, number),
+            _ => self.find_elsewhere(cursor, slot, number),
         }
     }
 
     #[inline(never)]
-    fn find_elsewhere(&mut self, slot: SlotId, number: usize) -> Option<RangeId> {
-        let cursor = self.floor(slot, number)?;
-        if cursor.number != number {
+    fn find_elsewhere(
+        &self,
+        cursor: &mut Option<Cursor>,
+        slot: SlotId,
+        number: usize,
+    ) -> Option<RangeId> {
+        let found = self.floor(*cursor, slot, number)?;
+        if found.number != number {
             return None;
         }
         // INVARIANT: 5.
-        self.cursor = Some(cursor);
-        Some(cursor.id)
+        *cursor = Some(found);
+        Some(found.id)
     }
 
-    /// Returns the last range of a slot that is not above this address.
-    fn floor(&self, slot: SlotId, number: usize) -> Option<Cursor> {
+    /// Returns the last range of a slot that is not above this address; it is likely near `hint`.
+    fn floor(&self, hint: Option<Cursor>, slot: SlotId, number: usize) -> Option<Cursor> {
         let directory = self.directory(slot)?;
         // Most often it is the one used last, or the one behind that.
-        if let Some(cursor) = self.cursor.filter(|c| c.slot == slot && c.number <= number) {
+        if let Some(cursor) = hint.filter(|c| c.slot == slot && c.number <= number) {
             if cursor.number == number {
                 return Some(cursor);
             }
@@ -541,54 +669,5 @@ impl PageStates {
             id,
             at,
         })
-    }
-
-    /// Adds a range that the slot does not have yet, and makes it the cursor. The caller is about to track a page in it, which
-    /// cannot fail.
-    #[cold]
-    fn add_range(&mut self, slot: SlotId, number: usize, flags: Flags) -> Result<RangeId> {
-        while self.slots.len() <= slot.0 as usize {
-            self.slots.push(Directory::new(), flags)?;
-        }
-        let directory = self.slots.get_mut(slot.0 as usize).ok_or(EINVAL)?;
-        let range = Range::new(slot, number, flags)?;
-        let value_bytes = range.value_bytes();
-        let id = self.arena.insert(range, flags)?;
-        match directory.insert(&self.arena, id, &mut self.bytes, flags) {
-            Ok(at) => {
-                // INVARIANT: 1. It is in both. 4. 5.
-                self.bytes += value_bytes;
-                self.cursor = Some(Cursor {
-                    slot,
-                    number,
-                    id,
-                    at,
-                });
-                Ok(id)
-            }
-            Err(error) => {
-                self.arena.remove(id);
-                // The directory may have been rearranged.
-                self.cursor = None;
-                Err(error.into())
-            }
-        }
-    }
-
-    /// Removes a range without tracked pages.
-    #[cold]
-    fn remove_range(&mut self, id: RangeId) {
-        let Some(range) = self.arena.get(id) else {
-            return;
-        };
-        let (slot, number) = (range.slot(), range.number());
-        let at = self.floor(slot, number).map(|cursor| cursor.at);
-        if let (Some(directory), Some(at)) = (self.slots.get_mut(slot.0 as usize), at) {
-            // INVARIANT: 1. It leaves both. 4. 5. Positions behind it are others now.
-            directory.remove(&self.arena, at, &mut self.bytes);
-            self.bytes -= range.value_bytes();
-            self.arena.remove(id);
-            self.cursor = None;
-        }
     }
 }

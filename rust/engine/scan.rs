@@ -20,6 +20,7 @@
 //! while it unmerges.
 
 use super::{
+    glance::Trust,
     ids::{
         Fingerprint,
         ItemId,
@@ -31,14 +32,24 @@ use super::{
         Entry,
         Index, //
     },
+    lane::{
+        Busy,
+        Crew,
+        Lane,
+        Lanes,
+        Step,
+        Work, //
+    },
     memory::{
         Collected,
-        Interest,
-        Look,
+        HugeId,
         Memory,
+        Merged,
         NodeMeta,
         NodeState,
         PageKind,
+        Pair,
+        Partner,
         Place,
         Refusal, //
     },
@@ -47,8 +58,6 @@ use super::{
         PageState,
         PageStates, //
     },
-    registry::PinnedMm,
-    smart_scan::History,
     stats::Counters,
 };
 use core::{
@@ -64,17 +73,11 @@ use kernel::{
 /// Most pages of one walk. Bounds what is done under one mmap lock.
 pub const BATCH: usize = 64;
 
-static_assert!(BATCH <= u64::BITS as usize);
-
 /// Nodes of a ring that a search for room looks at.
 const RING_LOOK: usize = 3;
 
 /// Candidates of the same contents: so many are tried, and kept.
-const CANDIDATE_TRIES: usize = 4;
-
-/// A page that nothing seems to have touched is read all the same in one full scan of so many: what writes to it may
-/// leave no trace in page tables, as devices do.
-const REVISIT: usize = 16;
+const CANDIDATE_TRIES: u8 = 4;
 
 /// The knobs that decide about a page, as they are for one batch.
 #[derive(Clone, Copy, Debug)]
@@ -97,136 +100,62 @@ pub trait Pins<Mm> {
     fn pin(&self, slot: SlotId) -> Option<Mm>;
 }
 
-/// Runs of pages that are mapped no more which one walk can note.
-const GAPS: usize = 8;
-
-/// Most pages that one walk comes by, whether it takes them or not. Bounds, too, what is done under one mmap lock.
-const LOOKS: u32 = 1024;
-
-/// For which pages an unchanged page table entry is taken for unchanged contents.
-#[derive(Clone, Copy)]
-struct Trust {
-    /// For some at least.
-    some: bool,
-    /// Number of the full scan.
-    round: usize,
+/// An mm that is scanned, and how.
+pub(super) struct Walk<'a, Mm> {
+    pub(super) policy: &'a Policy,
+    pub(super) trust: Trust,
+    pub(super) slot: SlotId,
+    pub(super) mm: &'a Mm,
 }
 
-impl Trust {
-    fn holds(self, addr: usize) -> bool {
-        self.some && (addr / PAGE_SIZE).wrapping_add(self.round) % REVISIT != 0
-    }
-}
-
-/// What is known of the contents of the page that is visited.
-#[derive(Clone, Copy)]
-struct Content {
-    fingerprint: Fingerprint,
-    /// The NUMA node on which to look for its like, if not on all.
-    nid: Option<u32>,
-    /// They have been read since the walk took the page.
-    fresh: bool,
-}
-
-/// What the engine thinks of the pages that a walk comes by, without touching them.
-struct Glance<'a, M: Memory> {
-    memory: &'a M,
-    states: &'a mut PageStates,
-    counters: &'a mut Counters,
-    policy: &'a Policy,
-    trust: Trust,
-    slot: SlotId,
-    /// Where the next page is expected: all before it has been looked at.
-    from: usize,
-    budget: &'a mut u32,
-    /// Pages that may still be looked at.
-    looks: u32,
-    /// Addresses between pages in which pages are tracked that are not mapped.
-    gaps: [Range<usize>; GAPS],
-    nr_gaps: usize,
-}
-
-impl<M: Memory> Glance<'_, M> {
-    /// Smart scan: whether the page is passed over this time.
-    fn skips(&mut self, page: PageRef, state: PageState) -> bool {
-        let PageState::Tracked {
-            fingerprint,
-            age,
-            skips,
-            indexed,
-        } = state
-        else {
-            return false;
+impl<Mm> Walk<'_, Mm> {
+    /// Whether a page that is not merged seems not to have been touched, and whether its contents are to be read. `None`
+    /// where nothing is to be done about it yet.
+    pub(super) fn reading<M: Memory<Mm = Mm>>(
+        &self,
+        memory: &M,
+        batch: &M::Batch,
+        i: usize,
+        known: Option<PageState>,
+    ) -> Option<(bool, bool)> {
+        let fingerprint = match known {
+            Some(PageState::Tracked { fingerprint, .. }) => fingerprint,
+            // Whether it holds still will show next time, without its contents: many a page is gone by then.
+            _ if self.trust.some => return None,
+            _ => Fingerprint::NONE,
         };
-        let mut history = History { age, skips };
-        let skip = history.should_skip();
-        let state = PageState::Tracked {
-            fingerprint,
-            age: history.age,
-            skips: history.skips,
-            indexed,
-        };
-        self.states.set(page, state);
-        skip
-    }
-
-    /// Whether a page that nothing has touched is where everybody finds it who has the same contents.
-    fn waits(&self, addr: usize, state: PageState) -> bool {
-        let PageState::Tracked {
-            fingerprint,
-            indexed: true,
-            ..
-        } = state
-        else {
-            return false;
-        };
-        let zero = || fingerprint == Fingerprint::new(self.memory.zero_hash(), 0);
-        self.trust.holds(addr) && !(self.policy.use_zero_pages && zero())
-    }
-
-    /// Whether a merged page is what it was when its item was made.
-    fn settled(&self, item: ItemId, node: NodeId, nid: u32) -> bool {
-        self.memory.node_of(item) == Some(node)
-            && (self.policy.merge_across_nodes || self.memory.node_nid(node) == nid)
+        let still = self.trust.some && !memory.touched(batch, i);
+        let known = fingerprint != Fingerprint::NONE;
+        let trusted = known && still && self.trust.holds(memory.addr(batch, i));
+        Some((still, !trusted))
     }
 }
 
-impl<M: Memory> Look for Glance<'_, M> {
-    fn look(&mut self, addr: usize, kind: PageKind, nid: u32, touched: bool) -> Interest {
-        if *self.budget == 0 || self.looks == 0 {
-            return Interest::Stop;
-        }
-        self.looks -= 1;
-        if addr > self.from && self.states.first_in(self.slot, self.from..addr).is_some() {
-            let Some(gap) = self.gaps.get_mut(self.nr_gaps) else {
-                return Interest::Stop;
-            };
-            *gap = self.from..addr;
-            self.nr_gaps += 1;
-        }
-        self.from = addr + PAGE_SIZE;
-        let interest = match (kind, self.states.at(self.slot, addr)) {
-            (PageKind::Ksm(node), Some((_, PageState::Merged(item))))
-                if self.settled(item, node, nid) =>
-            {
-                self.counters.pages_scanned = self.counters.pages_scanned.wrapping_add(1);
-                Interest::Pass
-            }
-            (PageKind::Plain, Some((page, state)))
-                if self.policy.smart_scan && self.skips(page, state) =>
-            {
-                self.counters.pages_skipped = self.counters.pages_skipped.wrapping_add(1);
-                return Interest::Pass;
-            }
-            (PageKind::Plain, Some((_, state))) if !touched && self.waits(addr, state) => {
-                self.counters.pages_scanned = self.counters.pages_scanned.wrapping_add(1);
-                Interest::Pass
-            }
-            _ => Interest::Take,
-        };
-        *self.budget -= 1;
-        interest
-    }
+/// What a page is being merged with.
+enum With {
+    Zero,
+    Node(NodeId),
+    Candidate(PageRef),
+}
+
+/// A merge that is ready, of a page of a batch.
+pub(super) struct Pending<M: Memory> {
+    lane: usize,
+    i: usize,
+    with: With,
+    merge: M::Merge,
+}
+
+/// What is to be done about a page.
+enum Next<M: Memory> {
+    /// Nothing more.
+    Done,
+    /// A merge.
+    Merge(Pending<M>),
+    /// What the merges under way leave.
+    Later,
+    /// A merge, when all before it are done: its page is part of a huge page.
+    Alone,
 }
 
 /// How often each [`Refusal`] kept a page from being merged.
@@ -252,9 +181,6 @@ pub struct Engine<M: Memory> {
     /// Why pages were not merged.
     pub refusals: Refusals,
     swept: Option<NodeId>,
-    /// Pages of the batch, one bit each, that were merged when one before them was visited: what the batch has of
-    /// them is no longer what their address maps.
-    merged_ahead: u64,
     trust: Trust,
     /// `merge_across_nodes` as it was last.
     across_nodes: bool,
@@ -272,7 +198,6 @@ impl<M: Memory> Engine<M> {
             counters: Counters::default(),
             refusals: [0; Refusal::COUNT],
             swept: None,
-            merged_ahead: 0,
             trust: Trust {
                 some: false,
                 round: 0,
@@ -297,7 +222,7 @@ impl<M: Memory> Engine<M> {
         self.memory.nodes()
     }
 
-    /// Scans an mm from `start` on until it ends or `budget` pages have been scanned.
+    /// Scans an mm from `start` on until it ends or `budget` pages have been scanned, with all threads of the crew.
     ///
     /// Pages that smart scan skips cost no budget. May sleep.
     pub fn scan_mm<P: Pins<M::Mm>>(
@@ -306,74 +231,157 @@ impl<M: Memory> Engine<M> {
         pins: &P,
         (slot, mm): (SlotId, &M::Mm),
         start: usize,
-        batch: &mut M::Batch,
+        (crew, lanes): (&impl Crew, &mut Lanes<M>),
         budget: &mut u32,
     ) -> Progress {
         self.update_trust(policy);
+        let walk = Walk {
+            policy,
+            trust: self.trust,
+            slot,
+            mm,
+        };
         let mut at = start;
         while *budget > 0 {
-            let limit = BATCH.min(*budget as usize);
-            let mut glance = Glance {
-                memory: &self.memory,
-                states: &mut self.states,
-                counters: &mut self.counters,
-                policy,
-                trust: self.trust,
-                slot,
-                from: at,
-                budget,
-                looks: LOOKS,
-                gaps: [const { 0..0 }; GAPS],
-                nr_gaps: 0,
-            };
-            let found = self.memory.collect(mm, at, limit, batch, &mut glance);
-            let (from, gaps, nr_gaps) = (glance.from, glance.gaps, glance.nr_gaps);
-            for gap in gaps.into_iter().take(nr_gaps) {
-                self.forget(slot, mm, gap);
-            }
-            let end = match found {
-                Collected::Exiting => {
-                    self.forget_mm(slot, mm);
-                    return Progress::Exiting;
+            let mut n = lanes.open(at, *budget);
+            self.collect(&walk, crew, lanes.first(n));
+            let exiting = |lane: &Lane<M>| lane.found == Collected::Exiting;
+            if lanes.first(n).iter().any(exiting) {
+                for lane in lanes.first(n) {
+                    lane.changes.clear();
+                    self.memory.discard(&mut lane.batch);
                 }
-                Collected::More(next) => Some(next),
-                Collected::End => None,
-            };
-            let collected = self.memory.len(batch);
-            self.merged_ahead = 0;
-            let mut pause = false;
-            let mut i = 0;
-            while i < self.memory.len(batch) && !pause {
-                let addr = self.memory.addr(batch, i);
-                if self.merged_ahead & 1 << i == 0 {
-                    self.visit(policy, pins, (slot, mm), addr, batch, i);
-                }
-                self.counters.pages_scanned = self.counters.pages_scanned.wrapping_add(1);
-                self.memory.release(batch, i);
-                at = addr.saturating_add(PAGE_SIZE);
-                i += 1;
-                pause = self.memory.breathe();
+                self.clear(crew, lanes);
+                self.forget_mm(slot, mm);
+                return Progress::Exiting;
             }
-            // A huge page that was split takes what follows it out of the batch: collect that anew.
-            let cut = i < collected;
-            *budget += (collected - i) as u32;
-            self.memory.clear(batch);
-            if pause {
-                return Progress::At(at);
+            // Where a lane has more than fits into its batch, those after it are for the next pass.
+            let stopped = lanes.first(n).iter().position(|l| l.stopped_at().is_some());
+            let used = stopped.map_or(n, |l| l + 1);
+            for lane in lanes.first(n).iter_mut().skip(used) {
+                lane.changes.clear();
+                self.memory.discard(&mut lane.batch);
+                lane.within = 0..0;
+            }
+            lanes.fit(n, stopped.is_some());
+            n = used;
+
+            for lane in lanes.first(n) {
+                *budget -= lane.seen.used;
+                self.begin(&walk, lane);
+            }
+            self.merge_all(&walk, pins, crew, lanes, n);
+            let mut end = Collected::End;
+            for lane in lanes.first(n) {
+                end = lane.found;
+                let to = match end {
+                    Collected::More(next) => next.min(lane.within.end),
+                    _ => lane.within.end,
+                };
+                self.forget(slot, mm, lane.seen.from..to);
             }
             match end {
-                _ if cut => {}
-                Some(next) => {
-                    self.forget(slot, mm, from..next);
-                    at = next;
-                }
-                None => {
-                    self.forget(slot, mm, from..usize::MAX);
+                Collected::More(next) => at = next,
+                _ => {
+                    self.clear(crew, lanes);
                     return Progress::Done;
                 }
             }
+            if self.memory.breathe() {
+                break;
+            }
         }
+        self.clear(crew, lanes);
         Progress::At(at)
+    }
+
+    /// Walks the lanes' parts of the address space.
+    fn collect(&mut self, walk: &Walk<'_, M::Mm>, crew: &impl Crew, lanes: &mut [Lane<M>]) {
+        if let [lane] = lanes {
+            lane.walk_alone(&self.memory, &mut self.states, walk);
+            return;
+        }
+        let (memory, states) = (&self.memory, &self.states);
+        crew.each(lanes, |lane| lane.walk(memory, states, walk));
+    }
+
+    /// Gives up what is left of the batches.
+    fn clear(&self, crew: &impl Crew, lanes: &mut Lanes<M>) {
+        crew.each(lanes.all(), |lane| self.memory.clear(&mut lane.batch));
+    }
+
+    /// Looks up what is known of the pages that a lane has come by.
+    fn begin(&mut self, walk: &Walk<'_, M::Mm>, lane: &mut Lane<M>) {
+        let Counters {
+            pages_scanned,
+            pages_skipped,
+            ..
+        } = &mut self.counters;
+        *pages_scanned = pages_scanned.wrapping_add(lane.seen.passed);
+        *pages_skipped = pages_skipped.wrapping_add(lane.seen.skipped);
+        for &(page, state) in &lane.changes {
+            self.states.set(page, state);
+        }
+        lane.changes.clear();
+        let gaps = lane.seen.gaps.iter().take(lane.seen.nr_gaps);
+        for gap in gaps {
+            self.forget(walk.slot, walk.mm, gap.clone());
+        }
+        for i in 0..self.memory.len(&lane.batch) {
+            let work = self.look_up(walk, lane, i);
+            // A batch has no more pages than there is room for.
+            let _ = lane.works.push_within_capacity(work);
+            if work.step == Step::Done {
+                self.done(lane, i);
+            }
+        }
+    }
+
+    /// Takes note that nothing more is to be done with a page of a batch.
+    fn done(&mut self, lane: &mut Lane<M>, i: usize) {
+        if let Some(work) = lane.works.get_mut(i) {
+            work.step = Step::Done;
+        }
+        self.counters.pages_scanned = self.counters.pages_scanned.wrapping_add(1);
+        self.memory.done(&mut lane.batch, i);
+    }
+
+    /// Decides about the pages of the batches, and merges what can be.
+    fn merge_all<P: Pins<M::Mm>>(
+        &mut self,
+        walk: &Walk<'_, M::Mm>,
+        pins: &P,
+        crew: &impl Crew,
+        lanes: &mut Lanes<M>,
+        n: usize,
+    ) {
+        loop {
+            let huge = self.plan(walk, pins, lanes, n);
+            let mut merges = core::mem::take(&mut lanes.merges);
+            if merges.is_empty() {
+                lanes.merges = merges;
+                return;
+            }
+            let memory = &self.memory;
+            match (huge, merges.first_mut()) {
+                (Some(huge), Some(pending)) => {
+                    let (own, i) = (pending.lane, pending.i);
+                    memory.merge(&mut pending.merge, || {
+                        for (l, lane) in lanes.first(n).iter_mut().enumerate() {
+                            let keep = (l == own).then_some(i);
+                            memory.make_way(&mut lane.batch, huge, keep);
+                        }
+                    });
+                }
+                _ => crew.each(&mut merges, |pending| {
+                    memory.merge(&mut pending.merge, || ());
+                }),
+            }
+            for pending in merges.drain_all() {
+                self.finish(walk, lanes, pending);
+            }
+            lanes.merges = merges;
+        }
     }
 
     /// A page may migrate to another NUMA node untouched, so nothing is trusted where its fingerprint depends on that.
@@ -418,7 +426,7 @@ impl<M: Memory> Engine<M> {
             if self.memory.mappings(node) == 0 || self.memory.state(node) == NodeState::Stale {
                 self.remove_node(node);
             } else if let Some(meta) = self.memory.meta(node) {
-                if !meta.head && meta.next == node {
+                if !meta.head && meta.next == node && meta.fingerprint != Fingerprint::NONE {
                     self.link_node(node, meta.fingerprint);
                 }
             }
@@ -616,137 +624,459 @@ impl<M: Memory> Engine<M> {
         Ok(())
     }
 
-    /// Decides about one page.
-    fn visit<P: Pins<M::Mm>>(
-        &mut self,
-        policy: &Policy,
-        pins: &P,
-        (slot, mm): (SlotId, &M::Mm),
-        addr: usize,
-        batch: &mut M::Batch,
-        i: usize,
-    ) {
-        let known = self.states.at(slot, addr);
-        let mut new = known.is_none();
+    /// Looks up what is known of a page, and sees what is to be done about it.
+    fn look_up(&mut self, walk: &Walk<'_, M::Mm>, lane: &Lane<M>, i: usize) -> Work {
+        let (policy, mm, batch) = (walk.policy, walk.mm, &lane.batch);
+        let addr = self.memory.addr(batch, i);
+        let mut work = Work {
+            addr,
+            ..Work::default()
+        };
+        let known = self.states.at(walk.slot, addr);
         let (page, state) = match known {
             Some(known) => known,
-            None => match self.states.track(slot, addr, GFP_KERNEL | __GFP_NOWARN) {
-                Ok(page) => {
-                    self.counters.tracked += 1;
-                    self.memory.account_tracked(mm, 1);
-                    (page, PageState::NEW)
-                }
-                Err(_) => {
+            None => {
+                let page = self
+                    .states
+                    .track(walk.slot, addr, GFP_KERNEL | __GFP_NOWARN);
+                let Ok(page) = page else {
                     self.refuse(Refusal::NoMemory);
-                    return;
-                }
-            },
+                    return work;
+                };
+                self.counters.tracked += 1;
+                self.memory.account_tracked(mm, 1);
+                (page, PageState::NEW)
+            }
         };
+        work.page = Some(page);
         let at = Place {
             mm,
             addr,
             owner: page,
         };
-
         match self.memory.kind(batch, i) {
             PageKind::Ksm(node) => {
                 self.visit_merged(policy, at, state, batch, i, node);
-                return;
+                return work;
             }
             PageKind::Orphan => {
                 self.release_state(page, state);
-                return;
+                return work;
             }
             PageKind::Plain => {}
         }
-        let state = match state {
-            PageState::Merged(_) => {
-                // Somebody has written to it since.
-                self.release_state(page, state);
-                new = true;
-                PageState::NEW
-            }
-            PageState::Tracked { .. } => state,
-        };
-        let PageState::Tracked {
-            fingerprint,
-            age,
-            skips,
-            indexed,
-        } = state
-        else {
-            return;
-        };
-
-        let domain = if policy.merge_across_nodes {
-            0
-        } else {
-            self.memory.nid(batch, i)
-        };
-        // Whether it holds still will show next time, without its contents: many a page is gone by then.
-        if new && self.trust.some {
-            return;
+        if let PageState::Merged(_) = state {
+            // Somebody has written to it since.
+            self.release_state(page, state);
         }
-        let known = fingerprint != Fingerprint::NONE;
-        let still = self.trust.some && !self.memory.touched(batch, i);
-        let fresh = !(known && still && self.trust.holds(addr));
-        let now = if fresh {
-            Fingerprint::new(self.memory.hash(batch, i), domain)
-        } else {
-            fingerprint
+        let known = known.map(|(_, state)| state);
+        let Some((still, fresh)) = walk.reading(&self.memory, batch, i, known) else {
+            return work;
         };
-        if now != fingerprint {
-            self.unindex(page, state);
-            let state = PageState::Tracked {
-                fingerprint: now,
+        if !policy.merge_across_nodes {
+            work.domain = self.memory.nid(batch, i);
+        }
+        (work.still, work.fresh) = (still, fresh);
+        work.fingerprint = match known {
+            _ if fresh => Fingerprint::new(lane.hash(&self.memory, i), work.domain),
+            Some(PageState::Tracked { fingerprint, .. }) => fingerprint,
+            _ => Fingerprint::NONE,
+        };
+        work.step = Step::Decide;
+        work
+    }
+
+    /// Decides about the pages of the batches, until enough merges are ready. One that splits a huge page is alone, and that
+    /// is returned.
+    fn plan<P: Pins<M::Mm>>(
+        &mut self,
+        walk: &Walk<'_, M::Mm>,
+        pins: &P,
+        lanes: &mut Lanes<M>,
+        n: usize,
+    ) -> Option<HugeId> {
+        let mut busy = Busy::new();
+        let most = (0..n).map(|l| lanes.works(l)).max().unwrap_or(0);
+        let from = (0..n).map(|l| lanes.undone(l)).min().unwrap_or(0);
+        // By turns, so that who merges at the same time does so in different page tables.
+        for i in from..most {
+            for l in 0..n {
+                if lanes.step(l, i) == Step::Done {
+                    continue;
+                }
+                match self.decide(walk, pins, lanes, (l, i), &mut busy) {
+                    Next::Done => {
+                        if let Some(lane) = lanes.get(l) {
+                            self.done(lane, i);
+                        }
+                    }
+                    Next::Later => {}
+                    Next::Alone => return None,
+                    Next::Merge(pending) => {
+                        let huge = lanes
+                            .get(l)
+                            .and_then(|lane| self.memory.huge(&lane.batch, i));
+                        // There is room: it is looked for below.
+                        let _ = lanes.merges.push_within_capacity(pending);
+                        if huge.is_some() {
+                            return huge;
+                        }
+                        if lanes.merges.len() == lanes.merges.capacity() {
+                            return None;
+                        }
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    /// Decides about one page of a batch.
+    fn decide<P: Pins<M::Mm>>(
+        &mut self,
+        walk: &Walk<'_, M::Mm>,
+        pins: &P,
+        lanes: &mut Lanes<M>,
+        (l, i): (usize, usize),
+        busy: &mut Busy,
+    ) -> Next<M> {
+        let policy = walk.policy;
+        let first = lanes.merges.is_empty();
+        let Some((lane, mut work)) = lanes.get_work(l, i) else {
+            return Next::Done;
+        };
+        let Some(page) = work.page else {
+            return Next::Done;
+        };
+        if !self.memory.regain(walk.mm, &mut lane.batch, i) {
+            return Next::Done;
+        }
+        // It may have been merged when one before it was.
+        let Some(
+            state @ PageState::Tracked {
+                fingerprint,
                 age,
                 skips,
-                indexed: false,
-            };
-            self.states.set(page, state);
-            if known || !still {
-                return;
-            }
-        }
-        let content = Content {
-            fingerprint: now,
-            nid: (!policy.merge_across_nodes).then_some(domain),
-            fresh,
+                ..
+            },
+        ) = self.states.get(page)
+        else {
+            return Next::Done;
         };
-        if policy.use_zero_pages && now == Fingerprint::new(self.memory.zero_hash(), domain) {
-            match self.memory.merge_with_zero(self.place(&at), batch, i) {
-                Ok(()) | Err(Refusal::Gone) => {
-                    self.untrack(mm, page, state);
-                    return;
+        if !work.compared {
+            work.compared = true;
+            let known = fingerprint != Fingerprint::NONE;
+            if work.fingerprint != fingerprint {
+                self.unindex(page, state);
+                let state = PageState::Tracked {
+                    fingerprint: work.fingerprint,
+                    age,
+                    skips,
+                    indexed: false,
+                };
+                self.states.set(page, state);
+                if known || !work.still {
+                    return Next::Done;
+                }
+            }
+        } else if work.fingerprint != fingerprint {
+            return Next::Done;
+        }
+        let now = work.fingerprint;
+        if busy.may_have(now) {
+            lane.set_work(i, work);
+            return Next::Later;
+        }
+        let zero = policy.use_zero_pages
+            && !work.zero_tried
+            && now == Fingerprint::new(self.memory.zero_hash(), work.domain);
+        if !zero && !self.index.has(now) {
+            // Most pages are like no other.
+            self.become_candidate(page, &work);
+            return Next::Done;
+        }
+        lane.set_work(i, work);
+        let large = self.memory.huge(&lane.batch, i).is_some();
+        let at = Place {
+            mm: walk.mm,
+            addr: work.addr,
+            owner: page,
+        };
+        let nid = (!policy.merge_across_nodes).then_some(work.domain);
+
+        if zero {
+            if large && !first {
+                return Next::Alone;
+            }
+            work.zero_tried = true;
+            lane.set_work(i, work);
+            match self.memory.prepare(at, &lane.batch, i, Partner::Zero) {
+                Ok(merge) => {
+                    return Next::Merge(Pending {
+                        lane: l,
+                        i,
+                        with: With::Zero,
+                        merge,
+                    })
                 }
                 Err(refusal) => self.refuse(refusal),
             }
         }
 
-        match self.merge_with_node(policy, &at, batch, i, content) {
-            Some(Ok(item)) => {
-                self.unindex(page, state);
+        while !work.node_tried {
+            let Some(node) = self.node_with_room(now, policy.max_page_sharing) else {
+                break;
+            };
+            if large && !first {
+                return Next::Alone;
+            }
+            let partner = Partner::Node { node, nid };
+            match self.memory.prepare(at, &lane.batch, i, partner) {
+                Ok(merge) => {
+                    busy.add(now);
+                    return Next::Merge(Pending {
+                        lane: l,
+                        i,
+                        with: With::Node(node),
+                        merge,
+                    });
+                }
+                Err(refusal) => {
+                    if self.node_refused(page, node, refusal, &mut work) {
+                        return Next::Done;
+                    }
+                }
+            }
+        }
+        lane.set_work(i, work);
+        self.decide_candidate(walk, pins, lanes, (l, i), busy)
+    }
+
+    /// Has a page that no merged page is like be merged with a candidate, or be one.
+    fn decide_candidate<P: Pins<M::Mm>>(
+        &mut self,
+        walk: &Walk<'_, M::Mm>,
+        pins: &P,
+        lanes: &mut Lanes<M>,
+        (l, i): (usize, usize),
+        busy: &mut Busy,
+    ) -> Next<M> {
+        let Some((_, mut work)) = lanes.get_work(l, i) else {
+            return Next::Done;
+        };
+        let Some(page) = work.page else {
+            return Next::Done;
+        };
+        let first = lanes.merges.is_empty();
+        let now = work.fingerprint;
+        let nid = (!walk.policy.merge_across_nodes).then_some(work.domain);
+        while work.tries < CANDIDATE_TRIES {
+            let Some((other, _)) = self.candidate(now, page, work.nth) else {
+                break;
+            };
+            let Some((slot, addr)) = self.states.owner(other) else {
+                break;
+            };
+            let large = lanes
+                .get(l)
+                .is_some_and(|lane| self.memory.huge(&lane.batch, i).is_some());
+            if large && !first {
+                return Next::Alone;
+            }
+            work.tries += 1;
+            let Some(mm) = pins.pin(slot) else {
+                work.nth += 1;
+                continue;
+            };
+            if slot == walk.slot {
+                // A reference to it would keep it from being merged.
+                if let Some((lane, j)) = lanes.find(addr) {
+                    if lane
+                        .works
+                        .get(j)
+                        .is_some_and(|work| work.step != Step::Done)
+                    {
+                        self.done(lane, j);
+                    }
+                }
+            }
+            let partner = Partner::Page {
+                other: Place {
+                    mm: &mm,
+                    addr,
+                    owner: other,
+                },
+                nid,
+            };
+            let at = Place {
+                mm: walk.mm,
+                addr: work.addr,
+                owner: page,
+            };
+            let Some(lane) = lanes.get(l) else {
+                return Next::Done;
+            };
+            match self.memory.prepare(at, &lane.batch, i, partner) {
+                Ok(merge) => {
+                    lane.set_work(i, work);
+                    busy.add(now);
+                    return Next::Merge(Pending {
+                        lane: l,
+                        i,
+                        with: With::Candidate(other),
+                        merge,
+                    });
+                }
+                Err(refusal) => self.candidate_refused(other, refusal, &mut work),
+            }
+        }
+        if work.nth == CANDIDATE_TRIES && !work.same {
+            // Of pages whose mms are just leaving there may be any number.
+            if let Some((last, state)) = self.candidate(now, page, work.nth - 1) {
+                self.unindex(last, state);
+            }
+        }
+        // One page under several addresses, as after a fork: one of them is candidate enough.
+        if !work.same {
+            self.become_candidate(page, &work);
+        }
+        Next::Done
+    }
+
+    /// Has others find a page, if there is memory for that.
+    fn become_candidate(&mut self, page: PageRef, work: &Work) {
+        let Some(PageState::Tracked {
+            age,
+            skips,
+            indexed: false,
+            ..
+        }) = self.states.get(page)
+        else {
+            return;
+        };
+        if self.insert(work.fingerprint, Entry::Candidate(page)) {
+            self.counters.pages_unshared += 1;
+            let state = PageState::Tracked {
+                fingerprint: work.fingerprint,
+                age,
+                skips,
+                indexed: true,
+            };
+            self.states.set(page, state);
+        }
+    }
+
+    /// Takes note of what came of a merge.
+    fn finish(&mut self, walk: &Walk<'_, M::Mm>, lanes: &mut Lanes<M>, pending: Pending<M>) {
+        let Pending {
+            lane: l,
+            i,
+            with,
+            merge,
+        } = pending;
+        let outcome = self.memory.finish(merge);
+        let Some((lane, mut work)) = lanes.get_work(l, i) else {
+            return;
+        };
+        let Some(page) = work.page else {
+            return;
+        };
+        let done = match (with, outcome) {
+            (With::Zero, Ok(_) | Err(Refusal::Gone)) => {
+                if let Some(state) = self.states.get(page) {
+                    self.untrack(walk.mm, page, state);
+                }
+                true
+            }
+            (With::Zero, Err(refusal)) => {
+                self.refuse(refusal);
+                false
+            }
+            (With::Node(_), Ok(Merged::Node(item))) => {
+                self.unindex_now(page);
                 self.merged(page, item);
-                return;
+                true
+            }
+            (With::Node(node), Err(refusal)) => self.node_refused(page, node, refusal, &mut work),
+            (With::Candidate(other), Ok(Merged::Pair(pair))) => {
+                self.paired(page, other, &pair, &work, (&lane.batch, i));
+                true
+            }
+            (With::Candidate(other), Err(refusal)) => {
+                self.candidate_refused(other, refusal, &mut work);
+                false
+            }
+            (_, Ok(_)) => true,
+        };
+        lane.set_work(i, work);
+        if done {
+            self.done(lane, i);
+        }
+    }
+
+    /// Two pages have become one merged page.
+    fn paired(
+        &mut self,
+        page: PageRef,
+        other: PageRef,
+        pair: &Pair,
+        work: &Work,
+        (batch, i): (&M::Batch, usize),
+    ) {
+        for page in [other, page] {
+            self.unindex_now(page);
+        }
+        self.states.set(page, PageState::Merged(pair.first));
+        self.states.set(other, PageState::Merged(pair.second));
+        self.counters.mapping_added(true);
+        self.counters.mapping_added(false);
+        let fingerprint = if work.fresh && !pair.touched {
+            work.fingerprint
+        } else {
+            // Both may have been written to after they were looked at: only now the contents stay.
+            Fingerprint::new(self.memory.hash(batch, i), work.domain)
+        };
+        self.link_node(pair.node, fingerprint);
+    }
+
+    /// A page was not merged with a node. Returns whether it needs no more attention.
+    fn node_refused(
+        &mut self,
+        page: PageRef,
+        node: NodeId,
+        refusal: Refusal,
+        work: &mut Work,
+    ) -> bool {
+        self.refuse(refusal);
+        match refusal {
+            Refusal::Stale => {
+                work.node_tried = !self.remove_node(node);
+                false
+            }
+            Refusal::FarNode | Refusal::Same | Refusal::Differs => {
+                work.node_tried = true;
+                false
             }
             // The merged page may be back in a moment, and the same pages are best tried again then.
-            Some(Err(_)) => return self.unindex(page, state),
-            None => {}
+            _ => {
+                self.unindex_now(page);
+                true
+            }
         }
-        if self.merge_with_candidate(pins, &at, batch, i, content) || indexed {
-            return;
-        }
-        if self.insert(now, Entry::Candidate(page)) {
-            self.counters.pages_unshared += 1;
-            self.states.set(
-                page,
-                PageState::Tracked {
-                    fingerprint: now,
-                    age,
-                    skips,
-                    indexed: true,
-                },
-            );
+    }
+
+    /// A page was not merged with a candidate.
+    fn candidate_refused(&mut self, other: PageRef, refusal: Refusal, work: &mut Work) {
+        self.refuse(refusal);
+        match refusal {
+            Refusal::Same => {
+                work.same = true;
+                work.nth += 1;
+            }
+            // What is remembered of it is not true.
+            Refusal::Gone | Refusal::Differs => self.mistrust(other),
+            // One of them cannot be merged now: no candidate, so that the scanner tries again next time.
+            _ => self.unindex_now(other),
         }
     }
 
@@ -756,7 +1086,7 @@ impl<M: Memory> Engine<M> {
         policy: &Policy,
         at: Place<'_, M::Mm>,
         state: PageState,
-        batch: &mut M::Batch,
+        batch: &M::Batch,
         i: usize,
         node: NodeId,
     ) {
@@ -773,6 +1103,16 @@ impl<M: Memory> Engine<M> {
             Ok(item) => self.merged(page, item),
             Err(refusal) => self.refuse(refusal),
         }
+        // What was left of a pair of which one could not be merged: now its contents stay.
+        let unknown = |meta: &NodeMeta| meta.fingerprint == Fingerprint::NONE;
+        if self.memory.meta(node).as_ref().is_some_and(unknown) {
+            let domain = match policy.merge_across_nodes {
+                true => 0,
+                false => self.memory.nid(batch, i),
+            };
+            let fingerprint = Fingerprint::new(self.memory.hash(batch, i), domain);
+            self.link_node(node, fingerprint);
+        }
     }
 
     /// Puts a node under the fingerprint of the NUMA node that its page has migrated to.
@@ -786,40 +1126,6 @@ impl<M: Memory> Engine<M> {
             self.unlink_node(node, meta);
             self.memory.set_node_nid(node, nid);
             self.link_node(node, fingerprint);
-        }
-    }
-
-    /// Merges with a merged page of the same contents; `None` where there is none with room.
-    fn merge_with_node(
-        &mut self,
-        policy: &Policy,
-        at: &Place<'_, M::Mm>,
-        batch: &mut M::Batch,
-        i: usize,
-        content: Content,
-    ) -> Option<Result<ItemId, Refusal>> {
-        loop {
-            let node = self.node_with_room(content.fingerprint, policy.max_page_sharing)?;
-            match self
-                .memory
-                .merge_with_node(self.place(at), batch, i, node, content.nid)
-            {
-                Err(Refusal::Stale) => {
-                    self.refuse(Refusal::Stale);
-                    if !self.remove_node(node) {
-                        return None;
-                    }
-                }
-                Err(refusal @ (Refusal::FarNode | Refusal::Same | Refusal::Differs)) => {
-                    self.refuse(refusal);
-                    return None;
-                }
-                Err(refusal) => {
-                    self.refuse(refusal);
-                    return Some(Err(refusal));
-                }
-                Ok(item) => return Some(Ok(item)),
-            }
         }
     }
 
@@ -852,95 +1158,12 @@ impl<M: Memory> Engine<M> {
         None
     }
 
-    /// Merges with a candidate of the same contents. Returns whether the page needs no more attention.
-    fn merge_with_candidate<P: Pins<M::Mm>>(
-        &mut self,
-        pins: &P,
-        at: &Place<'_, M::Mm>,
-        batch: &mut M::Batch,
-        i: usize,
-        content: Content,
-    ) -> bool {
-        let Content {
-            fingerprint, nid, ..
-        } = content;
-        let mut same = false;
-        let mut nth = 0;
-        for _ in 0..CANDIDATE_TRIES {
-            let Some((other, state)) = self.candidate(fingerprint, at.owner, nth) else {
-                break;
-            };
-            let Some((slot, addr)) = self.states.owner(other) else {
-                break;
-            };
-            let Some(mm) = pins.pin(slot) else {
-                nth += 1;
-                continue;
-            };
-            let place = Place {
-                mm: &mm,
-                addr,
-                owner: other,
-            };
-            let pair = self
-                .memory
-                .merge_pair(self.place(at), batch, i, place, nid, fingerprint);
-            match pair {
-                Ok(pair) => {
-                    self.unindex(other, state);
-                    if let Some(own) = self.states.get(at.owner) {
-                        self.unindex(at.owner, own);
-                    }
-                    self.states.set(at.owner, PageState::Merged(pair.first));
-                    self.states.set(other, PageState::Merged(pair.second));
-                    self.counters.mapping_added(true);
-                    self.counters.mapping_added(false);
-                    let fingerprint = if content.fresh && !pair.touched {
-                        fingerprint
-                    } else {
-                        // Both may have been written to after they were looked at: only now the contents stay.
-                        Fingerprint::new(self.memory.hash(batch, i), nid.unwrap_or(0))
-                    };
-                    self.link_node(pair.node, fingerprint);
-                    if mm.key() == at.mm.key() {
-                        let mut ahead = i + 1..self.memory.len(batch);
-                        if let Some(j) = ahead.find(|j| self.memory.addr(batch, *j) == addr) {
-                            self.merged_ahead |= 1 << j;
-                        }
-                    }
-                    return true;
-                }
-                Err(refusal) => {
-                    self.refuse(refusal);
-                    match refusal {
-                        Refusal::Same => {
-                            same = true;
-                            nth += 1;
-                        }
-                        // What is remembered of it is not true.
-                        Refusal::Gone | Refusal::Differs => self.mistrust(other, state),
-                        // One of them cannot be merged now: no candidate, so that the scanner tries again next time.
-                        _ => self.unindex(other, state),
-                    }
-                }
-            }
-        }
-        if nth == CANDIDATE_TRIES && !same {
-            // Of pages whose mms are just leaving there may be any number.
-            if let Some((last, state)) = self.candidate(fingerprint, at.owner, nth - 1) {
-                self.unindex(last, state);
-            }
-        }
-        // One page under several addresses, as after a fork: one of them is candidate enough.
-        same
-    }
-
     /// The `nth` candidate of this content but for the page itself.
     fn candidate(
         &self,
         fingerprint: Fingerprint,
         but: PageRef,
-        nth: usize,
+        nth: u8,
     ) -> Option<(PageRef, PageState)> {
         self.index
             .find(fingerprint)
@@ -953,15 +1176,7 @@ impl<M: Memory> Engine<M> {
                 },
                 _ => None,
             })
-            .nth(nth)
-    }
-
-    fn place<'a>(&self, at: &Place<'a, M::Mm>) -> Place<'a, M::Mm> {
-        Place {
-            mm: at.mm,
-            addr: at.addr,
-            owner: at.owner,
-        }
+            .nth(nth.into())
     }
 
     fn refuse(&mut self, refusal: Refusal) {
@@ -1046,10 +1261,17 @@ impl<M: Memory> Engine<M> {
         }
     }
 
+    /// The same, whatever its state has become.
+    fn unindex_now(&mut self, page: PageRef) {
+        if let Some(state) = self.states.get(page) {
+            self.unindex(page, state);
+        }
+    }
+
     /// Has the contents of a page be read again before it is merged.
-    fn mistrust(&mut self, page: PageRef, state: PageState) {
-        self.unindex(page, state);
-        if let PageState::Tracked { age, skips, .. } = state {
+    fn mistrust(&mut self, page: PageRef) {
+        self.unindex_now(page);
+        if let Some(PageState::Tracked { age, skips, .. }) = self.states.get(page) {
             self.states.set(
                 page,
                 PageState::Tracked {

@@ -90,15 +90,6 @@ impl<T> Arena<T> {
             + (self.partial.capacity() + self.holes.capacity()) * size_of::<u32>()
     }
 
-    /// Makes sure that the next [`Arena::insert`] allocates nothing. May sleep.
-    ///
-    /// # Errors
-    ///
-    /// `ENOMEM`.
-    pub(crate) fn reserve(&mut self) -> Result {
-        self.chunk_with_room().map(|_| ())
-    }
-
     /// The number of a chunk with a free slot, made if there is none.
     fn chunk_with_room(&mut self) -> Result<u32> {
         while let Some(&number) = self.partial.last() {

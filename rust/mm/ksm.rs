@@ -54,12 +54,15 @@ use crate::engine::{
     },
     memory::{
         Collected,
+        HugeId,
         Look,
         Memory,
+        Merged,
         NodeMeta,
         NodeState,
         PageKind,
         Pair,
+        Partner,
         Place,
         Refusal,
         Released, //
@@ -113,8 +116,8 @@ const HEAD: u64 = 1 << 63;
 /// In the place of `head`, by which the built-in finds the node, are the numbers of node and owner.
 #[repr(C)]
 pub(super) struct RmapItem {
-    /// Owns a reference, taken under the mmap lock before the item could be found.
-    anon_vma: NonNull<raw::anon_vma>,
+    /// Owns a reference, taken under the mmap lock before the item could be found; `None` before.
+    anon_vma: Option<NonNull<raw::anon_vma>>,
     mm: PinnedMm,
     address: c_ulong,
     linear_page_index: c_ulong,
@@ -237,8 +240,10 @@ impl RmapItem {
 
 impl Drop for RmapItem {
     fn drop(&mut self) {
-        // SAFETY: The item owns a reference by its description.
-        unsafe { raw::rksm_put_anon_vma(self.anon_vma.as_ptr()) };
+        if let Some(anon_vma) = self.anon_vma {
+            // SAFETY: The item owns a reference by its description.
+            unsafe { raw::rksm_put_anon_vma(anon_vma.as_ptr()) };
+        }
     }
 }
 
@@ -259,6 +264,9 @@ pub(crate) struct StableNodes {
 
 // SAFETY: All pointers in it are to objects of the kernel that any thread may use under the locks named above.
 unsafe impl Send for StableNodes {}
+// SAFETY: As above. With a shared reference nodes and items are only looked at, but for those of merges, each of which has its
+// own, and for what the lock of a node's folio protects.
+unsafe impl Sync for StableNodes {}
 
 impl StableNodes {
     /// No merged pages.
@@ -372,38 +380,32 @@ impl StableNodes {
 
     /// Makes an rmap item that is on no node yet.
     ///
-    /// The `anon_vma` is referenced here, under the mmap lock: once the item is on a node, an rmap walk follows it
-    /// whatever has become of the vma.
-    fn new_item(&mut self, at: &Place<'_, PinnedMm>, vma: &VmaRef) -> Result<ItemId, Refusal> {
-        let anon_vma = NonNull::new(pin::anon_vma(vma)).ok_or(Refusal::Gone)?;
-        // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the address lies in the vma.
-        let linear_page_index = unsafe {
-            raw::rksm_get_anon_vma(anon_vma.as_ptr());
-            raw::rksm_linear_anon_page_index(vma.as_ptr().cast(), at.addr)
-        };
+    /// Not under the mmap lock, which the OOM killer may need to free memory.
+    fn new_item(&mut self, at: &Place<'_, PinnedMm>) -> Result<OwnItem, Refusal> {
         let item = RmapItem {
-            anon_vma,
+            anon_vma: None,
             mm: crate::engine::registry::PinnedMm::clone_pin(at.mm),
             address: at.addr,
-            linear_page_index,
+            linear_page_index: 0,
             node: NodeId(0),
             range: at.owner.range(),
             next: core::ptr::null_mut(),
         };
-        let (id, _) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
-        Ok(ItemId(id))
+        let (id, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
+        // INVARIANT: Nobody else knows of it.
+        Ok(OwnItem {
+            id: ItemId(id),
+            item,
+        })
     }
 
-    /// Puts an item on a node.
-    ///
-    /// `lock` is the lock of the node's folio, or shows that no folio names the node yet.
-    fn append(&mut self, id: ItemId, node: NonNull<StableNode>, _lock: Option<&FolioLock<'_>>) {
-        let Some(item) = self.item(id) else { return };
-        // SAFETY: Both are in their arenas; the list is ours to change by the lock. The item pins its mm.
-        unsafe {
-            StableNode::push(node, item);
-            raw::rksm_mm_add_merging((*item.as_ptr()).mm.as_ptr(), 1);
+    /// Accounts for an item that has been put on a node.
+    fn added(&self, item: ItemId) -> ItemId {
+        if let Some(item) = self.item(item) {
+            // SAFETY: The item is in the arena, and pins its mm.
+            unsafe { raw::rksm_mm_add_merging((*item.as_ptr()).mm.as_ptr(), 1) };
         }
+        item
     }
 
     /// Accounts for an item that leaves its node, and frees it.
@@ -415,21 +417,17 @@ impl StableNodes {
     }
 
     /// Frees an item that has been on no node.
-    fn discard_item(&mut self, id: ItemId) {
-        drop(self.items.remove(id.0));
+    fn discard_item(&mut self, item: &OwnItem) {
+        drop(self.items.remove(item.id.0));
     }
 
     /// Adds a node without items and without a page. Takes a module reference for the first one.
-    fn new_node(
-        &mut self,
-        fingerprint: Fingerprint,
-        nid: c_int,
-    ) -> Result<NonNull<StableNode>, Refusal> {
+    fn new_node(&mut self, nid: c_int) -> Result<NonNull<StableNode>, Refusal> {
         if self.nodes.len() == 0 && !module_ref::get() {
             return Err(Refusal::Unloading);
         }
         let node = StableNode {
-            content: fingerprint.to_bits(),
+            content: Fingerprint::NONE.to_bits(),
             next: NodeId(0),
             prev: NodeId(0),
             id: NodeId(0),
@@ -493,103 +491,226 @@ impl StableNodes {
         let _ = self.nodes.remove(id.0);
         self.put_module();
     }
+}
 
-    /// Finds the mergeable vma at a place and calls `f` with it, under the mmap lock.
-    fn in_vma<R>(
-        at: &Place<'_, PinnedMm>,
-        f: impl FnOnce(LiveMm<'_>, &VmaRef) -> Result<R, Refusal>,
-    ) -> Result<R, Refusal> {
-        let guard = at.mm.mmap_read_lock();
-        let live = guard.live().ok_or(Refusal::Gone)?;
-        let vma = live.mergeable_at(at.addr).ok_or(Refusal::Gone)?;
-        f(live, vma)
+/// Finds the mergeable vma at an address and calls `f` with it, under the mmap lock.
+fn in_vma<R>(
+    mm: &PinnedMm,
+    addr: usize,
+    f: impl FnOnce(LiveMm<'_>, &VmaRef) -> Result<R, Refusal>,
+) -> Result<R, Refusal> {
+    let guard = mm.mmap_read_lock();
+    let live = guard.live().ok_or(Refusal::Gone)?;
+    let vma = live.mergeable_at(addr).ok_or(Refusal::Gone)?;
+    f(live, vma)
+}
+
+/// An rmap item that is on no node yet.
+///
+/// # Invariants
+///
+/// The item is in the arena, and nobody else uses it.
+struct OwnItem {
+    id: ItemId,
+    item: NonNull<RmapItem>,
+}
+
+impl OwnItem {
+    /// Gives the item what an rmap walk needs to know of its vma.
+    ///
+    /// The `anon_vma` is referenced here, under the mmap lock: once the item is on a node, an rmap walk follows it
+    /// whatever has become of the vma.
+    fn place_in(&mut self, vma: &VmaRef, addr: usize) -> Result<(), Refusal> {
+        let anon_vma = NonNull::new(pin::anon_vma(vma)).ok_or(Refusal::Gone)?;
+        // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the address lies in the vma. The item is ours by
+        // the invariant.
+        unsafe {
+            let item = &mut *self.item.as_ptr();
+            if item.anon_vma.is_none() {
+                raw::rksm_get_anon_vma(anon_vma.as_ptr());
+                item.anon_vma = Some(anon_vma);
+            }
+            item.linear_page_index = raw::rksm_linear_anon_page_index(vma.as_ptr().cast(), addr);
+        }
+        Ok(())
     }
 
-    /// Makes the page at a place the merged page of `node`, on which nothing is yet. Returns its rmap item, and whether
-    /// the page may have been touched after the walk took it.
-    fn share_itself(
-        &mut self,
-        at: &Place<'_, PinnedMm>,
-        page: NonNull<raw::page>,
+    /// Puts the item on a node.
+    ///
+    /// # Safety
+    ///
+    /// The node is in its arena. `lock` is the lock of the node's folio, or no folio names the node yet. The item is used as
+    /// one of the node's from now on.
+    unsafe fn append(&self, node: NonNull<StableNode>, _lock: Option<&FolioLock<'_>>) {
+        // SAFETY: The item is in its arena; the rest is the contract.
+        unsafe { StableNode::push(node, self.item) };
+    }
+}
+
+/// A merge that is ready, and what has come of it.
+///
+/// # Invariants
+///
+/// The batch of which `page` is keeps its reference until the merge is finished, and the engine's lock is held for as long:
+/// so nodes and items stay.
+pub(crate) struct Merge {
+    mm: PinnedMm,
+    addr: usize,
+    page: NonNull<raw::page>,
+    with: With,
+    outcome: Result<(), Refusal>,
+}
+
+// SAFETY: All pointers are to objects of the kernel that any thread may use.
+unsafe impl Send for Merge {}
+
+enum With {
+    Zero,
+    Node {
         node: NonNull<StableNode>,
-        before_split: impl FnOnce(),
-    ) -> Result<(ItemId, bool), Refusal> {
-        // Not under the mmap lock, which the OOM killer may need to free memory.
-        self.items.reserve().map_err(|_| Refusal::NoMemory)?;
-        Self::in_vma(at, |live, vma| {
-            let item = self.new_item(at, vma)?;
-            delay::sleep();
-            // The page becomes findable with its item on the node: no folio names the node yet.
-            self.append(item, node, None);
-            let target = Target::Itself(node);
-            merge::share(live, vma, at.addr, page, &target, before_split)
-                .map(|touched| (item, touched))
-                .inspect_err(|_| {
-                    // SAFETY: Both are in their arenas, and no folio names the node.
-                    let _ = unsafe { StableNode::pop(node) };
-                    self.free_item(item);
-                })
+        kfolio: FolioRef,
+        item: OwnItem,
+    },
+    Page(Couple),
+}
+
+/// Two pages that are to become the merged page of a node that no folio names yet.
+struct Couple {
+    node: NonNull<StableNode>,
+    first: OwnItem,
+    other: PinnedMm,
+    other_addr: usize,
+    second: OwnItem,
+    nid: Option<u32>,
+    /// The first page has become the merged page: whether it may have been touched until then.
+    shared: Option<bool>,
+}
+
+/// Replaces the page at an address by the merged page of `node`, whose folio is `kfolio`.
+fn share_with(
+    (live, vma): (LiveMm<'_>, &VmaRef),
+    addr: usize,
+    page: NonNull<raw::page>,
+    (node, kfolio): (NonNull<StableNode>, &FolioRef),
+    item: &mut OwnItem,
+    before_split: impl FnOnce(),
+) -> Result<(), Refusal> {
+    if kfolio.page() == page {
+        return Err(Refusal::Same);
+    }
+    // Both folios are locked at once, but neither is waited for.
+    let lock = kfolio.trylock().ok_or(Refusal::Busy)?;
+    // Until it was locked, the page may have been migrated.
+    if kfolio.mapping() != StableNode::mapping(node) {
+        return Err(Refusal::Busy);
+    }
+    item.place_in(vma, addr)?;
+    delay::sleep();
+    let target = Target::Page(kfolio);
+    merge::share(live, vma, addr, page, &target, before_split)?;
+    delay::sleep();
+    // SAFETY: The node's folio is locked, and names it, so that the node is there.
+    unsafe { item.append(node, Some(&lock)) };
+    Ok(())
+}
+
+impl Couple {
+    /// Looks at the other page: most refusals show here, before anything has been touched.
+    fn look(&self, page: NonNull<raw::page>) -> Result<(), Refusal> {
+        in_vma(&self.other, self.other_addr, |_, vma| {
+            let held = walk::page_at(vma, self.other_addr).ok_or(Refusal::Gone)?;
+            let second = held.page();
+            if second == page {
+                return Err(Refusal::Same);
+            }
+            if held.is_ksm() {
+                return Err(Refusal::Gone);
+            }
+            if self.nid.is_some_and(|nid| nid != page_nid(second)) {
+                return Err(Refusal::FarNode);
+            }
+            // Nor is a page worth a merge that is to be taken back.
+            if held.is_pinned() {
+                return Err(Refusal::Pinned);
+            }
+            // One that nothing has touched is still what it was when it became a candidate.
+            if held.touched() && !merge::pages_identical(page, second) {
+                return Err(Refusal::Differs);
+            }
+            Ok(())
         })
     }
 
-    /// Replaces the page at a place by the merged page of `node`, whose folio is `kfolio`. Returns its rmap item.
-    fn share_with(
+    /// Makes the first page the merged page.
+    fn share_first(
         &mut self,
-        (live, vma): (LiveMm<'_>, &VmaRef),
-        at: &Place<'_, PinnedMm>,
+        mm: &PinnedMm,
+        addr: usize,
         page: NonNull<raw::page>,
-        (node, kfolio): (NonNull<StableNode>, &FolioRef),
         before_split: impl FnOnce(),
-    ) -> Result<ItemId, Refusal> {
-        if kfolio.page() == page {
-            return Err(Refusal::Same);
-        }
-        // Both folios are locked at once, but neither is waited for.
-        let lock = kfolio.trylock().ok_or(Refusal::Busy)?;
-        // Until it was locked, the page may have been migrated.
-        if kfolio.mapping() != StableNode::mapping(node) {
-            return Err(Refusal::Busy);
-        }
-        let item = self.new_item(at, vma)?;
-        delay::sleep();
-        let target = Target::Page(kfolio);
-        match merge::share(live, vma, at.addr, page, &target, before_split) {
-            Ok(_) => {
-                delay::sleep();
-                self.append(item, node, Some(&lock));
-                Ok(item)
-            }
-            Err(refusal) => {
-                self.discard_item(item);
-                Err(refusal)
-            }
-        }
+    ) -> Result<(), Refusal> {
+        let node = self.node;
+        in_vma(mm, addr, |live, vma| {
+            self.first.place_in(vma, addr)?;
+            delay::sleep();
+            // The page becomes findable with its item on the node.
+            // SAFETY: The node is in its arena, and no folio names it.
+            unsafe { self.first.append(node, None) };
+            let target = Target::Itself(node);
+            let touched =
+                merge::share(live, vma, addr, page, &target, before_split).inspect_err(|_| {
+                    // SAFETY: Both are in their arenas, and no folio names the node.
+                    let _ = unsafe { StableNode::pop(node) };
+                })?;
+            self.shared = Some(touched);
+            Ok(())
+        })
     }
 
-    fn trace_merge(
-        &self,
-        at: &Place<'_, PinnedMm>,
-        page: NonNull<raw::page>,
-        kpage: *mut raw::page,
-        result: &Result<ItemId, Refusal>,
-    ) {
-        let item = result.as_ref().ok().and_then(|id| self.item(*id));
-        // SAFETY: Both pages are referenced.
-        let pfn = unsafe {
-            raw::rksm_page_to_pfn(if kpage.is_null() {
-                page.as_ptr()
-            } else {
-                kpage
-            })
-        };
-        self.trace.merge_with_ksm_page(
-            kpage as usize,
-            pfn,
-            item.map_or(0, |item| item.as_ptr() as usize),
-            at.mm.as_mm(),
-            outcome(result),
-        );
+    /// Puts the merged page, which is `kfolio`, in the place of the second page.
+    fn share_second(&mut self, kfolio: &FolioRef, trace: Trace) -> Result<(), Refusal> {
+        let (node, addr) = (self.node, self.other_addr);
+        in_vma(&self.other, addr, |live, vma| {
+            // Referenced only now, so that a huge page of which both are part could be split for the first.
+            let held = walk::page_at(vma, addr).ok_or(Refusal::Gone)?;
+            let page = held.page();
+            // It may have migrated since it was looked at.
+            if self.nid.is_some_and(|nid| nid != page_nid(page)) {
+                return Err(Refusal::FarNode);
+            }
+            let result = share_with(
+                (live, vma),
+                addr,
+                page,
+                (node, kfolio),
+                &mut self.second,
+                || {},
+            );
+            let kpage = kfolio.page().as_ptr();
+            trace_merge(trace, &self.other, page, kpage, &self.second, &result);
+            result
+        })
     }
+}
+
+fn trace_merge(
+    trace: Trace,
+    mm: &PinnedMm,
+    page: NonNull<raw::page>,
+    kpage: *mut raw::page,
+    item: &OwnItem,
+    result: &Result<(), Refusal>,
+) {
+    // SAFETY: Both pages are referenced.
+    let pfn = unsafe {
+        raw::rksm_page_to_pfn(if kpage.is_null() {
+            page.as_ptr()
+        } else {
+            kpage
+        })
+    };
+    let item = result.map_or(0, |()| item.item.as_ptr() as usize);
+    trace.merge_with_ksm_page(kpage as usize, pfn, item, mm.as_mm(), outcome(result));
 }
 
 /// What the trace events show for a refusal.
@@ -634,16 +755,18 @@ fn page_nid(page: NonNull<raw::page>) -> u32 {
 impl Memory for StableNodes {
     type Mm = PinnedMm;
     type Batch = Batch;
+    type Merge = Merge;
 
     fn collect<L: Look>(
         &self,
         mm: &PinnedMm,
-        start: usize,
+        within: Range<usize>,
         limit: usize,
+        alone: bool,
         batch: &mut Batch,
         look: &mut L,
     ) -> Collected {
-        batch.set_limit(limit);
+        batch.set_limit(limit, alone);
         delay::sleep();
         let guard = mm.mmap_read_lock();
         let Some(live) = guard.live() else {
@@ -653,7 +776,7 @@ impl Memory for StableNodes {
             let kind = self.kind_of(mapped.mapping);
             look.look(addr, kind, mapped.nid as u32, mapped.touched)
         };
-        match walk::collect(live, start, batch, &mut look) {
+        match walk::collect(live, within, batch, &mut look) {
             Some(next) => Collected::More(next),
             None => Collected::End,
         }
@@ -690,11 +813,30 @@ impl Memory for StableNodes {
         batch.page(i).map_or(0, page_nid)
     }
 
-    fn release(&mut self, batch: &mut Batch, i: usize) {
+    fn huge(&self, batch: &Batch, i: usize) -> Option<HugeId> {
+        batch.huge_folio(i).map(|folio| HugeId(folio as usize))
+    }
+
+    fn release(&self, batch: &mut Batch, i: usize) {
         batch.release(i);
     }
 
-    fn clear(&mut self, batch: &mut Batch) {
+    fn make_way(&self, batch: &mut Batch, huge: HugeId, keep: Option<usize>) {
+        batch.make_way(huge.0 as *mut raw::folio, keep);
+    }
+
+    fn regain(&self, mm: &PinnedMm, batch: &mut Batch, i: usize) -> bool {
+        if !batch.lost(i) {
+            return true;
+        }
+        let addr = batch.addr(i);
+        let held = in_vma(mm, addr, |_, vma| {
+            walk::page_at(vma, addr).ok_or(Refusal::Gone)
+        });
+        held.map(|held| batch.regain(i, held)).is_ok()
+    }
+
+    fn clear(&self, batch: &mut Batch) {
         batch.clear();
     }
 
@@ -702,134 +844,136 @@ impl Memory for StableNodes {
         self.zero_hash
     }
 
-    fn merge_with_node(
+    fn prepare(
         &mut self,
         at: Place<'_, PinnedMm>,
-        batch: &mut Batch,
+        batch: &Batch,
         i: usize,
-        node: NodeId,
-        nid: Option<u32>,
-    ) -> Result<ItemId, Refusal> {
+        partner: Partner<'_, PinnedMm>,
+    ) -> Result<Merge, Refusal> {
         let page = batch.page(i).ok_or(Refusal::Gone)?;
-        let node = self.node(node).ok_or(Refusal::Stale)?;
-        let kfolio = self.get_folio(node).ok_or(Refusal::Stale)?;
-        if nid.is_some_and(|nid| nid != page_nid(kfolio.page())) {
-            return Err(Refusal::FarNode);
-        }
-        // Not under the mmap lock, which the OOM killer may need to free memory.
-        self.items.reserve().map_err(|_| Refusal::NoMemory)?;
-        let result = Self::in_vma(&at, |live, vma| {
-            self.share_with((live, vma), &at, page, (node, &kfolio), || {
-                batch.truncate_after(i)
-            })
-        });
-        self.trace_merge(&at, page, kfolio.page().as_ptr(), &result);
-        result
+        let with = match partner {
+            Partner::Zero => With::Zero,
+            Partner::Node { node, nid } => {
+                let node = self.node(node).ok_or(Refusal::Stale)?;
+                let kfolio = self.get_folio(node).ok_or(Refusal::Stale)?;
+                if nid.is_some_and(|nid| nid != page_nid(kfolio.page())) {
+                    return Err(Refusal::FarNode);
+                }
+                With::Node {
+                    node,
+                    kfolio,
+                    item: self.new_item(&at)?,
+                }
+            }
+            Partner::Page { other, nid } => {
+                let first = self.new_item(&at)?;
+                let second = self
+                    .new_item(&other)
+                    .inspect_err(|_| self.discard_item(&first))?;
+                let node = self.new_node(page_nid(page) as c_int).inspect_err(|_| {
+                    self.discard_item(&first);
+                    self.discard_item(&second);
+                })?;
+                // SAFETY: The node is ours alone until a folio names it. The page is referenced.
+                unsafe { (*node.as_ptr()).kpfn = raw::rksm_page_to_pfn(page.as_ptr()) };
+                With::Page(Couple {
+                    node,
+                    first,
+                    other: crate::engine::registry::PinnedMm::clone_pin(other.mm),
+                    other_addr: other.addr,
+                    second,
+                    nid,
+                    shared: None,
+                })
+            }
+        };
+        // INVARIANT: The caller does so.
+        Ok(Merge {
+            mm: crate::engine::registry::PinnedMm::clone_pin(at.mm),
+            addr: at.addr,
+            page,
+            with,
+            outcome: Err(Refusal::Gone),
+        })
     }
 
-    fn merge_pair(
-        &mut self,
-        at: Place<'_, PinnedMm>,
-        batch: &mut Batch,
-        i: usize,
-        other: Place<'_, PinnedMm>,
-        nid: Option<u32>,
-        fingerprint: Fingerprint,
-    ) -> Result<Pair, Refusal> {
-        let page = batch.page(i).ok_or(Refusal::Gone)?;
-        // Look at the other page first: most refusals show here, before anything has been touched.
-        Self::in_vma(&other, |_, vma| {
-            let held = walk::page_at(vma, other.addr).ok_or(Refusal::Gone)?;
-            let second = held.page();
-            if second == page {
-                return Err(Refusal::Same);
+    fn merge(&self, merge: &mut Merge, before_split: impl FnOnce()) {
+        let (mm, addr, page) = (&merge.mm, merge.addr, merge.page);
+        merge.outcome = match &mut merge.with {
+            With::Zero => {
+                let result = in_vma(mm, addr, |live, vma| {
+                    merge::share(live, vma, addr, page, &Target::Zero, before_split).map(|_| ())
+                });
+                // SAFETY: The zero page is always there.
+                let pfn = unsafe { raw::rksm_zero_pfn() };
+                self.trace
+                    .merge_one_page(pfn, 0, mm.as_mm(), outcome(&result));
+                result
             }
-            if held.is_ksm() {
-                return Err(Refusal::Gone);
+            With::Node { node, kfolio, item } => {
+                let result = in_vma(mm, addr, |live, vma| {
+                    share_with((live, vma), addr, page, (*node, kfolio), item, before_split)
+                });
+                let kpage = kfolio.page().as_ptr();
+                trace_merge(self.trace, mm, page, kpage, item, &result);
+                result
             }
-            if nid.is_some_and(|nid| nid != page_nid(second)) {
-                return Err(Refusal::FarNode);
+            With::Page(couple) => {
+                let first = couple
+                    .look(page)
+                    // A huge page is split by this, and the first page's frame stays.
+                    .and_then(|()| couple.share_first(mm, addr, page, before_split));
+                let kpage = core::ptr::null_mut();
+                trace_merge(self.trace, mm, page, kpage, &couple.first, &first);
+                first.and_then(|()| {
+                    // SAFETY: The batch's reference keeps the page; it is a small folio now.
+                    let kfolio = unsafe {
+                        let folio = raw::rksm_page_folio(page.as_ptr());
+                        raw::rksm_folio_get(folio);
+                        FolioRef::from_raw(NonNull::new_unchecked(folio))
+                    };
+                    delay::sleep();
+                    couple.share_second(&kfolio, self.trace)
+                })
             }
-            // Nor is a page worth a merge that is to be taken back.
-            if held.is_pinned() {
-                return Err(Refusal::Pinned);
-            }
-            // One that nothing has touched is still what it was when it became a candidate.
-            if held.touched() && !merge::pages_identical(page, second) {
-                return Err(Refusal::Differs);
-            }
-            Ok(())
-        })?;
+        };
+    }
 
-        let node = self.new_node(fingerprint, page_nid(page) as c_int)?;
-        // SAFETY: The node is ours alone until a folio names it.
-        let node_id = unsafe {
-            (*node.as_ptr()).kpfn = raw::rksm_page_to_pfn(page.as_ptr());
-            (*node.as_ptr()).id
-        };
-        // A huge page is split by this, and the first page's frame stays.
-        let first = self.share_itself(&at, page, node, || batch.truncate_after(i));
-        self.trace_merge(
-            &at,
-            page,
-            core::ptr::null_mut(),
-            &first.map(|(item, _)| item),
-        );
-        let (first, touched) = match first {
-            Ok(first) => first,
-            Err(refusal) => {
-                self.discard_node(node_id);
-                return Err(refusal);
+    fn finish(&mut self, merge: Merge) -> Result<Merged, Refusal> {
+        match (merge.with, merge.outcome) {
+            (With::Zero, outcome) => outcome.map(|()| Merged::Zero),
+            (With::Node { item, .. }, Ok(())) => Ok(Merged::Node(self.added(item.id))),
+            (With::Node { item, .. }, Err(refusal)) => {
+                self.discard_item(&item);
+                Err(refusal)
             }
-        };
-
-        // SAFETY: The batch's reference keeps the page; it is a small folio now.
-        let kfolio = unsafe {
-            let folio = raw::rksm_page_folio(page.as_ptr());
-            raw::rksm_folio_get(folio);
-            FolioRef::from_raw(NonNull::new_unchecked(folio))
-        };
-        delay::sleep();
-        let second = self.merge_second(&other, node, &kfolio);
-        match second {
-            Ok(second) => Ok(Pair {
-                node: node_id,
-                first,
-                second,
-                touched,
-            }),
-            Err(refusal) => {
-                drop(kfolio);
-                self.undo_first(&at, first);
+            (With::Page(couple), Ok(())) => Ok(Merged::Pair(Pair {
+                // SAFETY: The node is in the arena.
+                node: unsafe { (*couple.node.as_ptr()).id },
+                first: self.added(couple.first.id),
+                second: self.added(couple.second.id),
+                touched: couple.shared.unwrap_or(true),
+            })),
+            (With::Page(couple), Err(refusal)) => {
+                self.discard_item(&couple.second);
+                if couple.shared.is_some() {
+                    let first = self.added(couple.first.id);
+                    self.undo_first(&merge.mm, merge.addr, first);
+                } else {
+                    self.discard_item(&couple.first);
+                    // SAFETY: The node is in the arena.
+                    self.discard_node(unsafe { (*couple.node.as_ptr()).id });
+                }
                 Err(refusal)
             }
         }
     }
 
-    fn merge_with_zero(
-        &mut self,
-        at: Place<'_, PinnedMm>,
-        batch: &mut Batch,
-        i: usize,
-    ) -> Result<(), Refusal> {
-        let page = batch.page(i).ok_or(Refusal::Gone)?;
-        let result = Self::in_vma(&at, |live, vma| {
-            merge::share(live, vma, at.addr, page, &Target::Zero, || {
-                batch.truncate_after(i)
-            })
-            .map(|_| ())
-        });
-        // SAFETY: The zero page is always there.
-        let pfn = unsafe { raw::rksm_zero_pfn() };
-        self.trace
-            .merge_one_page(pfn, 0, at.mm.as_mm(), outcome(&result));
-        result
-    }
-
     fn adopt(
         &mut self,
         at: Place<'_, PinnedMm>,
-        batch: &mut Batch,
+        batch: &Batch,
         i: usize,
         node: NodeId,
     ) -> Result<ItemId, Refusal> {
@@ -839,17 +983,24 @@ impl Memory for StableNodes {
         let folio = unsafe { NonNull::new_unchecked(raw::rksm_page_folio(page.as_ptr())) };
         // SAFETY: As above.
         let folio = unsafe { FolioRef::try_get(folio) }.ok_or(Refusal::Stale)?;
-        self.items.reserve().map_err(|_| Refusal::NoMemory)?;
-        let item = Self::in_vma(&at, |_, vma| self.new_item(&at, vma))?;
-        delay::sleep();
-        let lock = folio.lock();
-        let expected = StableNode::mapping(node);
-        if folio.mapping() != expected {
-            self.discard_item(item);
-            return Err(Refusal::Stale);
+        let mut item = self.new_item(&at)?;
+        let adopted = in_vma(at.mm, at.addr, |_, vma| item.place_in(vma, at.addr)).and_then(|()| {
+            delay::sleep();
+            let lock = folio.lock();
+            if folio.mapping() != StableNode::mapping(node) {
+                return Err(Refusal::Stale);
+            }
+            // SAFETY: The node's folio is locked, and names it.
+            unsafe { item.append(node, Some(&lock)) };
+            Ok(())
+        });
+        match adopted {
+            Ok(()) => Ok(self.added(item.id)),
+            Err(refusal) => {
+                self.discard_item(&item);
+                Err(refusal)
+            }
         }
-        self.append(item, node, Some(&lock));
-        Ok(item)
     }
 
     fn node_of(&self, item: ItemId) -> Option<NodeId> {
@@ -1004,30 +1155,12 @@ impl Memory for StableNodes {
 }
 
 impl StableNodes {
-    /// Puts the merged page of `node`, which is `kfolio`, in the place of the page at `other`.
-    fn merge_second(
-        &mut self,
-        other: &Place<'_, PinnedMm>,
-        node: NonNull<StableNode>,
-        kfolio: &FolioRef,
-    ) -> Result<ItemId, Refusal> {
-        self.items.reserve().map_err(|_| Refusal::NoMemory)?;
-        Self::in_vma(other, |live, vma| {
-            // Referenced only now, so that a huge page of which both are part could be split for the first.
-            let held = walk::page_at(vma, other.addr).ok_or(Refusal::Gone)?;
-            let page = held.page();
-            let result = self.share_with((live, vma), other, page, (node, kfolio), || {});
-            self.trace_merge(other, page, kfolio.page().as_ptr(), &result);
-            result
-        })
-    }
-
     /// Unshares a page that has just become a merged page alone.
-    fn undo_first(&mut self, at: &Place<'_, PinnedMm>, first: ItemId) {
+    fn undo_first(&mut self, mm: &PinnedMm, addr: usize, first: ItemId) {
         let node = self.node_of(first);
-        if let Some(_user) = at.mm.mmget_not_zero() {
+        if let Some(_user) = mm.mmget_not_zero() {
             delay::sleep();
-            merge::break_one(&at.mm.mmap_read_lock(), at.addr);
+            merge::break_one(&mm.mmap_read_lock(), addr);
         }
         let _ = self.release_item(first);
         if let Some(node) = node {

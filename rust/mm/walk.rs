@@ -23,11 +23,12 @@ use kernel::{
         c_void, //
     },
     mm::virt::VmaRef,
-    page::PAGE_SIZE, //
+    page::PAGE_SIZE,
+    prelude::*, //
 };
 
-/// Most pages of a batch. Bounds how long a page table lock is held, and how many references.
-pub(crate) const BATCH: usize = 64;
+/// Folios that are freed at a time.
+const FOLIOS: usize = 64;
 
 /// Most bytes of address space that one walk covers, so that the mmap lock is not held across a huge hole.
 const SPAN: usize = 1 << 30;
@@ -35,9 +36,12 @@ const SPAN: usize = 1 << 30;
 #[derive(Clone, Copy)]
 struct Collected {
     addr: usize,
-    page: NonNull<raw::page>,
+    /// `None` once it has been given up.
+    page: Option<NonNull<raw::page>>,
     /// This entry owns a reference to the page's folio.
     owns: bool,
+    /// The page was given up for a huge page to be split.
+    lost: bool,
     /// The page may have been touched since a walk last took it.
     touched: bool,
 }
@@ -53,50 +57,54 @@ struct Huge {
 ///
 /// # Invariants
 ///
-/// For every entry that has not been released, the batch owns a reference to its page's folio: the entry itself
-/// owns it, or the next entry at or after it that `owns` one, and that is of the same folio. So a huge page costs
-/// one reference a batch, and can be split once the entries after it are dropped.
+/// For every entry that has a page, the batch owns a reference to its folio: the entry itself owns it, or the next entry
+/// after it that has a page and owns one, and that is of the same folio. So a huge page costs one reference a batch.
 pub(crate) struct Batch {
-    entries: [Option<Collected>; BATCH],
-    len: usize,
+    entries: KVec<Collected>,
+    /// The batch is full with so many entries.
     limit: usize,
-    /// Entries before this one have been released.
+    /// Entries before this one have no page any more.
     released: usize,
+    /// Nobody collects pages of the same mm beside this batch.
+    alone: bool,
     huge: Option<Huge>,
     /// References to folios that nobody else refers to, to be given up together.
-    last_refs: [*mut raw::folio; BATCH],
-    nr_last_refs: usize,
+    last_refs: KVec<*mut raw::folio>,
 }
 
 // SAFETY: References to folios may be given up on any CPU.
 unsafe impl Send for Batch {}
 
 impl Batch {
-    /// An empty batch.
-    pub(crate) const fn new() -> Self {
-        Self {
-            entries: [None; BATCH],
-            len: 0,
-            limit: BATCH,
+    /// An empty batch with room for so many pages.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(pages: usize) -> Result<Self> {
+        Ok(Self {
+            entries: KVec::with_capacity(pages, GFP_KERNEL)?,
+            limit: 0,
             released: 0,
+            alone: true,
             huge: None,
-            last_refs: [core::ptr::null_mut(); BATCH],
-            nr_last_refs: 0,
-        }
+            last_refs: KVec::with_capacity(pages, GFP_KERNEL)?,
+        })
     }
 
-    /// Has the batch be full with `limit` pages, at least 1.
-    pub(crate) fn set_limit(&mut self, limit: usize) {
-        self.limit = limit.clamp(1, BATCH);
+    /// Has the batch be full with `limit` pages more, of an mm that other threads walk too if it is not `alone`.
+    pub(crate) fn set_limit(&mut self, limit: usize, alone: bool) {
+        self.limit = (self.len() + limit).min(self.entries.capacity());
+        self.alone = alone;
     }
 
     /// Pages in the batch.
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.entries.len()
     }
 
     fn full(&self) -> bool {
-        self.len >= self.limit
+        self.len() >= self.limit
     }
 
     /// Address of the `i`th page.
@@ -110,15 +118,22 @@ impl Batch {
     }
 
     fn entry(&self, i: usize) -> Option<&Collected> {
-        self.entries[..self.len].get(i)?.as_ref()
+        self.entries.get(i)
     }
 
-    /// The `i`th page, if it has not been released.
+    /// The `i`th page, if it has not been given up.
     pub(crate) fn page(&self, i: usize) -> Option<NonNull<raw::page>> {
-        if i < self.released {
-            return None;
+        self.entry(i)?.page
+    }
+
+    /// The folio of the `i`th page, if that is a huge page.
+    pub(crate) fn huge_folio(&self, i: usize) -> Option<*mut raw::folio> {
+        let page = self.page(i)?;
+        // SAFETY: The page is referenced by the invariant.
+        unsafe {
+            let folio = raw::rksm_page_folio(page.as_ptr());
+            raw::rksm_folio_test_large(folio).then_some(folio)
         }
-        self.entry(i).map(|e| e.page)
     }
 
     /// Adds a page that the caller holds the page table lock for.
@@ -131,12 +146,12 @@ impl Batch {
         else {
             return;
         };
-        let last = self
-            .len
-            .checked_sub(1)
-            .and_then(|i| self.entries[i].as_mut());
+        let last = self.entries.last_mut();
         // SAFETY: The page in `last` is referenced by the invariant.
-        let same = |last: &Collected| unsafe { raw::rksm_page_folio(last.page.as_ptr()) } == folio.as_ptr();
+        let same = |last: &Collected| unsafe {
+            last.page
+                .is_some_and(|page| raw::rksm_page_folio(page.as_ptr()) == folio.as_ptr())
+        };
         let shares = match last {
             Some(last) if last.owns && same(last) => {
                 last.owns = false;
@@ -149,23 +164,32 @@ impl Batch {
             unsafe { raw::rksm_folio_get(folio.as_ptr()) };
         }
         // INVARIANT: The new entry owns the reference just taken, or the one the entry before it had.
-        self.entries[self.len] = Some(Collected {
+        // There is room, as the batch is not full.
+        let _ = self.entries.push_within_capacity(Collected {
             addr,
-            page,
+            page: Some(page),
             owns: true,
+            lost: false,
             touched: mapped.touched,
         });
-        self.len += 1;
     }
 
-    /// Gives up the `i`th page and all before it.
+    /// Gives up the `i`th page.
     pub(crate) fn release(&mut self, i: usize) {
-        while self.released <= i && self.released < self.len {
-            let entry = self.entries[self.released].take();
-            self.released += 1;
-            if let Some(entry) = entry.filter(|entry| entry.owns) {
-                self.put(entry.page);
+        let Some(entry) = self.entries.get_mut(i) else {
+            return;
+        };
+        let (page, owns) = (entry.page.take(), core::mem::take(&mut entry.owns));
+        if let (Some(page), true) = (page, owns) {
+            let mut before = self.entries[self.released.min(i)..i].iter_mut().rev();
+            match before.find(|entry| entry.page.is_some()) {
+                // INVARIANT: It has relied on this entry, and is of the same folio.
+                Some(before) if !before.owns => before.owns = true,
+                _ => self.put(page),
             }
+        }
+        if self.released == i {
+            self.released += 1;
         }
     }
 
@@ -179,46 +203,62 @@ impl Batch {
             let folio = raw::rksm_page_folio(page.as_ptr());
             (folio, raw::rksm_folio_last_ref(folio))
         };
-        match self.last_refs.get_mut(self.nr_last_refs) {
-            Some(room) if last => {
-                *room = folio;
-                self.nr_last_refs += 1;
-            }
+        if !last || self.last_refs.push_within_capacity(folio).is_err() {
             // SAFETY: The reference is the caller's to give.
-            _ => unsafe { raw::rksm_folio_put(folio) },
+            unsafe { raw::rksm_folio_put(folio) };
         }
     }
 
-    /// Forgets all pages after the `i`th, so that the batch holds one reference to the `i`th page's folio.
-    pub(crate) fn truncate_after(&mut self, i: usize) {
-        for later in i + 1..self.len {
-            let Some(entry) = self.entries[later].take() else {
+    /// Gives up all references to a huge page, but one for the page `keep`.
+    pub(crate) fn make_way(&mut self, huge: *mut raw::folio, keep: Option<usize>) {
+        let mut references = 0;
+        for (i, entry) in self.entries.iter_mut().enumerate() {
+            let Some(page) = entry.page else { continue };
+            // SAFETY: The page is referenced by the invariant: references are given up below only.
+            if unsafe { raw::rksm_page_folio(page.as_ptr()) } != huge {
                 continue;
-            };
-            let ours = self.entries[i].as_mut().filter(|e| !e.owns);
-            match ours {
-                // INVARIANT: Between the `i`th entry and the first owner after it all entries are of one folio.
-                Some(ours) if entry.owns => ours.owns = true,
-                _ if entry.owns => self.put(entry.page),
-                _ => {}
+            }
+            references += usize::from(core::mem::take(&mut entry.owns));
+            if Some(i) == keep {
+                // INVARIANT: The page had a reference, of this entry or of one after it.
+                entry.owns = true;
+            } else {
+                (entry.page, entry.lost) = (None, true);
             }
         }
-        self.len = self.len.min(i + 1);
+        let kept = keep.is_some_and(|i| self.page(i).is_some());
+        for _ in usize::from(kept)..references {
+            // SAFETY: No entry owns these references any more.
+            unsafe { raw::rksm_folio_put(huge) };
+        }
+    }
+
+    /// Whether the `i`th page was given up by [`Batch::make_way`].
+    pub(crate) fn lost(&self, i: usize) -> bool {
+        self.entry(i).is_some_and(|entry| entry.lost)
+    }
+
+    /// Has the batch have an `i`th page again.
+    pub(crate) fn regain(&mut self, i: usize, held: HeldPage) {
+        if let Some(entry) = self.entries.get_mut(i) {
+            // INVARIANT: The entry takes over the reference.
+            (entry.page, entry.owns, entry.lost) = (Some(held.page), true, false);
+            core::mem::forget(held);
+            self.released = self.released.min(i);
+        }
     }
 
     /// Gives up all pages.
     pub(crate) fn clear(&mut self) {
-        if let Some(last) = self.len.checked_sub(1) {
-            self.release(last);
+        for i in self.released..self.len() {
+            self.release(i);
         }
-        if self.nr_last_refs > 0 {
+        for folios in self.last_refs.chunks_mut(FOLIOS) {
             // SAFETY: Each is a folio of which a reference is ours to give.
-            unsafe {
-                raw::rksm_folios_put(self.last_refs.as_mut_ptr(), self.nr_last_refs as c_int)
-            };
-            self.nr_last_refs = 0;
+            unsafe { raw::rksm_folios_put(folios.as_mut_ptr(), folios.len() as c_int) };
         }
-        self.len = 0;
+        self.last_refs.clear();
+        self.entries.clear();
         self.released = 0;
     }
 }
@@ -287,17 +327,18 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> Interest> Walk<'_, F> {
     }
 }
 
-/// Collects the pages of mergeable vmas from `start` on that `look` takes, by their address and what is mapped there.
+/// Collects the pages of mergeable vmas `within` that `look` takes, by their address and what is mapped there.
 /// Returns where to go on, or `None` at the end.
 ///
 /// `look` is called with a page table lock held. The caller holds the mmap lock, as `mm` shows.
 pub(crate) fn collect(
     mm: LiveMm<'_>,
-    start: usize,
+    within: Range<usize>,
     batch: &mut Batch,
     look: &mut impl FnMut(usize, &raw::rksm_mapped) -> Interest,
 ) -> Option<usize> {
-    let bound = start.saturating_add(SPAN);
+    let start = within.start;
+    let bound = start.saturating_add(SPAN).min(within.end);
     if batch
         .huge
         .as_ref()
@@ -459,7 +500,7 @@ unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
         )
     };
     let mut addr = range.start;
-    let mut old = !young;
+    let mut old = !young || !walk.batch.alone;
     while addr < range.end && !walk.batch.full() {
         let n = (addr - range.start) / PAGE_SIZE;
         let mut mapped = raw::rksm_mapped {
@@ -468,7 +509,8 @@ unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
             folio: folio.as_ptr(),
             mapping,
             nid,
-            touched: young,
+            // Who walks another part of it may come by first, and take the mark away.
+            touched: young || !walk.batch.alone,
         };
         // SAFETY: By the contract.
         if unsafe { walk.offer(addr, &mut mapped) } && !old {

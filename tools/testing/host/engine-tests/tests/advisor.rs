@@ -28,7 +28,10 @@ fn knobs(max_cpu: &str, min: &str, max: &str, target: &str) -> Knobs {
         (File::AdvisorTargetScanTime, target),
         (File::AdvisorMode, "scan-time"),
     ] {
-        let ctx = StoreCtx { pages_shared: 0 };
+        let ctx = StoreCtx {
+            pages_shared: 0,
+            cpus: 1,
+        };
         assert!(knobs.store(file, text.as_bytes(), &ctx).is_ok());
     }
     knobs

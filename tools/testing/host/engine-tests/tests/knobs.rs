@@ -32,11 +32,19 @@ use kernel::error::{
 
 use proptest::prelude::*;
 
+const CPUS: u32 = 4;
+
 /// Nothing is merged.
-const IDLE: StoreCtx = StoreCtx { pages_shared: 0 };
+const IDLE: StoreCtx = StoreCtx {
+    pages_shared: 0,
+    cpus: CPUS,
+};
 
 /// One page is merged.
-const BUSY: StoreCtx = StoreCtx { pages_shared: 1 };
+const BUSY: StoreCtx = StoreCtx {
+    pages_shared: 1,
+    cpus: CPUS,
+};
 
 fn show(knobs: &Knobs, file: File) -> String {
     shown(knobs, file, &Snapshot::default())
@@ -85,6 +93,8 @@ fn the_files_are_those_of_the_built_in() {
         ("advisor_min_pages_to_scan", 0o644, "500"),
         ("advisor_max_pages_to_scan", 0o644, "30000"),
         ("advisor_target_scan_time", 0o644, "200"),
+        // Ours, after theirs.
+        ("scan_threads", 0o644, "1"),
     ];
     let knobs = Knobs::default();
     let rows: Vec<_> = FILES
@@ -549,6 +559,21 @@ fn some_knobs_change_only_while_nothing_is_merged() {
 }
 
 #[test]
+fn there_are_no_more_threads_than_cpus() {
+    let mut knobs = Knobs::new();
+    for threads in 1..=CPUS {
+        let written = knobs.store(File::ScanThreads, format!("{threads}\n").as_bytes(), &BUSY);
+        assert_eq!(written, Ok(Action::Done));
+        assert_eq!(knobs.scan_threads, threads);
+    }
+    for bad in ["0", "5", "-1", "4294967296", "", "two", "2 2"] {
+        let written = knobs.store(File::ScanThreads, bad.as_bytes(), &IDLE);
+        assert_eq!(written, Err(EINVAL), "{bad}");
+        assert_eq!(knobs.scan_threads, CPUS);
+    }
+}
+
+#[test]
 fn module_parameters_set_some_files() {
     let mut knobs = Knobs::new();
     for (name, value, file, text) in [
@@ -562,8 +587,9 @@ fn module_parameters_set_some_files() {
             "4294967295\n",
         ),
         ("sleep_millisecs", 0, File::SleepMillisecs, "0\n"),
+        ("scan_threads", 4, File::ScanThreads, "4\n"),
     ] {
-        assert!(knobs.set_at_load(name, value), "{name}={value}");
+        assert!(knobs.set_at_load(name, value, CPUS), "{name}={value}");
         assert_eq!(show(&knobs, file), text);
     }
     let before = knobs;
@@ -573,8 +599,10 @@ fn module_parameters_set_some_files() {
         ("pages_to_scan", -1),
         ("sleep_millisecs", 1 << 32),
         ("use_zero_pages", 1),
+        ("scan_threads", 0),
+        ("scan_threads", 5),
     ] {
-        assert!(!knobs.set_at_load(name, value), "{name}={value}");
+        assert!(!knobs.set_at_load(name, value, CPUS), "{name}={value}");
         assert_eq!(knobs, before);
     }
 }

@@ -24,6 +24,10 @@ use engine_tests::engine::{
         Fingerprint,
         NodeId, //
     },
+    lane::{
+        Crew,
+        Lanes, //
+    },
     memory::Refusal,
     mmlist::{
         MmList,
@@ -51,7 +55,10 @@ use kernel::{
 };
 
 use std::{
-    cell::RefCell,
+    cell::{
+        Cell,
+        RefCell, //
+    },
     collections::{
         BTreeMap,
         BTreeSet,
@@ -92,16 +99,38 @@ pub(crate) enum Op {
     /// Files that cannot change while pages are merged.
     MergeAcrossNodes(bool),
     MaxPageSharing(u32),
+    /// `scan_threads`, and the order in which they come.
+    ScanThreads(usize, u64),
     Chance(Option<Chance>),
     /// Allocations that fail.
     Fail(Option<Chance>),
+}
+
+/// A crew of one thread, which does what several could do at once in an order of its own.
+struct Disorder(Cell<u64>);
+
+impl Crew for Disorder {
+    fn each<T: Send>(&self, items: &mut [T], work: impl Fn(&mut T) + Sync) {
+        let mut order: Vec<usize> = (0..items.len()).collect();
+        for i in (1..order.len()).rev() {
+            // Knuth's MMIX generator; its high bits are the random ones.
+            let next = self.0.get().wrapping_mul(6364136223846793005);
+            self.0.set(next.wrapping_add(1442695040888963407));
+            order.swap(i, (self.0.get() >> 33) as usize % (i + 1));
+        }
+        for i in order {
+            work(&mut items[i]);
+        }
+    }
 }
 
 pub(crate) struct Machine {
     pub(crate) world: Rc<RefCell<World>>,
     pub(crate) list: Rc<List>,
     pub(crate) engine: Engine<SimMemory>,
-    batch: Batch,
+    lanes: Lanes<SimMemory>,
+    crew: Disorder,
+    threads: usize,
     pub(crate) policy: Policy,
     fail: Fail,
     /// Pages visited before the world's list of visits was cleared.
@@ -124,7 +153,9 @@ impl Machine {
             engine: Engine::new(SimMemory(world.clone())),
             world,
             list,
-            batch: Batch::default(),
+            lanes: Lanes::new(1, |_| Ok(Batch::default())).unwrap(),
+            crew: Disorder(Cell::new(0)),
+            threads: 1,
             policy,
             fail: Fail::Never,
             visits_before: 0,
@@ -161,7 +192,9 @@ impl Machine {
             }
             Op::Unmerge { fail_after, beside } => {
                 self.beside(beside);
-                self.unmerge(*fail_after);
+                let advised =
+                    |(_, event): &(u32, Event)| matches!(event, Event::Advise { on: true, .. });
+                self.unmerge(*fail_after, beside.iter().any(advised));
                 self.overtake();
             }
             Op::HotRemove { block } => self.hot_remove(*block),
@@ -179,6 +212,11 @@ impl Machine {
                     self.policy.max_page_sharing = *max;
                     self.world.borrow_mut().max_page_sharing = *max;
                 }
+            }
+            Op::ScanThreads(threads, seed) => {
+                self.lanes = Lanes::new(*threads, |_| Ok(Batch::default())).unwrap();
+                self.crew.0.set(*seed);
+                self.threads = *threads;
             }
             Op::Chance(chance) => self.world.borrow_mut().chance = *chance,
             Op::Fail(chance) => {
@@ -236,7 +274,8 @@ impl Machine {
             let Self {
                 engine,
                 policy,
-                batch,
+                lanes,
+                crew,
                 list,
                 ..
             } = self;
@@ -248,7 +287,7 @@ impl Machine {
                     &**list,
                     (id, mm),
                     claim.address(),
-                    batch,
+                    (&*crew, &mut *lanes),
                     &mut budget,
                 );
                 let scanned = engine.counters.pages_scanned - scanned;
@@ -281,10 +320,11 @@ impl Machine {
 
     /// Scans to the end of the full scan that is under way, or of the next one.
     pub(crate) fn full_scan(&mut self) {
-        while !self.scan(40) {}
+        let budget = 40 * self.threads as u32 * self.threads as u32;
+        while !self.scan(budget) {}
     }
 
-    fn unmerge(&mut self, mut left: Option<u32>) {
+    fn unmerge(&mut self, mut left: Option<u32>, advised: bool) {
         let (engine, world) = (&mut self.engine, &self.world);
         let result = self.list.unmerge(|claim| {
             let mut world = world.borrow_mut();
@@ -306,6 +346,10 @@ impl Machine {
         engine.remove_all_nodes();
         engine.counters.full_scans = 0;
         self.assert_nothing_known();
+        if advised {
+            // What is opted in behind the walk may have inherited merged pages.
+            return;
+        }
         // A page may be left that is mapped where nothing is mergeable, or by a process that was just going.
         let world = self.world.borrow();
         for (key, space) in &world.spaces {
@@ -397,6 +441,11 @@ impl Machine {
 
         for ring in rings {
             let fingerprint = world.nodes.get(ring[0].0).unwrap().meta.fingerprint;
+            if fingerprint == Fingerprint::NONE {
+                // Left of a pair that could not be merged.
+                assert_eq!(ring.len(), 1);
+                continue;
+            }
             for node in ring {
                 let nid = world.nodes.get(node.0).unwrap().nid;
                 let domain = if world.merge_across_nodes { 0 } else { nid };

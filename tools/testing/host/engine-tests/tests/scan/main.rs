@@ -86,6 +86,11 @@ fn chance(most: u64) -> impl Strategy<Value = Option<Chance>> {
     option::of((any::<u64>(), 1..most).prop_map(|(seed, one_in)| Chance { seed, one_in }))
 }
 
+fn threads() -> impl Strategy<Value = Op> {
+    (prop_oneof![Just(1usize), Just(2), Just(4)], any::<u64>())
+        .prop_map(|(threads, seed)| Op::ScanThreads(threads, seed))
+}
+
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         12 => event().prop_map(Op::Happen),
@@ -101,6 +106,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => any::<bool>().prop_map(Op::UseZeroPages),
         1 => any::<bool>().prop_map(Op::MergeAcrossNodes),
         1 => (2..6u32).prop_map(Op::MaxPageSharing),
+        1 => threads(),
         1 => chance(12).prop_map(Op::Chance),
         1 => chance(6).prop_map(Op::Fail),
     ]
@@ -113,9 +119,11 @@ fn knobs() -> impl Strategy<Value = Vec<Op>> {
         any::<bool>(),
         any::<bool>(),
         prop_oneof![2..6u32, Just(256)],
+        threads(),
     )
-        .prop_map(|(smart_scan, zero, across, sharing)| {
+        .prop_map(|(smart_scan, zero, across, sharing, threads)| {
             vec![
+                threads,
                 Op::SmartScan(smart_scan),
                 Op::UseZeroPages(zero),
                 Op::MergeAcrossNodes(across),

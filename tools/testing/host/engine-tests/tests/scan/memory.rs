@@ -7,6 +7,7 @@ use crate::world::{
     Batch,
     Mapping,
     Mm,
+    Target,
     World, //
 };
 
@@ -19,13 +20,16 @@ use engine_tests::engine::{
     },
     memory::{
         Collected,
+        HugeId,
         Interest,
         Look,
         Memory,
+        Merged,
         NodeMeta,
         NodeState,
         PageKind,
         Pair,
+        Partner,
         Place,
         Refusal,
         Released, //
@@ -48,6 +52,32 @@ const OBJECT: usize = 64;
 #[derive(Clone)]
 pub(crate) struct SimMemory(pub(crate) Rc<RefCell<World>>);
 
+// SAFETY: The crew of these tests is one thread.
+unsafe impl Sync for SimMemory {}
+
+/// A merge: of the page at an address of an mm, and what came of it.
+pub(crate) struct Merge {
+    key: usize,
+    addr: usize,
+    owner: PageRef,
+    frame: usize,
+    with: With,
+    outcome: Result<Merged, Refusal>,
+    /// The first of two pages is a merged page, which the second has not become.
+    undo: Option<(ItemId, NodeId)>,
+}
+
+enum With {
+    Zero,
+    Node(NodeId, Option<u32>),
+    Page {
+        key: usize,
+        addr: usize,
+        owner: PageRef,
+        nid: Option<u32>,
+    },
+}
+
 impl SimMemory {
     /// The world, after something may have happened in it.
     fn sleep(&self) -> RefMut<'_, World> {
@@ -58,13 +88,13 @@ impl SimMemory {
 
     /// The world, for a page of a batch that has to be one.
     fn sleep_at(&self, at: &Place<'_, Mm>, batch: &Batch, i: usize) -> RefMut<'_, World> {
-        assert!(i >= batch.released, "a released page is used");
+        assert!(!batch.released[i], "a released page is used");
         assert_eq!((at.mm.key(), at.addr), (batch.key, batch.pages[i].0));
         self.sleep()
     }
 
     fn frame(&self, batch: &Batch, i: usize) -> usize {
-        assert!(i >= batch.released, "a released page is looked at");
+        assert!(!batch.released[i], "a released page is looked at");
         batch.pages[i].1
     }
 
@@ -87,12 +117,14 @@ impl SimMemory {
 impl Memory for SimMemory {
     type Mm = Mm;
     type Batch = Batch;
+    type Merge = Merge;
 
     fn collect<L: Look>(
         &self,
         mm: &Mm,
-        start: usize,
+        within: Range<usize>,
         limit: usize,
+        _alone: bool,
         batch: &mut Batch,
         look: &mut L,
     ) -> Collected {
@@ -103,10 +135,11 @@ impl Memory for SimMemory {
         batch.start(mm.key());
         assert!(limit > 0);
         // The engine asks for nodes and items while it looks.
-        let (mapped, end) = world.mapped(mm.key(), start);
+        let (mapped, end) = world.mapped(mm.key(), within.start);
         drop(world);
+        let full = batch.pages.len() + limit;
         for (addr, frame) in mapped {
-            if batch.pages.len() == limit {
+            if batch.pages.len() == full || addr >= within.end {
                 return Collected::More(addr);
             }
             let touched = self.0.borrow().touched(mm.key(), addr);
@@ -132,7 +165,7 @@ impl Memory for SimMemory {
     }
 
     fn touched(&self, batch: &Batch, i: usize) -> bool {
-        assert!(i >= batch.released, "a released page is looked at");
+        assert!(!batch.released[i], "a released page is looked at");
         batch.touched[i]
     }
 
@@ -145,95 +178,113 @@ impl Memory for SimMemory {
         nid(self.frame(batch, i))
     }
 
-    fn release(&mut self, batch: &mut Batch, i: usize) {
-        let mut world = self.0.borrow_mut();
-        world.visited(batch, i);
-        world.release(batch, i);
+    fn huge(&self, batch: &Batch, i: usize) -> Option<HugeId> {
+        let frame = self.frame(batch, i);
+        self.0.borrow().huge(frame)
     }
 
-    fn clear(&mut self, batch: &mut Batch) {
-        if let Some(last) = batch.pages.len().checked_sub(1) {
-            self.0.borrow_mut().release(batch, last);
+    fn done(&self, batch: &mut Batch, i: usize) {
+        self.0.borrow_mut().visited(batch, i);
+        self.release(batch, i);
+    }
+
+    fn release(&self, batch: &mut Batch, i: usize) {
+        self.0.borrow_mut().release(batch, i);
+    }
+
+    fn make_way(&self, batch: &mut Batch, huge: HugeId, keep: Option<usize>) {
+        let mut world = self.0.borrow_mut();
+        for i in 0..batch.pages.len() {
+            let frame = batch.pages[i].1;
+            if Some(i) != keep && !batch.released[i] && world.huge(frame) == Some(huge) {
+                world.release(batch, i);
+                batch.lost[i] = true;
+            }
         }
-        batch.pages.clear();
-        batch.touched.clear();
-        batch.released = 0;
+    }
+
+    fn regain(&self, mm: &Mm, batch: &mut Batch, i: usize) -> bool {
+        assert_eq!(mm.key(), batch.key);
+        !batch.lost[i] || self.sleep().regain(batch, i)
+    }
+
+    fn clear(&self, batch: &mut Batch) {
+        let visits = batch.passed.iter().map(|addr| (batch.key, *addr));
+        self.0.borrow_mut().visits.extend(visits);
+        self.discard(batch);
+    }
+
+    fn discard(&self, batch: &mut Batch) {
+        for i in 0..batch.pages.len() {
+            self.release(batch, i);
+        }
+        *batch = Batch::default();
     }
 
     fn zero_hash(&self) -> u64 {
         self.0.borrow().hash(0)
     }
 
-    fn merge_with_node(
+    fn prepare(
         &mut self,
         at: Place<'_, Mm>,
-        batch: &mut Batch,
+        batch: &Batch,
         i: usize,
-        node: NodeId,
-        nid: Option<u32>,
-    ) -> Result<ItemId, Refusal> {
-        let mut world = self.sleep_at(&at, batch, i);
-        let result = world.merge_with_node((at.addr, at.owner), batch, i, node, nid);
-        drop(world);
-        self.count(result)
-    }
-
-    fn merge_pair(
-        &mut self,
-        at: Place<'_, Mm>,
-        batch: &mut Batch,
-        i: usize,
-        other: Place<'_, Mm>,
-        nid: Option<u32>,
-        fingerprint: Fingerprint,
-    ) -> Result<Pair, Refusal> {
-        let mut world = self.sleep_at(&at, batch, i);
-        let kpage = batch.pages[i].1;
-        let meta = |node| NodeMeta {
-            fingerprint,
-            next: node,
-            prev: node,
-            head: false,
-        };
-        let (key, addr) = (other.mm.key(), other.addr);
-        let first = world.merge_first((at.addr, at.owner), batch, i, (key, addr), nid, meta);
-        drop(world);
-        let (node, first) = self.count(first)?;
-        let touched = self.0.borrow().touched(at.mm.key(), at.addr);
-
-        let second = self
-            .sleep()
-            .merge_second((key, addr, other.owner), node, kpage);
-        match self.count(second) {
-            Ok(second) => Ok(Pair {
-                node,
-                first,
-                second,
-                touched,
-            }),
-            Err(refusal) => {
-                self.sleep().undo_first(at.addr, first, node);
-                Err(refusal)
+        partner: Partner<'_, Mm>,
+    ) -> Result<Merge, Refusal> {
+        drop(self.sleep_at(&at, batch, i));
+        let with = match partner {
+            Partner::Zero => With::Zero,
+            Partner::Node { node, nid } => {
+                let world = self.0.borrow();
+                if world.node_frame(node).is_none() {
+                    drop(world);
+                    return self.count(Err(Refusal::Stale));
+                }
+                With::Node(node, nid)
             }
-        }
+            Partner::Page { other, nid } => With::Page {
+                key: other.mm.key(),
+                addr: other.addr,
+                owner: other.owner,
+                nid,
+            },
+        };
+        Ok(Merge {
+            key: at.mm.key(),
+            addr: at.addr,
+            owner: at.owner,
+            frame: batch.pages[i].1,
+            with,
+            outcome: Err(Refusal::Gone),
+            undo: None,
+        })
     }
 
-    fn merge_with_zero(
-        &mut self,
-        at: Place<'_, Mm>,
-        batch: &mut Batch,
-        i: usize,
-    ) -> Result<(), Refusal> {
-        let mut world = self.sleep_at(&at, batch, i);
-        let result = world.merge_with_zero(at.addr, batch, i);
-        drop(world);
-        self.count(result)
+    fn merge(&self, merge: &mut Merge, before_split: impl FnOnce()) {
+        drop(self.sleep());
+        merge.outcome = match merge.with {
+            With::Zero => self
+                .share(merge, &Target::Zero, before_split)
+                .map(|()| Merged::Zero),
+            With::Node(node, nid) => self
+                .merge_with_node(merge, node, nid, before_split)
+                .map(Merged::Node),
+            With::Page { .. } => self.merge_pair(merge, before_split).map(Merged::Pair),
+        };
+    }
+
+    fn finish(&mut self, merge: Merge) -> Result<Merged, Refusal> {
+        if let Some((item, node)) = merge.undo {
+            self.sleep().undo_first(merge.addr, item, node);
+        }
+        self.count(merge.outcome)
     }
 
     fn adopt(
         &mut self,
         at: Place<'_, Mm>,
-        batch: &mut Batch,
+        batch: &Batch,
         i: usize,
         node: NodeId,
     ) -> Result<ItemId, Refusal> {
@@ -332,5 +383,85 @@ impl Memory for SimMemory {
             world.paused |= *left == 0;
         }
         world.paused
+    }
+}
+
+impl SimMemory {
+    /// Shares the page of a merge.
+    fn share(
+        &self,
+        merge: &Merge,
+        target: &Target,
+        before_split: impl FnOnce(),
+    ) -> Result<(), Refusal> {
+        let (key, addr, frame) = (merge.key, merge.addr, merge.frame);
+        let huge = self.0.borrow_mut().check_share(key, addr, frame, target)?;
+        if huge {
+            before_split();
+        }
+        self.0.borrow_mut().share(key, addr, frame, target, huge)
+    }
+
+    fn merge_with_node(
+        &self,
+        merge: &Merge,
+        node: NodeId,
+        on: Option<u32>,
+        before_split: impl FnOnce(),
+    ) -> Result<ItemId, Refusal> {
+        let mut world = self.0.borrow_mut();
+        let kpage = world.node_partner(merge.frame, node, on)?;
+        let item = world.new_item(merge.key, merge.addr, merge.owner, node)?;
+        let far = nid(kpage) != nid(merge.frame);
+        drop(world);
+        self.share(merge, &Target::Frame(kpage), before_split)
+            .inspect_err(|_| drop(self.0.borrow_mut().free_item(item)))?;
+        let across = self.0.borrow().merge_across_nodes;
+        assert!(across || !far, "merged across nodes");
+        Ok(item)
+    }
+
+    fn merge_pair(&self, merge: &mut Merge, before_split: impl FnOnce()) -> Result<Pair, Refusal> {
+        let With::Page {
+            key,
+            addr,
+            owner,
+            nid,
+        } = merge.with
+        else {
+            unreachable!()
+        };
+        let meta = |node| NodeMeta {
+            fingerprint: Fingerprint::NONE,
+            next: node,
+            prev: node,
+            head: false,
+        };
+        let mut world = self.0.borrow_mut();
+        let node = world.new_node(merge.frame, (key, addr), nid, meta)?;
+        let item = world.new_item(merge.key, merge.addr, merge.owner, node);
+        drop(world);
+        let first = item.and_then(|item| {
+            self.share(merge, &Target::Itself(node), before_split)
+                .inspect_err(|_| drop(self.0.borrow_mut().free_item(item)))
+                .map(|()| item)
+        });
+        let first = first.inspect_err(|_| self.0.borrow_mut().free_node(node, &mut |_| {}))?;
+        let touched = self.0.borrow().touched(merge.key, merge.addr);
+        let second = self
+            .sleep()
+            .merge_second((key, addr, owner), node, merge.frame, nid);
+        match second {
+            Ok(second) => Ok(Pair {
+                node,
+                first,
+                second,
+                touched,
+            }),
+            Err(refusal) => {
+                merge.undo = Some((first, node));
+                Err(refusal)
+            }
+        }
     }
 }

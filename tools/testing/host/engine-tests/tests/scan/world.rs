@@ -12,6 +12,7 @@ use engine_tests::engine::{
         PageRef, //
     },
     memory::{
+        HugeId,
         NodeMeta,
         Refusal,
         Released, //
@@ -27,17 +28,21 @@ use engine_tests::engine::{
 use kernel::testing;
 
 use std::{
-    cell::{
-        Cell,
-        RefCell, //
-    },
+    cell::RefCell,
     collections::{
         BTreeMap,
         BTreeSet,
         VecDeque, //
     },
     ops::Range,
-    rc::Rc, //
+    rc::Rc,
+    sync::{
+        atomic::{
+            AtomicBool,
+            Ordering::Relaxed, //
+        },
+        Arc, //
+    },
 };
 
 pub(crate) const PAGE: usize = 4096;
@@ -91,12 +96,12 @@ pub(crate) fn nid(frame: usize) -> u32 {
 
 /// A pinned mm.
 #[derive(Debug)]
-pub(crate) struct Mm(Rc<MmStruct>);
+pub(crate) struct Mm(Arc<MmStruct>);
 
 #[derive(Debug)]
 struct MmStruct {
     key: usize,
-    users: Cell<bool>,
+    users: AtomicBool,
 }
 
 impl PinnedMm for Mm {
@@ -105,7 +110,7 @@ impl PinnedMm for Mm {
     }
 
     fn exiting(&self) -> bool {
-        !self.0.users.get()
+        !self.0.users.load(Relaxed)
     }
 
     fn clone_pin(&self) -> Self {
@@ -182,7 +187,7 @@ impl Space {
 
     /// Whether nobody pins the mm but the world itself.
     pub(crate) fn unpinned(&self) -> bool {
-        Rc::strong_count(&self.mm.0) == 1
+        Arc::strong_count(&self.mm.0) == 1
     }
 
     pub(crate) fn mergeable_at(&self, addr: usize) -> bool {
@@ -337,7 +342,7 @@ pub(crate) enum Hash {
 }
 
 /// What a page is to be replaced by.
-enum Target {
+pub(crate) enum Target {
     Itself(NodeId),
     Frame(usize),
     Zero,
@@ -351,16 +356,19 @@ pub(crate) struct Batch {
     pub(crate) pages: Vec<(usize, usize)>,
     /// Whether each was touched before the walk.
     pub(crate) touched: Vec<bool>,
-    pub(crate) released: usize,
+    /// Whether each has been given up.
+    pub(crate) released: Vec<bool>,
+    /// Whether each was given up so that a huge page could be split.
+    pub(crate) lost: Vec<bool>,
+    /// Addresses that the walk came by and left.
+    pub(crate) passed: Vec<usize>,
 }
 
 impl Batch {
     /// A walk of this mm begins.
     pub(crate) fn start(&mut self, key: usize) {
-        assert!(
-            self.pages.is_empty() && self.released == 0,
-            "the batch is not empty"
-        );
+        let same = self.pages.is_empty() || self.key == key;
+        assert!(same, "a batch of several mms");
         self.key = key;
     }
 }
@@ -568,9 +576,9 @@ impl World {
     fn new_space(&mut self, mergeable: [bool; AREAS.len()]) -> usize {
         self.next_key += PAGE;
         let key = self.next_key;
-        let mm = Mm(Rc::new(MmStruct {
+        let mm = Mm(Arc::new(MmStruct {
             key,
-            users: Cell::new(true),
+            users: AtomicBool::new(true),
         }));
         let space = Space {
             mm,
@@ -693,7 +701,15 @@ impl World {
             Event::Age { mm, page, count } => {
                 let Some(key) = self.nth(mm) else { return };
                 for addr in at(page, count) {
-                    self.space_mut(key).touched.remove(&addr);
+                    // Between a hash and a merge it would leave a node where nobody finds it, which does no harm but breaks
+                    // what is checked here.
+                    let held = match self.space(key).ptes.get(&addr) {
+                        Some(&Pte::Page(frame)) => self.page(frame).refs > 0,
+                        _ => false,
+                    };
+                    if !held {
+                        self.space_mut(key).touched.remove(&addr);
+                    }
                 }
             }
             Event::Read { mm, page, count } => {
@@ -797,7 +813,7 @@ impl World {
     pub(crate) fn exit_step(&mut self, key: usize) {
         let space = self.space_mut(key);
         if space.live() {
-            space.mm.0.users.set(false);
+            space.mm.0.users.store(false, Relaxed);
         } else if !space.exited {
             space.exited = true;
             self.list.exit(key);
@@ -930,18 +946,19 @@ impl World {
         batch
             .touched
             .push(self.space_mut(batch.key).touched.remove(&addr));
+        batch.released.push(false);
+        batch.lost.push(false);
     }
 
     /// A walk passes a page over, with which the engine is done so.
-    pub(crate) fn passed(&mut self, batch: &Batch, addr: usize) {
-        self.visits.push((batch.key, addr));
+    pub(crate) fn passed(&mut self, batch: &mut Batch, addr: usize) {
+        batch.passed.push(addr);
         self.assert_known(batch.key, addr);
     }
 
     pub(crate) fn release(&mut self, batch: &mut Batch, i: usize) {
-        while batch.released <= i {
-            let (_, frame) = batch.pages[batch.released];
-            batch.released += 1;
+        if !core::mem::replace(&mut batch.released[i], true) {
+            let (_, frame) = batch.pages[i];
             self.page_mut(frame).refs -= 1;
             self.put(frame);
         }
@@ -982,11 +999,16 @@ impl World {
         found.map(|(_, item)| item.node)
     }
 
-    fn truncate_after(&mut self, batch: &mut Batch, i: usize) {
-        for (_, frame) in batch.pages.split_off(i + 1) {
-            self.page_mut(frame).refs -= 1;
-            self.put(frame);
-        }
+    /// Takes a reference again to what is at the address of a page of a batch.
+    pub(crate) fn regain(&mut self, batch: &mut Batch, i: usize) -> bool {
+        let addr = batch.pages[i].0;
+        let Ok(frame) = self.frame_at(batch.key, addr) else {
+            return false;
+        };
+        self.page_mut(frame).refs += 1;
+        batch.pages[i].1 = frame;
+        (batch.released[i], batch.lost[i]) = (false, false);
+        true
     }
 
     pub(crate) fn new_item(
@@ -1012,7 +1034,7 @@ impl World {
         Ok(id)
     }
 
-    fn free_item(&mut self, id: ItemId) -> Item {
+    pub(crate) fn free_item(&mut self, id: ItemId) -> Item {
         let item = self.items.remove(id.0);
         self.nodes
             .get_mut(item.node.0)
@@ -1023,14 +1045,13 @@ impl World {
     }
 
     /// Puts a page in the place of that at an address, or makes it a merged page.
-    fn share(
+    pub(crate) fn check_share(
         &mut self,
         key: usize,
         addr: usize,
         frame: usize,
         target: &Target,
-        batch: Option<(&mut Batch, usize)>,
-    ) -> Result<(), Refusal> {
+    ) -> Result<bool, Refusal> {
         if !self.space(key).mergeable_at(addr) {
             return Err(Refusal::Gone);
         }
@@ -1041,11 +1062,7 @@ impl World {
             Refusal::Gone,
             Refusal::Differs,
         ])?;
-        let content = match target {
-            Target::Itself(_) => self.page(frame).content,
-            Target::Frame(kpage) => self.page(*kpage).content,
-            Target::Zero => 0,
-        };
+        let content = self.content_of(frame, target);
         let page = self.page(frame);
         if page.mapping != Mapping::Anon {
             return Err(Refusal::Gone);
@@ -1053,13 +1070,35 @@ impl World {
         if page.locked {
             return Err(Refusal::Locked);
         }
-        if page.huge.is_some() {
-            if page.content != content {
-                return Err(Refusal::Differs);
-            }
-            if let Some((batch, i)) = batch {
-                self.truncate_after(batch, i);
-            }
+        if page.huge.is_some() && page.content != content {
+            return Err(Refusal::Differs);
+        }
+        Ok(page.huge.is_some())
+    }
+
+    pub(crate) fn huge(&self, frame: usize) -> Option<HugeId> {
+        self.page(frame).huge.map(|huge| HugeId(huge as usize))
+    }
+
+    fn content_of(&self, frame: usize, target: &Target) -> Content {
+        match target {
+            Target::Itself(_) => self.page(frame).content,
+            Target::Frame(kpage) => self.page(*kpage).content,
+            Target::Zero => 0,
+        }
+    }
+
+    /// Shares a page that has been checked, and found to be `huge` or not.
+    pub(crate) fn share(
+        &mut self,
+        key: usize,
+        addr: usize,
+        frame: usize,
+        target: &Target,
+        huge: bool,
+    ) -> Result<(), Refusal> {
+        let content = self.content_of(frame, target);
+        if huge {
             self.split(frame)?;
         }
         let page = self.page(frame);
@@ -1099,15 +1138,13 @@ impl World {
         Ok(())
     }
 
-    pub(crate) fn merge_with_node(
+    /// The page of a node that a page may be merged with.
+    pub(crate) fn node_partner(
         &mut self,
-        (addr, owner): (usize, PageRef),
-        batch: &mut Batch,
-        i: usize,
+        frame: usize,
         node: NodeId,
         on: Option<u32>,
-    ) -> Result<ItemId, Refusal> {
-        let (key, frame) = (batch.key, batch.pages[i].1);
+    ) -> Result<usize, Refusal> {
         self.may_refuse(&[Refusal::Busy, Refusal::Locked])?;
         let kpage = self.node_frame(node).ok_or(Refusal::Stale)?;
         if self.page(kpage).locked {
@@ -1124,31 +1161,17 @@ impl World {
             mappings > 0 && mappings < self.max_page_sharing as usize,
             "a merged page is to be mapped too often"
         );
-        let item = self.new_item(key, addr, owner, node)?;
-        let far = nid(kpage) != nid(frame);
-        match self.share(key, addr, frame, &Target::Frame(kpage), Some((batch, i))) {
-            Ok(()) => {
-                assert!(self.merge_across_nodes || !far, "merged across nodes");
-                Ok(item)
-            }
-            Err(refusal) => {
-                self.free_item(item);
-                Err(refusal)
-            }
-        }
+        Ok(kpage)
     }
 
-    /// The first half of a new merged page: the page that becomes it.
-    pub(crate) fn merge_first(
+    /// Looks at the page that another is to be merged with, and makes a node for them.
+    pub(crate) fn new_node(
         &mut self,
-        (addr, owner): (usize, PageRef),
-        batch: &mut Batch,
-        i: usize,
+        frame: usize,
         (other, other_addr): (usize, usize),
         on: Option<u32>,
         meta: impl Fn(NodeId) -> NodeMeta,
-    ) -> Result<(NodeId, ItemId), Refusal> {
-        let (key, frame) = (batch.key, batch.pages[i].1);
+    ) -> Result<NodeId, Refusal> {
         let second = self.frame_at(other, other_addr)?;
         if second == frame {
             return Err(Refusal::Same);
@@ -1171,39 +1194,31 @@ impl World {
         };
         let node = NodeId(self.nodes.insert(node));
         self.nodes.get_mut(node.0).unwrap().meta = meta(node);
-        let shared = self.new_item(key, addr, owner, node).and_then(|item| {
-            let target = Target::Itself(node);
-            match self.share(key, addr, frame, &target, Some((batch, i))) {
-                Ok(()) => Ok(item),
-                Err(refusal) => {
-                    self.free_item(item);
-                    Err(refusal)
-                }
-            }
-        });
-        match shared {
-            Ok(item) => Ok((node, item)),
-            Err(refusal) => {
-                self.free_node(node, &mut |_| {});
-                Err(refusal)
-            }
-        }
+        Ok(node)
     }
 
-    /// The second half: the page that is replaced by it.
     pub(crate) fn merge_second(
         &mut self,
         (key, addr, owner): (usize, usize, PageRef),
         node: NodeId,
         kpage: usize,
+        on: Option<u32>,
     ) -> Result<ItemId, Refusal> {
         let frame = self.frame_at(key, addr)?;
+        if on.is_some_and(|on| on != nid(frame)) {
+            return Err(Refusal::FarNode);
+        }
         if frame == kpage {
             return Err(Refusal::Same);
         }
+        if self.page(frame).refs > 0 {
+            return Err(Refusal::Pinned);
+        }
         let far = nid(kpage) != nid(frame);
         let item = self.new_item(key, addr, owner, node)?;
-        match self.share(key, addr, frame, &Target::Frame(kpage), None) {
+        let target = Target::Frame(kpage);
+        let shared = self.check_share(key, addr, frame, &target);
+        match shared.and_then(|huge| self.share(key, addr, frame, &target, huge)) {
             Ok(()) => {
                 assert!(self.merge_across_nodes || !far, "merged across nodes");
                 Ok(item)
@@ -1225,16 +1240,6 @@ impl World {
         }
         self.release_item(item);
         self.remove_node(node, &mut |_| {});
-    }
-
-    pub(crate) fn merge_with_zero(
-        &mut self,
-        addr: usize,
-        batch: &mut Batch,
-        i: usize,
-    ) -> Result<(), Refusal> {
-        let (key, frame) = (batch.key, batch.pages[i].1);
-        self.share(key, addr, frame, &Target::Zero, Some((batch, i)))
     }
 
     pub(crate) fn adopt(

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the engine thinks of the pages that a walk comes by, without touching them.
+
+use super::{
+    ids::{
+        Fingerprint,
+        ItemId,
+        NodeId,
+        PageRef,
+        SlotId, //
+    },
+    memory::{
+        Interest,
+        Look,
+        Memory,
+        PageKind, //
+    },
+    page_state::{
+        PageState,
+        PageStates,
+        Reader, //
+    },
+    scan::Policy,
+    smart_scan::History,
+};
+use core::ops::Range;
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+/// Most pages that one walk comes by, whether it takes them or not. Bounds, too, what is done under one mmap lock.
+pub(super) const LOOKS: usize = 1024;
+
+/// Runs of pages that are mapped no more which one walk can note.
+const GAPS: usize = 8;
+
+/// A page that nothing seems to have touched is read all the same in one full scan of so many: what writes to it may
+/// leave no trace in page tables, as devices do.
+const REVISIT: usize = 16;
+
+/// For which pages an unchanged page table entry is taken for unchanged contents.
+#[derive(Clone, Copy)]
+pub(super) struct Trust {
+    /// For some at least.
+    pub(super) some: bool,
+    /// Number of the full scan.
+    pub(super) round: usize,
+}
+
+impl Trust {
+    pub(super) fn holds(self, addr: usize) -> bool {
+        self.some && (addr / PAGE_SIZE).wrapping_add(self.round) % REVISIT != 0
+    }
+}
+
+/// The page states, as a walk uses them.
+pub(super) trait States {
+    /// [`PageStates::at`].
+    fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)>;
+
+    /// Whether a page of these addresses is tracked.
+    fn any_in(&mut self, slot: SlotId, within: Range<usize>) -> bool;
+
+    /// Changes the state of a page. Returns whether that was possible.
+    fn set(&mut self, page: PageRef, state: PageState) -> bool;
+}
+
+/// For a walk that nobody else walks beside.
+impl States for &mut PageStates {
+    fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
+        PageStates::at(self, slot, addr)
+    }
+
+    fn any_in(&mut self, slot: SlotId, within: Range<usize>) -> bool {
+        self.first_in(slot, within).is_some()
+    }
+
+    fn set(&mut self, page: PageRef, state: PageState) -> bool {
+        PageStates::set(self, page, state).is_some()
+    }
+}
+
+/// For walks beside each other: each keeps its changes until all are done.
+pub(super) struct Deferred<'a> {
+    pub(super) reader: Reader<'a>,
+    pub(super) changes: &'a mut KVec<(PageRef, PageState)>,
+}
+
+impl States for Deferred<'_> {
+    fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
+        self.reader.at(slot, addr)
+    }
+
+    fn any_in(&mut self, slot: SlotId, within: Range<usize>) -> bool {
+        self.reader.first_in(slot, within).is_some()
+    }
+
+    fn set(&mut self, page: PageRef, state: PageState) -> bool {
+        self.changes.push_within_capacity((page, state)).is_ok()
+    }
+}
+
+/// What a walk has come by, besides the pages it took.
+#[derive(Clone, Default)]
+pub(super) struct Seen {
+    /// All before this address has been looked at.
+    pub(super) from: usize,
+    /// Pages that were looked at, or taken, of those that were to be.
+    pub(super) used: u32,
+    /// Pages that smart scan passed over.
+    pub(super) skipped: u64,
+    /// Pages that were left as they are, without smart scan.
+    pub(super) passed: u64,
+    /// Addresses between pages in which pages are tracked that are not mapped.
+    pub(super) gaps: [Range<usize>; GAPS],
+    pub(super) nr_gaps: usize,
+    /// The walk has been ended.
+    pub(super) stopped: bool,
+}
+
+/// The eyes of one walk.
+pub(super) struct Glance<'a, M, S> {
+    pub(super) memory: &'a M,
+    pub(super) states: S,
+    pub(super) policy: &'a Policy,
+    pub(super) trust: Trust,
+    pub(super) slot: SlotId,
+    /// Pages that are to be scanned; those that smart scan skips do not count.
+    pub(super) budget: u32,
+    /// Pages that may still be looked at.
+    pub(super) looks: usize,
+    pub(super) seen: &'a mut Seen,
+}
+
+impl<M: Memory, S: States> Glance<'_, M, S> {
+    /// Smart scan: whether the page is passed over this time.
+    fn skips(&mut self, page: PageRef, state: PageState) -> bool {
+        let PageState::Tracked {
+            fingerprint,
+            age,
+            skips,
+            indexed,
+        } = state
+        else {
+            return false;
+        };
+        let mut history = History { age, skips };
+        let skip = history.should_skip();
+        let state = PageState::Tracked {
+            fingerprint,
+            age: history.age,
+            skips: history.skips,
+            indexed,
+        };
+        self.states.set(page, state) && skip
+    }
+
+    /// Whether a page that nothing has touched is where everybody finds it who has the same contents.
+    fn waits(&self, addr: usize, state: PageState) -> bool {
+        let PageState::Tracked {
+            fingerprint,
+            indexed: true,
+            ..
+        } = state
+        else {
+            return false;
+        };
+        let zero = || fingerprint == Fingerprint::new(self.memory.zero_hash(), 0);
+        self.trust.holds(addr) && !(self.policy.use_zero_pages && zero())
+    }
+
+    /// Whether a merged page is what it was when its item was made.
+    fn settled(&self, item: ItemId, node: NodeId, nid: u32) -> bool {
+        self.memory.node_of(item) == Some(node)
+            && (self.policy.merge_across_nodes || self.memory.node_nid(node) == nid)
+    }
+}
+
+impl<M: Memory, S: States> Look for Glance<'_, M, S> {
+    fn look(&mut self, addr: usize, kind: PageKind, nid: u32, touched: bool) -> Interest {
+        if self.seen.used == self.budget || self.looks == 0 {
+            self.seen.stopped = true;
+            return Interest::Stop;
+        }
+        self.looks -= 1;
+        let from = self.seen.from;
+        if addr > from && self.states.any_in(self.slot, from..addr) {
+            let Some(gap) = self.seen.gaps.get_mut(self.seen.nr_gaps) else {
+                self.seen.stopped = true;
+                return Interest::Stop;
+            };
+            *gap = from..addr;
+            self.seen.nr_gaps += 1;
+        }
+        self.seen.from = addr + PAGE_SIZE;
+        let interest = match (kind, self.states.at(self.slot, addr)) {
+            (PageKind::Ksm(node), Some((_, PageState::Merged(item))))
+                if self.settled(item, node, nid) =>
+            {
+                self.seen.passed += 1;
+                Interest::Pass
+            }
+            (PageKind::Plain, Some((page, state)))
+                if self.policy.smart_scan && self.skips(page, state) =>
+            {
+                self.seen.skipped += 1;
+                return Interest::Pass;
+            }
+            (PageKind::Plain, Some((_, state))) if !touched && self.waits(addr, state) => {
+                self.seen.passed += 1;
+                Interest::Pass
+            }
+            _ => Interest::Take,
+        };
+        self.seen.used += 1;
+        interest
+    }
+}
