@@ -28,15 +28,21 @@ use engine::knobs::{
     FILES, //
 };
 use mm::{
-    kthread::Kthread,
+    extra_file::ExtraFile,
+    kthread::{
+        online_cpus,
+        Kthread, //
+    },
     memory_notifier::MemoryNotifier,
     symbols::Symbols,
     takeover::Takeover,
+    team::NICE,
     tracepoint::Probes, //
 };
 use rksmd::{
     Ksm,
-    NAMES, //
+    NAMES,
+    SCAN_THREADS, //
 };
 
 module! {
@@ -62,6 +68,10 @@ module! {
             default: 0,
             description: "delay: wait up to so many microseconds where races would happen, for tests (default 0)",
         },
+        scan_threads: i64 {
+            default: -1,
+            description: "scan_threads: threads that share the scanning, 1 (default) to the number of CPUs",
+        },
         check: bool {
             default: false,
             description: "check: test all invariants after each full scan, which takes long (default 0)",
@@ -71,6 +81,7 @@ module! {
 
 /// The loaded module: what has been set up, to be undone in the reverse order.
 struct Rksm {
+    file: Option<Pin<KBox<ExtraFile<Ksm>>>>,
     thread: Option<Kthread>,
     notifier: Option<Pin<KBox<MemoryNotifier<Ksm>>>>,
     probes: Option<Probes<Ksm>>,
@@ -102,6 +113,7 @@ impl Rksm {
         )?;
         // From here on dropping it undoes whatever has been done.
         let mut rksm = Self {
+            file: None,
             thread: None,
             notifier: None,
             probes: None,
@@ -113,10 +125,13 @@ impl Rksm {
         ksm.register_all()?;
         rksm.notifier = Some(MemoryNotifier::register(ksm.clone())?);
         let scanner = ksm.clone();
-        let thread = Kthread::run(symbols, c"rksmd", 5, move |current| {
+        let thread = Kthread::run(symbols, c"rksmd", NICE, move |current| {
             scanner.scan_thread(current)
         })?;
         rksm.thread = Some(thread);
+        let (name, file) = SCAN_THREADS;
+        let mode = FILES.get(file).ok_or(EINVAL)?.mode.bits();
+        rksm.file = Some(ExtraFile::add(symbols, name, mode, file, ksm.clone())?);
         rksm.takeover.open(ksm);
         Ok(rksm)
     }
@@ -124,6 +139,7 @@ impl Rksm {
 
 impl Drop for Rksm {
     fn drop(&mut self) {
+        self.file = None;
         self.takeover.close();
         mm::delay::sleep();
         let ran = self.thread.take().is_some();
@@ -165,9 +181,10 @@ fn initial_knobs(takeover: &Takeover<Ksm>) -> Result<Knobs> {
             "sleep_millisecs",
             module_parameters::sleep_millisecs.value(),
         ),
+        ("scan_threads", module_parameters::scan_threads.value()),
     ];
     for (name, value) in parameters {
-        if value != -1 && !knobs.set_at_load(name, value) {
+        if value != -1 && !knobs.set_at_load(name, value, online_cpus()) {
             pr_err!("cannot load: {name}={value} is no value for {name}\n");
             return Err(EINVAL);
         }

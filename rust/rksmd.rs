@@ -6,8 +6,8 @@
 //!
 //! From the outermost to the innermost:
 //!
-//! 1. `thread_mutex`: the engine. Held by `rksmd` for one batch, and by a write to `run` while it unmerges. Sleeps.
-//!    Exit never takes it.
+//! 1. `thread_mutex`: the engine. Held by `rksmd` for one batch, also while other threads help it, and by a write to `run`
+//!    while it unmerges. Sleeps. Exit never takes it.
 //! 2. The mmap lock of one mm, then folio locks, then page table locks: see [`crate::mm::merge`].
 //! 3. `mmlist_lock`: the registry. A leaf; nothing is dropped or allocated under it.
 //! 4. `knobs`: the values of the files and the counters last published. A leaf.
@@ -29,6 +29,7 @@ use crate::{
             StoreCtx,
             FILES, //
         },
+        lane::Lanes,
         mmlist::{
             MmList,
             Progress,
@@ -48,11 +49,15 @@ use crate::{
         delay,
         ksm,
         ksm::StableNodes,
-        kthread::Current,
+        kthread::{
+            self,
+            Current, //
+        },
         memory_notifier::MemoryEvents,
         pin::PinnedMm,
         symbols::Symbols,
         takeover::Builtin,
+        team::Team,
         tracepoint::{
             MmEvents,
             Trace, //
@@ -90,7 +95,7 @@ use kernel::{
     },
 };
 
-/// The files of `/sys/kernel/mm/ksm`, in the order of [`FILES`].
+/// The built-in's files of `/sys/kernel/mm/ksm`, in the order of [`FILES`]. Those of our own come after them.
 pub(crate) const NAMES: [&CStr; 24] = [
     c"sleep_millisecs",
     c"pages_to_scan",
@@ -118,7 +123,10 @@ pub(crate) const NAMES: [&CStr; 24] = [
     c"advisor_target_scan_time",
 ];
 
-/// Most pages that are scanned before the counters are shown anew: a large `pages_to_scan` takes long.
+/// The file of our own, and its place in [`FILES`].
+pub(crate) const SCAN_THREADS: (&CStr, usize) = (c"scan_threads", NAMES.len());
+
+/// Most pages of each lane that are scanned before the counters are shown anew: a large `pages_to_scan` takes long.
 const SLICE: u32 = 1024;
 
 /// Fewest stable nodes that are looked at for a page that is gone after each batch.
@@ -134,9 +142,17 @@ const IDLE_MSECS: Msecs = 500;
 /// What only the holder of `thread_mutex` uses.
 struct Core {
     engine: Engine<StableNodes>,
-    batch: KBox<Batch>,
+    /// The other threads.
+    team: Team,
+    lanes: Lanes<StableNodes>,
+    /// `scan_threads` that `team` and `lanes` have been made for.
+    threads: u32,
     /// When the next round of the sweep for stale nodes may begin, ns since the load.
     sweep_at: i64,
+}
+
+fn lanes(threads: u32) -> Result<Lanes<StableNodes>> {
+    Lanes::new(threads as usize, Batch::new)
 }
 
 /// What every reader of a file may look at.
@@ -189,7 +205,9 @@ impl Ksm {
         let trace = Trace::new(symbols);
         let core = Core {
             engine: Engine::new(StableNodes::new(trace)?),
-            batch: KBox::new(Batch::new(), GFP_KERNEL)?,
+            team: Team::new()?,
+            lanes: lanes(1)?,
+            threads: 1,
             sweep_at: 0,
         };
         let ksm = Arc::pin_init(
@@ -295,6 +313,7 @@ impl Ksm {
                 let settled = self.attend_now(core);
                 self.sweep(core);
                 if self.ksmd_should_run() {
+                    self.muster(core);
                     self.do_scan(core, current);
                 }
                 settled && core.engine.nodes() == 0
@@ -339,6 +358,22 @@ impl Ksm {
         registered.is_ok()
     }
 
+    /// Has as many threads at hand as `scan_threads` says. Fewer have to do where there is no memory for them.
+    fn muster(&self, core: &mut Core) {
+        let threads = self.knobs().scan_threads;
+        if threads == core.threads {
+            return;
+        }
+        core.threads = threads;
+        let mustered = lanes(threads).and_then(|lanes| {
+            core.lanes = lanes;
+            core.team.resize(self.symbols, threads as usize)
+        });
+        if let Err(error) = mustered {
+            pr_warn!("scan_threads={threads} cannot be had ({error:?}); fewer scan until it is written again\n");
+        }
+    }
+
     /// Scans `pages_to_scan` pages, or until the full scan ends.
     fn do_scan(&self, core: &mut Core, current: &Current) {
         let knobs = self.knobs();
@@ -353,14 +388,26 @@ impl Ksm {
             if !self.begin_full_scan(core) {
                 return;
             }
-            let Core { engine, batch, .. } = core;
-            let slice = budget.min(SLICE);
+            let Core {
+                engine,
+                team,
+                lanes,
+                ..
+            } = core;
+            let most = SLICE * lanes.len() as u32;
+            let slice = budget.min(most);
             budget -= slice;
             let mut left = slice;
             let step = self.visit(|claim| {
                 let (id, mm) = (claim.id(), claim.mm());
-                let progress =
-                    engine.scan_mm(&policy, self, (id, mm), claim.address(), batch, &mut left);
+                let progress = engine.scan_mm(
+                    &policy,
+                    self,
+                    (id, mm),
+                    claim.address(),
+                    (team, lanes),
+                    &mut left,
+                );
                 delay::sleep();
                 Visited {
                     progress,
@@ -368,7 +415,7 @@ impl Ksm {
                 }
             });
             budget += left;
-            if slice == SLICE {
+            if slice == most {
                 self.publish(core);
             }
             match step {
@@ -397,7 +444,7 @@ impl Ksm {
 
     fn end_full_scan(&self, core: &mut Core, current: &Current) {
         if self.knobs().advisor_mode != AdvisorMode::None {
-            let (now, cpu) = (self.now(), current.cpu_time());
+            let (now, cpu) = (self.now(), current.cpu_time() + core.team.cpu_time());
             let advice = self.shown.lock().knobs.scan_ended(now, cpu);
             if let Some(advice) = advice {
                 self.trace.advisor(
@@ -454,6 +501,7 @@ impl Ksm {
     fn change_excluding_scanner(&self, core: &mut Core, change: Change) -> Result {
         let ctx = StoreCtx {
             pages_shared: core.engine.counters.pages_shared,
+            cpus: 0,
         };
         let action = self.shown.lock().knobs.apply(change, &ctx)?;
         if let (Change::Run(_), Action::Done | Action::WakeScanner) = (change, action) {
@@ -530,6 +578,8 @@ impl Ksm {
     /// Forgets all mms and pages: the thread and the probes are gone, and nothing is merged. May sleep.
     pub(crate) fn shut_down(&self) {
         let mut core = self.thread_mutex.lock();
+        // Takes threads away, so there is no memory to be had.
+        let _ = core.team.resize(self.symbols, 1);
         self.clear(|slot, mm| core.engine.forget_mm(slot, mm));
         core.engine.remove_all_nodes();
     }
@@ -552,7 +602,7 @@ impl Ksm {
         };
         // An advisor keeps `pages_to_scan` from being set, and sets it when it is switched on.
         write(File::AdvisorMode, b"none\n");
-        let plain = FILES.iter().filter(|row| {
+        let plain = FILES.iter().take(NAMES.len()).filter(|row| {
             let last = matches!(row.file, File::Run | File::AdvisorMode);
             let advised = row.file == File::PagesToScan && knobs.advisor_mode != AdvisorMode::None;
             row.mode == Mode::ReadWrite && !last && !advised
@@ -644,7 +694,10 @@ impl Files for Ksm {
         if let Change::Run(_) | Change::MergeAcrossNodes(_) | Change::MaxPageSharing(_) = change {
             return self.with_core(|core| self.change_excluding_scanner(core, change));
         }
-        let ctx = StoreCtx { pages_shared: 0 };
+        let ctx = StoreCtx {
+            pages_shared: 0,
+            cpus: kthread::online_cpus(),
+        };
         let action = self.shown.lock().knobs.apply(change, &ctx)?;
         if action == Action::WakeIter {
             self.iter_wait.wake_up_interruptible();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 #include <linux/kobject.h>
+#include <linux/sysfs.h>
 
 typedef ssize_t rksm_show_t(struct kobject *kobj, struct kobj_attribute *attr, char *buf);
 typedef ssize_t rksm_store_t(struct kobject *kobj, struct kobj_attribute *attr, const char *buf,
@@ -25,4 +26,9 @@ void rksm_kobj_attribute_set(struct kobj_attribute *attr, rksm_show_t *show, rks
 {
 	WRITE_ONCE(attr->show, show);
 	WRITE_ONCE(attr->store, store);
+}
+
+void rksm_sysfs_attr_init(struct attribute *attr)
+{
+	sysfs_attr_init(attr);
 }

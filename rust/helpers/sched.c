@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
+#include <linux/cpumask.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
 
@@ -11,4 +12,9 @@ void rksm_cond_resched(void)
 bool rksm_signal_pending(void)
 {
 	return signal_pending(current);
+}
+
+unsigned int rksm_num_online_cpus(void)
+{
+	return num_online_cpus();
 }

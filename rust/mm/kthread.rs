@@ -111,6 +111,20 @@ impl Kthread {
     }
 }
 
+impl Kthread {
+    /// The CPU time it has used, in nanoseconds.
+    pub(crate) fn cpu_time(&self) -> u64 {
+        // SAFETY: By the type invariant there is a reference to the task.
+        unsafe { ours::task_sched_runtime(self.task.as_ptr()) }
+    }
+}
+
+/// How many CPUs are online.
+pub(crate) fn online_cpus() -> u32 {
+    // SAFETY: Has no preconditions.
+    unsafe { ours::rksm_num_online_cpus() }
+}
+
 impl Drop for Kthread {
     fn drop(&mut self) {
         // SAFETY: By the type invariant there is a reference to the task, also if it has ended.
