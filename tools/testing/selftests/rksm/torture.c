@@ -524,6 +524,7 @@ static void write_knobs(void)
 		{ "advisor_min_pages_to_scan", { "10", "500", "4294967296", "-1" } },
 		{ "advisor_max_pages_to_scan", { "1000", "30000", "x", "-1" } },
 		{ "advisor_target_scan_time", { "1", "200", "0", "99999999999" } },
+		{ "scan_threads", { "1", "2", "4", "0", "1000000" } },
 		{ "pages_shared", { "1", "0" } },
 		{ "full_scans", { "0" } },
 	};

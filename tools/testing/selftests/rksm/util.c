@@ -577,10 +577,14 @@ bool module_loaded(void)
 int module_insert(const char *params)
 {
 	int fd = open(module_path, O_RDONLY | O_CLOEXEC), err = 0;
+	const char *more = getenv("RKSM_PARAMS");
+	char all[256];
 
 	if (fd < 0)
 		return -errno;
-	if (syscall(SYS_finit_module, fd, params, 0))
+	/* For parameters that the caller knows nothing of; none may be given twice */
+	snprintf(all, sizeof(all), "%s %s", more ? more : "", params);
+	if (syscall(SYS_finit_module, fd, all, 0))
 		err = -errno;
 	close(fd);
 	return err;

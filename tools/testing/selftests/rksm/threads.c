@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * scan_threads: what the file takes, that there are so many threads, that they merge what
+ * one merges and count each page once, and that their number can change at any time.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "util.h"
+
+#define PAGES		8192
+#define CONTENTS	1024
+#define CHANGES		200
+
+static char *area;
+
+static unsigned int threads_there(void)
+{
+	DIR *proc = opendir("/proc");
+	struct dirent *entry;
+	unsigned int n = 0;
+
+	if (!proc)
+		die("/proc: %s", strerror(errno));
+	while ((entry = readdir(proc))) {
+		char path[300], comm[32] = "";
+
+		snprintf(path, sizeof(path), "/proc/%s/comm", entry->d_name);
+		if (read_file(path, comm, sizeof(comm)) > 0 && !strncmp(comm, "rksmd", 5))
+			n++;
+	}
+	closedir(proc);
+	return n;
+}
+
+static void fill(void)
+{
+	for (size_t i = 0; i < PAGES; i++)
+		fill_page(area + i * PAGE, i % 2 ? 1 + i % CONTENTS : 1000000 + i);
+}
+
+static bool intact(void)
+{
+	for (size_t i = 0; i < PAGES; i++)
+		if (!page_holds(area + i * PAGE, i % 2 ? 1 + i % CONTENTS : 1000000 + i))
+			return false;
+	return true;
+}
+
+/* How many pages one full scan counts: each batch is one, as the scanner sleeps until sleep_millisecs changes */
+static long scan_count(void)
+{
+	long scanned;
+
+	ksm_set("run", 0);
+	ksm_set("pages_to_scan", 1 << 30);
+	ksm_set("sleep_millisecs", 3600000);
+	ksm_set("run", 1);
+	ksm_scans(1);
+	scanned = ksm_get("pages_scanned");
+	ksm_set("sleep_millisecs", 3600001);
+	ksm_scans(1);
+	return ksm_get("pages_scanned") - scanned;
+}
+
+static void merges_with(unsigned int threads)
+{
+	bool merged;
+	long counted;
+
+	ksm_reset();
+	ksm_set("smart_scan", 0);
+	ksm_set("scan_threads", threads);
+	fill();
+	ksm_start();
+	merged = ksm_until("pages_sharing", PAGES / 2 - CONTENTS / 2, 20);
+	ksft_test_result(merged && ksm_get("pages_shared") == CONTENTS / 2,
+			 "%u threads: every copy is merged, and nothing else\n", threads);
+	merged = ksm_until("pages_unshared", PAGES / 2, 20);
+	ksft_test_result(merged && ksm_get("pages_volatile") == 0,
+			 "%u threads: every page without a twin is a candidate\n", threads);
+	counted = scan_count();
+	if (counted != PAGES)
+		ksft_print_msg("%ld pages counted for %d\n", counted, PAGES);
+	ksft_test_result(counted == PAGES, "%u threads: each page is counted once a full scan\n", threads);
+	ksft_test_result(threads_there() == threads, "%u threads are there\n", threads);
+	ksft_test_result(intact(), "%u threads: contents as written\n", threads);
+}
+
+int main(int argc, char **argv)
+{
+	static const char *const bad[] = { "0", "-1", "x", "4294967296", "1 1" };
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	char text[32];
+	bool ok = true;
+
+	test_init(argc, argv);
+	if (!module_loaded())
+		ksft_exit_skip("the built-in KSM has no scan_threads\n");
+	test_plan(3 + 5 * 2);
+	area = map_pages(PAGES);
+	fill();
+	mergeable(area, PAGES);
+
+	ksm_reset();
+	ksm_set("scan_threads", 1);
+	for (size_t i = 0; i < ARRAY_SIZE(bad); i++)
+		ok &= ksm_try("scan_threads", bad[i]) == -EINVAL;
+	snprintf(text, sizeof(text), "%ld", cpus + 1);
+	ok &= ksm_try("scan_threads", text) == -EINVAL && ksm_get("scan_threads") == 1;
+	ksft_test_result(ok, "less than one thread, or more than CPUs, are EINVAL\n");
+
+	merges_with(1);
+	merges_with(cpus);
+
+	/* While they scan, and somebody writes */
+	ksm_reset();
+	ksm_start();
+	for (unsigned int i = 0; i < CHANGES; i++) {
+		size_t page = rnd_below(PAGES);
+
+		ksm_set("scan_threads", 1 + rnd_below(cpus));
+		fill_page(area + page * PAGE, 5);
+		usleep(rnd_below(5000));
+		fill_page(area + page * PAGE, page % 2 ? 1 + page % CONTENTS : 1000000 + page);
+	}
+	ksft_test_result(intact(), "contents as written while the threads came and went\n");
+	ksm_set("scan_threads", 1);
+	ksm_scans(2);
+	ksft_test_result(threads_there() == 1, "the others are gone when one is enough\n");
+	ksm_set("run", 2);
+	test_exit();
+}
