@@ -168,6 +168,7 @@ void run_w8(void);
 void run_w9(void);
 void run_w10(void);
 void run_m(void);
+void run_scale(void);
 
 /* Whether the command line asks for this case. */
 bool wants(const char *kase);

@@ -28,6 +28,7 @@ static const struct workload {
 	{ "W9", run_w9, false, true, "latency of a process that is scanned" },
 	{ "W10", run_w10, false, false, "COW break and unmerge" },
 	{ "M", run_m, false, false, "memory of the metadata" },
+	{ "S", run_scale, false, false, "1 and 2 scan_threads" },
 };
 
 bool wants(const char *kase)

@@ -29,6 +29,7 @@ WHAT = {
     "W8": "3 redis-server and 3 Python processes, each kind with the same data (2 x 16 MB a pair)",
     "W9": "latency seen by a process that faults, mmaps and forks while its 32 MiB are scanned at an equal rate",
     "W10": "time to undo merging of 256 MiB: a write to every page, run=2, MADV_UNMERGEABLE",
+    "S": "full scans with 1 and 2 scan_threads",
     "M": "kernel memory that the scanner's knowledge takes: dense, one page present of 64, and merged (8 copies)",
 }
 
@@ -151,6 +152,9 @@ METRICS = {
         Metric("all memory", "B/page", per_page("total_bytes"), digits=1),
         Metric("of it in slabs", "B/page", per_page("slab_bytes"), digits=1),
         Metric("of it in vmalloc", "B/page", per_page("vmalloc_bytes"), digits=1),
+    ],
+    "S": [
+        Metric("pages per second", "1/s", lambda r: r["pages"] * r["full_scans"] / (r["wall_ns"] / 1e9), more=True, digits=0),
     ],
 }
 
@@ -360,6 +364,12 @@ def targets(res):
                   f.median <= limit if f else None)
     if ("M", "merged", 0) in res.cases:
         t.no_worse("bytes per merged page", ("M", "merged", 0), "all memory")
+    for c in {x[1].split(",")[0]: x for x in res.of_workload("S")}:
+        for smart in (0, 1):
+            one, two = (res.get("S", f"{c},{n}", smart, "rksm", "pages per second") for n in (1, 2))
+            if one and two:
+                r = two.median / one.median
+                t.add(f"S {c}: pages per second, 2 threads against 1", "at least 1.7 times", f"{r:.2f} times", r >= 1.7)
     return t.rows
 
 

@@ -326,3 +326,51 @@ void run_w7(void)
 	huge("zeros", HUGE_ZERO, false);
 	huge("zeros,use_zero_pages", HUGE_ZERO, true);
 }
+
+/* As many full scans of fresh memory as W1 does, with so many threads */
+static void scale(const char *kase, enum content content, unsigned int processes,
+		  unsigned int nr_threads)
+{
+	size_t pages = scaled(64 * KI);
+	struct shape shape = {
+		.content = content, .pages = pages / processes, .stride = 1, .distinct = pages / 8,
+	};
+	struct worker w[8];
+	struct scans scans = { 0 };
+	char name[64];
+
+	snprintf(name, sizeof(name), "%s,%u", kase, nr_threads);
+	if (!wants(name))
+		return;
+	ksm_set_u64("scan_threads", nr_threads);
+	ksm_reset();
+	for (size_t i = 0; i < processes; i++) {
+		shape.first = pages / processes * i;
+		worker_start(&w[i], &shape);
+	}
+	scan_times(&scans, 4);
+	ksm_stop();
+	json_begin(name);
+	print_scans(&scans, pages);
+	json_u64("saved", ksm_get("pages_sharing"));
+	json_end();
+	for (size_t i = 0; i < processes; i++)
+		worker_kill(&w[i]);
+	ksm_set("run", "2");
+	ksm_set_u64("scan_threads", 1);
+}
+
+void run_scale(void)
+{
+	char value[32];
+
+	if (!read_text("/sys/kernel/mm/ksm/scan_threads", value, sizeof(value))) {
+		note("S: this KSM has no scan_threads");
+		return;
+	}
+	for (unsigned int n = 1; n <= 2; n++) {
+		scale("unique", UNIQUE, 1, n);
+		scale("copies1", COPIES, 1, n);
+		scale("copies8", COPIES, 8, n);
+	}
+}
