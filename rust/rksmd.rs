@@ -394,7 +394,7 @@ impl Ksm {
                 lanes,
                 ..
             } = core;
-            let most = SLICE * lanes.len() as u32;
+            let most = SLICE * lanes.count() as u32;
             let slice = budget.min(most);
             budget -= slice;
             let mut left = slice;

@@ -267,7 +267,7 @@ impl<M: Memory> Lanes<M> {
     }
 
     /// How many lanes there are.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.lanes.len()
     }
 
