@@ -5,9 +5,9 @@
 //! `cargo bench -p engine-benches`; `RKSM_BENCH_PAGES=1048576,16777216` chooses other numbers of pages than the quick ones
 //! by default. 16 Mi pages take 3 GiB of memory and some minutes.
 //!
-//! The tree is a `BTreeMap` whose keys are compared by the first cache line of their pages, which differ there. That is kind
-//! to the tree: a red-black tree has a node to fetch for each comparison, pages may differ later than that, and in the kernel
-//! each comparison with a candidate takes an mmap lock and a page table walk besides.
+//! The tree is a red-black tree whose nodes are compared by the first cache line of their pages, which differ there, and which
+//! lies next to the node. That is kind to the tree: pages may differ later than that, and in the kernel each comparison with
+//! a candidate takes an mmap lock and a page table walk besides.
 
 use engine_tests::engine::{
     ids::{
@@ -35,11 +35,15 @@ use criterion::{
     Criterion, //
 };
 
+use intrusive_collections::{
+    intrusive_adapter,
+    KeyAdapter,
+    RBTree,
+    RBTreeLink, //
+};
+
 use std::{
-    cmp::Ordering,
-    collections::BTreeMap,
     hint::black_box,
-    rc::Rc,
     time::Duration, //
 };
 
@@ -112,7 +116,7 @@ impl Engine {
 
 /// What of a page is read to compare it.
 #[repr(align(64))]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Content([u64; 8]);
 
 impl Content {
@@ -121,63 +125,44 @@ impl Content {
     }
 }
 
-/// A page in the tree, or one that is looked for.
-#[derive(Clone)]
-struct Key {
-    memory: Rc<[Content]>,
-    page: usize,
+/// A page in the tree.
+struct Node {
+    link: RBTreeLink,
+    content: Content,
 }
 
-impl Key {
-    fn content(&self) -> &[u64; 8] {
-        &self.memory[self.page].0
+intrusive_adapter!(ByContent = Box<Node>: Node { link: RBTreeLink });
+
+impl<'a> KeyAdapter<'a> for ByContent {
+    type Key = &'a Content;
+
+    fn get_key(&self, node: &'a Node) -> &'a Content {
+        &node.content
     }
 }
 
-impl PartialEq for Key {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Key {}
-
-impl PartialOrd for Key {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Key {
-    fn cmp(&self, other: &Self) -> Ordering {
-        self.content().cmp(other.content())
-    }
-}
-
-struct Tree {
-    memory: Rc<[Content]>,
-    tree: BTreeMap<Key, usize>,
-}
+struct Tree(RBTree<ByContent>);
 
 impl Tree {
-    /// The pages in the tree are the first half of the memory.
     fn new(pages: u64) -> Self {
-        let memory: Rc<[Content]> = (0..2 * pages).map(Content::new).collect();
-        let mut tree = Self {
-            memory,
-            tree: BTreeMap::new(),
-        };
-        for i in 0..pages {
-            tree.tree.insert(tree.key(i), i as usize);
-        }
+        let mut tree = Self(RBTree::new(ByContent::new()));
+        (0..pages).for_each(|i| tree.insert(i));
         tree
     }
 
-    fn key(&self, content: u64) -> Key {
-        Key {
-            memory: self.memory.clone(),
-            page: content as usize,
-        }
+    fn insert(&mut self, content: u64) {
+        self.0.insert(Box::new(Node {
+            link: RBTreeLink::new(),
+            content: Content::new(content),
+        }));
+    }
+
+    fn has(&self, content: u64) -> bool {
+        !self.0.find(&Content::new(content)).is_null()
+    }
+
+    fn remove(&mut self, content: u64) -> bool {
+        self.0.find_mut(&Content::new(content)).remove().is_some()
     }
 }
 
@@ -230,10 +215,10 @@ fn search(c: &mut Criterion) {
 
         let tree = Tree::new(pages);
         group.bench_function(BenchmarkId::new("tree, found", pages), |b| {
-            b.iter(|| assert!(tree.tree.contains_key(&tree.key(next()))));
+            b.iter(|| assert!(tree.has(next())));
         });
         group.bench_function(BenchmarkId::new("tree, not found", pages), |b| {
-            b.iter(|| assert!(!tree.tree.contains_key(&tree.key(pages + next()))));
+            b.iter(|| assert!(!tree.has(pages + next())));
         });
     }
 }
@@ -275,15 +260,14 @@ fn change(c: &mut Criterion) {
             b.iter(|| {
                 let changed = next();
                 let old = contents[changed as usize];
-                assert!(tree.tree.remove(&tree.key(old)).is_some());
+                assert!(tree.remove(old));
                 let new = if old == changed {
                     pages + changed
                 } else {
                     changed
                 };
                 contents[changed as usize] = new;
-                let key = tree.key(new);
-                tree.tree.insert(key, changed as usize)
+                tree.insert(new);
             });
         });
     }
