@@ -21,7 +21,10 @@ use super::{
         PageStates,
         Reader, //
     },
-    scan::Policy,
+    scan::{
+        Policy,
+        Walk, //
+    },
     smart_scan::History,
 };
 use core::ops::Range;
@@ -122,19 +125,39 @@ pub(super) struct Seen {
 
 /// The eyes of one walk.
 pub(super) struct Glance<'a, M, S> {
-    pub(super) memory: &'a M,
-    pub(super) states: S,
-    pub(super) policy: &'a Policy,
-    pub(super) trust: Trust,
-    pub(super) slot: SlotId,
+    memory: &'a M,
+    states: S,
+    policy: &'a Policy,
+    trust: Trust,
+    slot: SlotId,
     /// Pages that are to be scanned; those that smart scan skips do not count.
-    pub(super) budget: u32,
+    budget: u32,
     /// Pages that may still be looked at.
-    pub(super) looks: usize,
+    looks: usize,
     pub(super) seen: &'a mut Seen,
 }
 
-impl<M: Memory, S: States> Glance<'_, M, S> {
+impl<'a, M: Memory, S: States> Glance<'a, M, S> {
+    /// The eyes of a walk that is to come by `budget` pages at most.
+    pub(super) fn new(
+        memory: &'a M,
+        states: S,
+        walk: &Walk<'a, M::Mm>,
+        budget: u32,
+        seen: &'a mut Seen,
+    ) -> Self {
+        Self {
+            memory,
+            states,
+            policy: walk.policy,
+            trust: walk.trust,
+            slot: walk.slot,
+            budget,
+            looks: LOOKS,
+            seen,
+        }
+    }
+
     /// Smart scan: whether the page is passed over this time.
     fn skips(&mut self, page: PageRef, state: PageState) -> bool {
         let PageState::Tracked {

@@ -132,16 +132,7 @@ impl<M: Memory> Lane<M> {
             reader: states.reader(),
             changes: &mut self.changes,
         };
-        let mut glance = Glance {
-            memory,
-            states,
-            policy: walk.policy,
-            trust: walk.trust,
-            slot: walk.slot,
-            budget: self.budget,
-            looks: LOOKS,
-            seen: &mut self.seen,
-        };
+        let mut glance = Glance::new(memory, states, walk, self.budget, &mut self.seen);
         let batch = &mut self.batch;
         let mut within = self.within.clone();
         loop {
@@ -179,16 +170,7 @@ impl<M: Memory> Lane<M> {
         walk: &Walk<'_, M::Mm>,
     ) {
         memory.clear(&mut self.batch);
-        let mut glance = Glance {
-            memory,
-            states,
-            policy: walk.policy,
-            trust: walk.trust,
-            slot: walk.slot,
-            budget: self.budget,
-            looks: LOOKS,
-            seen: &mut self.seen,
-        };
+        let mut glance = Glance::new(memory, states, walk, self.budget, &mut self.seen);
         let limit = BATCH.min(self.budget as usize);
         let batch = &mut self.batch;
         self.found = memory.collect(
