@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Memory hot-remove: blocks with merged pages go offline while KSM runs, and come back.
+ * Memory hot-remove: blocks with merged pages go offline while KSM runs, and come back, also
+ * while some of the kernel's allocations for it fail, where there is fault injection.
  * Needs movable memory (movablecore= on the kernel's command line).
  */
 #define _GNU_SOURCE
@@ -10,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "util.h"
@@ -20,6 +22,7 @@
 #define UNIQUE	256
 #define ROUNDS	4
 #define BLOCKS	1024
+#define DIR_DEBUG "/sys/kernel/debug/"
 
 static char *area;
 static uint64_t unique;
@@ -143,6 +146,23 @@ static char *area_in_blocks(size_t per_block)
 	return NULL;
 }
 
+/* Merged pages that are in such blocks */
+static bool fresh_area(size_t per_block)
+{
+	char *old = area;
+
+	area = area_in_blocks(per_block);
+	if (old)
+		munmap(old, PAGES * PAGE);
+	if (!area)
+		die("no fresh pages in blocks that can go offline");
+	for (size_t i = 0; i < PAGES; i++)
+		fill_page(area + i * PAGE, key_of(i));
+	mergeable(area, PAGES);
+	ksm_start();
+	return ksm_until("pages_sharing", PAGES - UNIQUE - CONTENTS, 20);
+}
+
 static bool balanced(void)
 {
 	long counted, mapped;
@@ -154,6 +174,105 @@ static bool balanced(void)
 	if (counted != mapped)
 		ksft_print_msg("%ld are counted, %ld mapped\n", counted, mapped);
 	return counted == mapped;
+}
+
+#define MOST_FAULTS 1000000
+
+static const char *const kinds[] = { "failslab", "fail_page_alloc" };
+
+/* Of the tasks that ask for it, this part of the allocations fails, in percent; false where there is no such thing */
+static bool set_faults(const char *percent)
+{
+	const char *const settings[][2] = {
+		{ "probability", percent }, { "interval", "1" }, { "times", "1000000" }, { "space", "0" },
+		{ "verbose", "0" }, { "task-filter", "Y" }, { "ignore-gfp-wait", "N" },
+		{ "ignore-gfp-highmem", "N" }, { "min-order", "0" },
+	};
+	char path[96];
+
+	for (size_t k = 0; k < ARRAY_SIZE(kinds); k++) {
+		for (size_t i = 0; i < ARRAY_SIZE(settings); i++) {
+			snprintf(path, sizeof(path), DIR_DEBUG "%s/%s", kinds[k], settings[i][0]);
+			if (access(path, F_OK) ? !i : !write_file(path, settings[i][1]))
+				return false;
+		}
+	}
+	return true;
+}
+
+/* How many have failed since */
+static long faults(void)
+{
+	char path[96], text[32];
+	long n = 0;
+
+	for (size_t k = 0; k < ARRAY_SIZE(kinds); k++) {
+		snprintf(path, sizeof(path), DIR_DEBUG "%s/times", kinds[k]);
+		if (read_file(path, text, sizeof(text)) > 0)
+			n += MOST_FAULTS - strtol(text, NULL, 0);
+	}
+	return n;
+}
+
+/* Whether it went, or every try was refused for a good reason */
+static bool offline_with_faults(size_t block, int *went)
+{
+	int status;
+	pid_t pid;
+
+	fflush(stdout);
+	pid = fork();
+	if (!pid) {
+		if (!write_file("/proc/self/make-it-fail", "1"))
+			_exit(3);
+		for (int tries = 0; tries < 50; tries++) {
+			if (try_state(block, "offline"))
+				_exit(0);
+			/* EINTR and EINVAL: what else has a say in it had no memory */
+			if (errno != ENOMEM && errno != EBUSY && errno != EAGAIN && errno != EINTR && errno != EINVAL)
+				_exit(2);
+		}
+		_exit(1);
+	}
+	if (pid < 0 || waitpid(pid, &status, 0) != pid)
+		return false;
+	*went += !status;
+	return WIFEXITED(status) && WEXITSTATUS(status) < 2;
+}
+
+static void with_faults(size_t per_block)
+{
+	bool clean = true, right = true;
+	long failed = 0;
+	int went = 0;
+
+	if (!set_faults("0")) {
+		ksft_test_result_skip("this kernel has no fault injection\n");
+		ksft_test_result_skip("this kernel has no fault injection\n");
+		return;
+	}
+	for (int round = 0; round < ROUNDS; round++) {
+		long block;
+		int before = went;
+
+		/* What was migrated before need not be in a block that can go */
+		right &= fresh_area(per_block);
+		block = best_block(per_block);
+		if (block < 0)
+			break;
+		set_faults(round % 2 ? "20" : "5");
+		clean &= offline_with_faults(block, &went);
+		failed += faults();
+		set_faults("0");
+		right &= intact();
+		if (went > before)
+			clean &= set_state(block, "online_movable");
+		ksm_scans(3);
+		right &= balanced() && intact();
+	}
+	ksft_print_msg("%d blocks of %d went offline, %ld allocations failed\n", went, ROUNDS, failed);
+	ksft_test_result(clean && went && failed, "with some allocations failing they go, or it is a clean error\n");
+	ksft_test_result(right, "contents and counters are right then, too\n");
 }
 
 int main(int argc, char **argv)
@@ -168,16 +287,12 @@ int main(int argc, char **argv)
 		ksft_exit_skip("no memory blocks in sysfs\n");
 	ksm_reset();
 	unique = unique_key();
-	if (!find_blocks() || !(area = area_in_blocks(per_block))) {
+	if (!find_blocks()) {
 		monitor_verdict();
 		ksft_exit_skip("no memory block can go offline; boot with movablecore=\n");
 	}
-	test_plan(8);
-	for (size_t i = 0; i < PAGES; i++)
-		fill_page(area + i * PAGE, key_of(i));
-	mergeable(area, PAGES);
-	ksm_start();
-	if (!ksm_until("pages_sharing", PAGES - UNIQUE - CONTENTS, 20))
+	test_plan(10);
+	if (!fresh_area(per_block))
 		die("pages do not merge");
 
 	for (int round = 0; round < ROUNDS; round++) {
@@ -205,6 +320,7 @@ int main(int argc, char **argv)
 	ksft_test_result(online, "they came back\n");
 	ksft_test_result(contents, "contents are as they were\n");
 	ksft_test_result(counters, "every merged page is counted\n");
+	with_faults(per_block);
 	ksft_test_result(ksm_until("pages_sharing", PAGES - UNIQUE - CONTENTS, 20) &&
 			 ksm_until("pages_shared", CONTENTS, 20), "all stay merged\n");
 

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * Memory failure of merged pages: every process that maps the page is told, nobody else is,
- * and the others' contents stay. Needs CONFIG_MEMORY_FAILURE.
+ * and the others' contents stay. A process injects it for its own page by madvise, and then
+ * for a frame through debugfs, as a machine check would. Needs CONFIG_MEMORY_FAILURE, and for
+ * the frame CONFIG_HWPOISON_INJECT.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,9 +28,16 @@
 #define MADV_HWPOISON	100
 #endif
 
+#define CORRUPT_PFN	"/sys/kernel/debug/hwpoison/corrupt-pfn"
+
+enum means { BY_MADVISE, BY_FRAME, MEANS };
+
+static const char *const means_names[MEANS] = { "by madvise", "by frame" };
+
 struct role {
 	uint64_t first_key;
 	bool injects;
+	enum means means;
 };
 
 static volatile sig_atomic_t told;
@@ -42,6 +52,18 @@ static void on_sigbus(int sig, siginfo_t *info, void *context)
 		told++;
 		told_of = info->si_addr;
 	}
+}
+
+static bool fail_page(void *page, enum means means)
+{
+	struct mapping mapping;
+	char pfn[32];
+
+	if (means == BY_MADVISE)
+		return !madvise(page, PAGE, MADV_HWPOISON);
+	mappings_of(getpid(), page, 1, &mapping);
+	snprintf(pfn, sizeof(pfn), "%#" PRIx64, mapping.pfn);
+	return mapping.pfn && write_file(CORRUPT_PFN, pfn);
 }
 
 /* Exit status: 1 where contents are wrong, 2 where it was told of the failure, 4 of another page */
@@ -59,7 +81,7 @@ static int process(void *arg)
 		fill_page(area + i * PAGE, role->first_key + i);
 	mergeable(area, PAGES);
 	child_step();
-	if (role->injects && madvise(area + HIT * PAGE, PAGE, MADV_HWPOISON))
+	if (role->injects && !fail_page(area + HIT * PAGE, role->means))
 		return 64;
 	child_step();
 	if (told)
@@ -78,34 +100,30 @@ static bool merged(void *arg)
 	return ksm_get("pages_sharing") == (VICTIMS - 1 + OTHERS - 1) * PAGES;
 }
 
-int main(int argc, char **argv)
+static void page_fails(enum means means)
 {
 	struct role role[VICTIMS + OTHERS];
 	struct child child[VICTIMS + OTHERS];
+	const char *name = means_names[means];
+	uint64_t key = 1000 * (means + 1);
 	bool right = true, others = true, injected = true;
 
-	test_init(argc, argv);
-	if (access("/proc/sys/vm/memory_failure_early_kill", F_OK)) {
-		monitor_verdict();
-		ksft_exit_skip("this kernel does not handle memory failure\n");
-	}
-	test_plan(6);
 	ksm_reset();
 	ksm_start();
 	for (int c = 0; c < VICTIMS + OTHERS; c++) {
 		/* Others share pages of other contents */
-		role[c] = (struct role){ c < VICTIMS ? 100 : 200, c == 1 };
+		role[c] = (struct role){ c < VICTIMS ? key : key + PAGES, c == 1, means };
 		child[c] = child_start(process, &role[c]);
 		if (!child_wait_step(&child[c]))
 			die("a process is gone");
 	}
-	ksft_test_result(ksm_until_true(merged, NULL, 20), "merged\n");
+	ksft_test_result(ksm_until_true(merged, NULL, 20), "%s: merged\n", name);
 	for (int c = 0; c < VICTIMS + OTHERS; c++) {
 		child_go(&child[c]);
 		if (!child_wait_step(&child[c]))
 			injected = false;
 	}
-	ksft_test_result(injected, "a merged page fails\n");
+	ksft_test_result(injected, "%s: a merged page fails\n", name);
 	ksm_scans(3);
 	for (int c = 0; c < VICTIMS + OTHERS; c++) {
 		int status = child_end(&child[c]);
@@ -118,16 +136,34 @@ int main(int argc, char **argv)
 		else
 			others &= result == 0;
 	}
-	ksft_test_result(right, "every process that maps it is told, and has its other pages\n");
-	ksft_test_result(others, "nobody else is\n");
+	ksft_test_result(right, "%s: every process that maps it is told, and has its other pages\n", name);
+	ksft_test_result(others, "%s: nobody else is\n", name);
 	/* Its contents merge again, in another page */
 	area = map_pages(2);
-	fill_page(area, 100 + HIT);
-	fill_page(area + PAGE, 100 + HIT);
+	fill_page(area, key + HIT);
+	fill_page(area + PAGE, key + HIT);
 	mergeable(area, 2);
-	ksft_test_result(ksm_until("pages_sharing", 1, 20) && page_holds(area, 100 + HIT),
-			 "its contents merge again\n");
+	ksft_test_result(ksm_until("pages_sharing", 1, 20) && page_holds(area, key + HIT),
+			 "%s: its contents merge again\n", name);
 	ksm_set("run", 2);
-	ksft_test_result(ksm_all_zero(), "all zero after run=2\n");
+	munmap(area, 2 * PAGE);
+	ksft_test_result(ksm_all_zero(), "%s: all zero after run=2\n", name);
+}
+
+int main(int argc, char **argv)
+{
+	test_init(argc, argv);
+	if (access("/proc/sys/vm/memory_failure_early_kill", F_OK)) {
+		monitor_verdict();
+		ksft_exit_skip("this kernel does not handle memory failure\n");
+	}
+	test_plan(2 * 6);
+	page_fails(BY_MADVISE);
+	if (system("modprobe -q hwpoison-inject") || access(CORRUPT_PFN, W_OK)) {
+		for (int i = 0; i < 6; i++)
+			ksft_test_result_skip("%s: this kernel has no hwpoison-inject\n", means_names[BY_FRAME]);
+	} else {
+		page_fails(BY_FRAME);
+	}
 	test_exit();
 }
