@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 #define KSM_DIR "/sys/kernel/mm/ksm/"
-/* From one ksm_reset() to the next, on the slowest kernel and host */
+/* From one ksm_reset() to the next; RKSM_WATCHDOG=N in the environment has it be longer */
 #define WATCHDOG_SECONDS 600
 
 const char *const ksm_files[KSM_FILES] = {
@@ -169,10 +169,17 @@ void ksm_set(const char *file, long value)
 		die("cannot write %ld to %s: %s", value, file, strerror(-err));
 }
 
+static void watchdog_start(void)
+{
+	const char *seconds = getenv("RKSM_WATCHDOG");
+
+	alarm(seconds ? strtoul(seconds, NULL, 10) : WATCHDOG_SECONDS);
+}
+
 void ksm_reset(void)
 {
 	if (getpid() == main_pid)
-		alarm(WATCHDOG_SECONDS);
+		watchdog_start();
 	ksm_set("run", 2);
 	if (ksm_try("advisor_mode", "none"))
 		die("cannot switch the advisor off");
@@ -732,7 +739,7 @@ void test_init(int argc, char **argv)
 	strcpy(saved[KSM_FIRST_RW + 2], strstr(saved[KSM_FIRST_RW + 2], "[none]") ? "none" : "scan-time");
 	atexit(restore_knobs);
 	signal(SIGALRM, watchdog);
-	alarm(WATCHDOG_SECONDS);
+	watchdog_start();
 	monitor_start();
 }
 
