@@ -5,7 +5,7 @@
  * wrong is for the kernel's own checks to say, and for invariants and contents to show.
  * Loads the module itself.
  *
- * RACES_SECONDS=N in the environment says for how long each.
+ * RACES_SECONDS=N in the environment says for how long each, RACES_ONLY=N that only the Nth is.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,8 +26,12 @@
 #include "util.h"
 
 #define PAGES		24
+#define OWNERS		12	/* processes whose memory takes long to unmerge */
+#define VMAS		64	/* that each of them has */
+#define KILLED		4	/* processes that exit meanwhile */
 
 #define PARAMETERS	"check=1 delay=500"
+#define LONG_DELAYS	"check=1 delay=200000"
 #define CGROUP		"/sys/fs/cgroup/races"
 
 static struct shared {
@@ -183,6 +187,53 @@ static void fork_and_unmap(void)
 	}
 }
 
+/* Has whoever moves the pages of an area walk their rmap */
+static void migrate(char *area)
+{
+	void *pages[PAGES];
+	int nodes[PAGES], status[PAGES];
+
+	for (size_t i = 0; i < PAGES; i++) {
+		pages[i] = area + i * PAGE;
+		nodes[i] = rnd_below(2);
+	}
+	/* 4: MPOL_MF_MOVE_ALL, also what others map */
+	syscall(SYS_move_pages, 0, PAGES, pages, nodes, status, 4);
+}
+
+/* An anon_vma goes with its only vma, while the rmap items of the pages that were merged there are left */
+static void unmap_and_migrate(void)
+{
+	while (!over()) {
+		pid_t pid = fork();
+
+		if (!pid) {
+			char *area = filled();
+
+			mergeable(area, PAGES);
+			for (int i = 0; i < 6 && !over(); i++) {
+				/* Neighbours would share the anon_vma */
+				char *gap = mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+				char *twin = filled();
+
+				mergeable(twin, PAGES);
+				for (int tries = 0; tries < 50 && !ksm_mappings(getpid(), twin, PAGES); tries++)
+					usleep(10000);
+				must(intact(twin));
+				munmap(twin, PAGES * PAGE);
+				munmap(gap, PAGE);
+				for (int times = 0; times < 5; times++) {
+					migrate(area);
+					usleep(rnd_below(10000));
+				}
+			}
+			_exit(!intact(area));
+		}
+		reap(pid);
+		rnd();
+	}
+}
+
 static void compact(void)
 {
 	while (!over()) {
@@ -267,7 +318,7 @@ static const struct race races[] = {
 	{ "2 exit check before the VMA iterator", { exec_again, exec_again, exec_again, come_and_go } },
 	{ "3 release against unregister", { load_again, come_and_go, come_and_go, exec_again } },
 	{ "4 OOM deadlock", { unmerge_again, outgrow, outgrow, come_and_go } },
-	{ "5 anon_vma: reference and lock", { fork_and_unmap, fork_and_unmap, fork_and_unmap, compact } },
+	{ "5 anon_vma: reference and lock", { fork_and_unmap, fork_and_unmap, unmap_and_migrate, compact } },
 };
 
 static bool provoke(const struct race *race)
@@ -309,6 +360,78 @@ static bool provoke(const struct race *race)
 	       !ksm_get("pages_shared") && !ksm_get("pages_sharing") && !ksm_get("pages_unshared");
 }
 
+static bool enough_merged(void *arg)
+{
+	(void)arg;
+	return ksm_get("pages_sharing") >= OWNERS / 2;
+}
+
+/* Has pages that can be merged, in many vmas */
+static int owner(void *arg)
+{
+	char *area = map_pages(VMAS);
+
+	(void)arg;
+	for (size_t i = 0; i < VMAS; i++) {
+		fill_page(area + i * PAGE, i ? unique_key() : 1);
+		if (i % 2)
+			mprotect(area + i * PAGE, PAGE, PROT_READ);
+	}
+	mergeable(area, VMAS);
+	child_step();
+	return page_holds(area, 1) ? KSFT_PASS : KSFT_FAIL;
+}
+
+/*
+ * Race 4 once more: whoever writes run=2 holds the engine's lock until all is unmerged, which
+ * takes long here. Processes that are killed meanwhile are gone before that.
+ */
+static bool exits_while_unmerging(void)
+{
+	struct child owners[OWNERS], killed[KILLED];
+	bool ok = true;
+	long merged;
+	pid_t writer;
+	int status = 0;
+
+	if (module_loaded() && (ksm_try("run", "2") || module_remove()))
+		die("rksm does not go");
+	if (module_insert(LONG_DELAYS))
+		die("rksm does not load");
+	ksm_reset();
+	for (size_t c = 0; c < OWNERS; c++) {
+		owners[c] = child_start(owner, NULL);
+		ok &= child_wait_step(&owners[c]);
+	}
+	for (size_t c = 0; c < KILLED; c++) {
+		killed[c] = child_start(owner, NULL);
+		ok &= child_wait_step(&killed[c]);
+	}
+	ksm_start();
+	ok &= ksm_until_true(enough_merged, NULL, 50);
+	merged = ksm_get("pages_sharing");
+	writer = fork();
+	if (!writer)
+		_exit(-ksm_try("run", "2"));
+	/* The lock is held: something is unmerged */
+	while (ksm_get("pages_sharing") >= merged && waitpid(writer, &status, WNOHANG) != writer)
+		usleep(1000);
+	for (size_t c = 0; c < KILLED; c++)
+		child_kill(&killed[c]);
+	if (waitpid(writer, &status, WNOHANG)) {
+		ksft_print_msg("%d exits took as long as to unmerge %d processes\n", KILLED, OWNERS);
+		ok = false;
+	} else {
+		kill(writer, SIGKILL);
+		waitpid(writer, &status, 0);
+	}
+	for (size_t c = 0; c < OWNERS; c++)
+		ok &= !child_end(&owners[c]);
+	if (ksm_try("run", "2") || module_remove() || module_insert(PARAMETERS))
+		die("rksm does not load any more");
+	return ok;
+}
+
 static bool all_merged(void *area)
 {
 	/* Zero pages are not known as KSM's here */
@@ -317,10 +440,14 @@ static bool all_merged(void *area)
 
 int main(int argc, char **argv)
 {
+	size_t only = 0;
+
 	if (argc == 3 && !strcmp(argv[1], "--exec"))
 		return after_exec(atoi(argv[2]));
 	if (getenv("RACES_SECONDS"))
 		limit = atof(getenv("RACES_SECONDS"));
+	if (getenv("RACES_ONLY"))
+		only = atoi(getenv("RACES_ONLY"));
 	/* As in torture.c: or what is shared since a fork stays merged */
 	prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0);
 	test_init(argc, argv);
@@ -330,15 +457,20 @@ int main(int argc, char **argv)
 	}
 	if (module_loaded() && (ksm_try("run", "2") || module_remove()))
 		die("rksm does not go");
-	test_plan(ARRAY_SIZE(races) + 1);
+	test_plan((only ? 1 : ARRAY_SIZE(races)) + (!only || only == 4) + 1);
 	shared = map_shared(1);
 	swap_on();
 	write_file("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
 	mkdir(CGROUP, 0755);
 	write_file(CGROUP "/memory.max", "3M");
 	write_file(CGROUP "/memory.swap.max", "0");
-	for (size_t r = 0; r < ARRAY_SIZE(races); r++)
+	for (size_t r = 0; r < ARRAY_SIZE(races); r++) {
+		if (only && only != r + 1)
+			continue;
 		ksft_test_result(provoke(&races[r]), "race %s\n", races[r].name);
+		if (r + 1 == 4)
+			ksft_test_result(exits_while_unmerging(), "exits do not wait for who unmerges\n");
+	}
 	/* As if nothing had been */
 	{
 		char *area = filled();
