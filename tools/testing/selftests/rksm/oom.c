@@ -212,16 +212,20 @@ static void without_memory(void)
 	ended = ends_well(how);
 	child_kill(&spare);
 	ksft_test_result(ended && how, "run=2 of more than there is memory\n");
-	/* Who asked for it is the one to go, not those whose memory it is */
+	/*
+	 * Who asked for it is the one to go, not those whose memory it is. But what is gone by then is
+	 * gone, and the next one who needs a page may find none before the ballast has been given back:
+	 * where the writer was killed, one of them may follow.
+	 */
 	ksm_start();
 	for (int c = 0; c < HOLDERS; c++) {
 		int status = child_end(&child[c]);
 
 		dead += WIFSIGNALED(status);
-		alive &= !status;
+		alive &= !status || WIFSIGNALED(status);
 	}
 	ksft_print_msg("%d of %d holders were killed\n", dead, HOLDERS);
-	ksft_test_result(alive, "the processes go on with what they had\n");
+	ksft_test_result(alive && dead <= (how > 1000), "the processes go on with what they had\n");
 	ksm_set("run", 2);
 	ksft_test_result(ksm_all_zero(), "nothing is left of it\n");
 }
