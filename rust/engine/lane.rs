@@ -183,12 +183,9 @@ impl<M: Memory> Lane<M> {
         );
     }
 
-    /// Where the walk ended before the end of its part, if it did.
-    pub(super) fn stopped_at(&self) -> Option<usize> {
-        match self.found {
-            Collected::More(next) if next < self.within.end => Some(next),
-            _ => None,
-        }
+    /// Whether the walk ended before the end of its part.
+    pub(super) fn stopped(&self) -> bool {
+        matches!(self.found, Collected::More(next) if next < self.within.end)
     }
 
     /// Changes what is known of a page of the batch.
@@ -285,10 +282,11 @@ impl<M: Memory> Lanes<M> {
         lanes
     }
 
-    /// Has the lanes' parts be as large as they can be with room in each batch for what is there.
-    pub(super) fn fit(&mut self, used: usize, stopped: bool) {
+    /// Has the lanes' parts be as large as they can be with room in each batch for what is there: `used` lanes have looked up
+    /// their pages, and others were given up if the parts were too large.
+    pub(super) fn fit(&mut self, used: usize, too_large: bool) {
         let bounded = self.lanes.get(..used.saturating_sub(1)).unwrap_or_default();
-        if stopped {
+        if too_large {
             self.stride = (self.stride / 2).max(MIN_STRIDE);
         } else if bounded.iter().all(|lane| lane.works.len() <= LANE / 4) {
             self.stride = (self.stride * 2).min(MAX_STRIDE);

@@ -243,11 +243,11 @@ impl<M: Memory> Engine<M> {
         };
         let mut at = start;
         while *budget > 0 {
-            let mut n = lanes.open(at, *budget);
-            self.collect(&walk, crew, lanes.first(n));
+            let opened = lanes.open(at, *budget);
+            self.collect(&walk, crew, lanes.first(opened));
             let exiting = |lane: &Lane<M>| lane.found == Collected::Exiting;
-            if lanes.first(n).iter().any(exiting) {
-                for lane in lanes.first(n) {
+            if lanes.first(opened).iter().any(exiting) {
+                for lane in lanes.first(opened) {
                     lane.changes.clear();
                     self.memory.discard(&mut lane.batch);
                 }
@@ -256,20 +256,19 @@ impl<M: Memory> Engine<M> {
                 return Progress::Exiting;
             }
             // Where a lane has more than fits into its batch, those after it are for the next pass.
-            let stopped = lanes.first(n).iter().position(|l| l.stopped_at().is_some());
-            let used = stopped.map_or(n, |l| l + 1);
-            for lane in lanes.first(n).iter_mut().skip(used) {
+            let stopped = lanes.first(opened).iter().position(Lane::stopped);
+            let n = stopped.map_or(opened, |l| l + 1);
+            for lane in lanes.first(opened).iter_mut().skip(n) {
                 lane.changes.clear();
                 self.memory.discard(&mut lane.batch);
                 lane.within = 0..0;
             }
-            lanes.fit(n, stopped.is_some());
-            n = used;
 
             for lane in lanes.first(n) {
                 *budget -= lane.seen.used;
                 self.begin(&walk, lane);
             }
+            lanes.fit(n, n < opened);
             self.merge_all(&walk, pins, crew, lanes, n);
             let mut end = Collected::End;
             for lane in lanes.first(n) {
