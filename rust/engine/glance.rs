@@ -39,6 +39,9 @@ pub(super) const LOOKS: usize = 1024;
 /// Runs of pages that are mapped no more which one walk can note.
 const GAPS: usize = 8;
 
+/// Runs of pages that are new which one walk can note.
+const RUNS: usize = 16;
+
 /// A page that nothing seems to have touched is read all the same in one full scan of so many: what writes to it may
 /// leave no trace in page tables, as devices do.
 const REVISIT: usize = 16;
@@ -119,6 +122,10 @@ pub(super) struct Seen {
     /// Addresses between pages in which pages are tracked that are not mapped.
     pub(super) gaps: [Range<usize>; GAPS],
     pub(super) nr_gaps: usize,
+    /// Addresses of pages that are to be tracked from now on, and were left as they are: whether a page holds still will show
+    /// next time, and many a page is gone by then.
+    pub(super) new: [Range<usize>; RUNS],
+    pub(super) nr_new: usize,
     /// The walk has been ended.
     pub(super) stopped: bool,
 }
@@ -180,6 +187,22 @@ impl<'a, M: Memory, S: States> Glance<'a, M, S> {
         self.states.set(page, state) && skip
     }
 
+    /// Takes note of a page that is not tracked. Returns whether there was room.
+    fn is_new(&mut self, addr: usize) -> bool {
+        let seen = &mut *self.seen;
+        let last = seen.nr_new.checked_sub(1).and_then(|i| seen.new.get_mut(i));
+        if let Some(last) = last.filter(|last| last.end == addr) {
+            last.end += PAGE_SIZE;
+            return true;
+        }
+        let Some(run) = seen.new.get_mut(seen.nr_new) else {
+            return false;
+        };
+        *run = addr..addr + PAGE_SIZE;
+        seen.nr_new += 1;
+        true
+    }
+
     /// Whether a page that nothing has touched is where everybody finds it who has the same contents.
     fn waits(&self, addr: usize, state: PageState) -> bool {
         let PageState::Tracked {
@@ -234,6 +257,10 @@ impl<M: Memory, S: States> Look for Glance<'_, M, S> {
             (PageKind::Plain, Some((_, state))) if !touched && self.waits(addr, state) => {
                 self.seen.passed += 1;
                 Interest::Pass
+            }
+            (PageKind::Plain, None) if self.trust.some && self.is_new(addr) => {
+                self.seen.passed += 1;
+                Interest::Note
             }
             _ => Interest::Take,
         };

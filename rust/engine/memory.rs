@@ -100,6 +100,8 @@ pub enum Interest {
     Take,
     /// Leave it, without a reference.
     Pass,
+    /// The same, but take the mark away that it was touched.
+    Note,
     /// End the walk before it.
     Stop,
 }
@@ -249,7 +251,7 @@ pub trait Memory: Sync {
     fn addr(&self, batch: &Self::Batch, i: usize) -> usize;
     /// What the `i`th page is now.
     fn kind(&self, batch: &Self::Batch, i: usize) -> PageKind;
-    /// Whether the `i`th page may have been read or written through an address space since a walk last took it.
+    /// Whether the `i`th page may have been read or written through an address space since a walk last took or noted it.
     ///
     /// Where it is false, the contents are most likely what they were then, but not surely: a device may have written to
     /// them, and others forget of a page that it was touched.

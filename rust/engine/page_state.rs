@@ -253,26 +253,60 @@ impl PageStates {
     /// # Errors
     ///
     /// `ENOMEM` if there is no memory; nothing has changed then.
-    #[inline]
     pub fn track(&mut self, slot: SlotId, addr: usize, flags: Flags) -> Result<PageRef> {
-        let (number, offset) = split(addr);
-        let id = match self.table.find(&mut self.cursor, slot, number) {
-            Some(id) => id,
-            None => self.add_range(slot, number, flags)?,
-        };
-        let range = self.table.arena.get_mut(id).ok_or(EINVAL)?;
-        if !range.contains(offset) {
-            let before = range.value_bytes();
-            // INVARIANT: 2. A new range has memory for its first page, so this cannot fail for one.
-            range.insert(offset, PageState::NEW.to_bits(), flags)?;
-            // INVARIANT: 3. and 4.
-            self.bytes = self.bytes + range.value_bytes() - before;
-            self.tracked += 1;
-            if let Some(directory) = self.table.slots.get_mut(slot.0 as usize) {
-                *directory.tracked_mut() += 1;
+        self.track_in_range(slot, addr..addr + PAGE_SIZE, flags);
+        self.lookup(slot, addr).ok_or(ENOMEM)
+    }
+
+    /// Starts to track all pages of these page-aligned addresses that are not tracked yet. Returns how many have become so:
+    /// fewer if there is no memory.
+    pub fn track_all(
+        &mut self,
+        slot: SlotId,
+        within: core::ops::Range<usize>,
+        flags: Flags,
+    ) -> usize {
+        let before = self.tracked;
+        let mut at = within.start;
+        while at < within.end {
+            let next = (at + 1).next_multiple_of(1 << RANGE_SHIFT);
+            let end = next.min(within.end);
+            if !self.track_in_range(slot, at..end, flags) {
+                break;
             }
+            at = end;
         }
-        Ok(PageRef::new(id, offset))
+        self.tracked - before
+    }
+
+    /// The same, where the addresses are of one range. Returns whether all are tracked now.
+    #[inline]
+    fn track_in_range(
+        &mut self,
+        slot: SlotId,
+        within: core::ops::Range<usize>,
+        flags: Flags,
+    ) -> bool {
+        let (number, offset) = split(within.start);
+        let id = match self.table.find(&mut self.cursor, slot, number) {
+            Some(id) => Ok(id),
+            None => self.add_range(slot, number, flags),
+        };
+        let Some(range) = id.ok().and_then(|id| self.table.arena.get_mut(id)) else {
+            return false;
+        };
+        let (bytes, len) = (range.value_bytes(), range.len());
+        let end = offset + (within.end - within.start) / PAGE_SIZE;
+        // INVARIANT: 2. A new range has memory for its first page.
+        let all = range.insert_all(offset..end, PageState::NEW.to_bits(), flags);
+        // INVARIANT: 3. and 4.
+        self.bytes = self.bytes + range.value_bytes() - bytes;
+        let new = range.len() - len;
+        self.tracked += new;
+        if let Some(directory) = self.table.slots.get_mut(slot.0 as usize) {
+            *directory.tracked_mut() += new;
+        }
+        all.is_ok()
     }
 
     /// Stops tracking a page and returns its last state, `None` if it was not tracked.

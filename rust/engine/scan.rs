@@ -326,6 +326,9 @@ impl<M: Memory> Engine<M> {
         for gap in gaps {
             self.forget(walk.slot, walk.mm, gap.clone());
         }
+        for new in lane.seen.new.iter().take(lane.seen.nr_new) {
+            self.track(walk, new.clone());
+        }
         for i in 0..self.memory.len(&lane.batch) {
             let work = self.look_up(walk, lane, i);
             // A batch has no more pages than there is room for.
@@ -635,15 +638,10 @@ impl<M: Memory> Engine<M> {
         let (page, state) = match known {
             Some(known) => known,
             None => {
-                let page = self
-                    .states
-                    .track(walk.slot, addr, GFP_KERNEL | __GFP_NOWARN);
-                let Ok(page) = page else {
-                    self.refuse(Refusal::NoMemory);
+                self.track(walk, addr..addr + PAGE_SIZE);
+                let Some(page) = self.states.lookup(walk.slot, addr) else {
                     return work;
                 };
-                self.counters.tracked += 1;
-                self.memory.account_tracked(mm, 1);
                 (page, PageState::NEW)
             }
         };
@@ -683,6 +681,18 @@ impl<M: Memory> Engine<M> {
         };
         work.step = Step::Decide;
         work
+    }
+
+    /// Starts to track the pages of these addresses.
+    fn track(&mut self, walk: &Walk<'_, M::Mm>, within: Range<usize>) {
+        let pages = within.len() / PAGE_SIZE;
+        let flags = GFP_KERNEL | __GFP_NOWARN;
+        let tracked = self.states.track_all(walk.slot, within, flags);
+        self.counters.tracked += tracked as u64;
+        self.memory.account_tracked(walk.mm, tracked as isize);
+        for _ in tracked..pages {
+            self.refuse(Refusal::NoMemory);
+        }
     }
 
     /// Decides about the pages of the batches, until enough merges are ready. One that splits a huge page is alone, and that

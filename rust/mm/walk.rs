@@ -2,7 +2,7 @@
 
 //! Collecting pages: one page table walk for a batch.
 //!
-//! A walk takes the mark away from the pages it collects that they were touched (the accessed bits, and what secondary
+//! A walk takes the mark away from the pages it collects or notes that they were touched (the accessed bits, and what secondary
 //! MMUs know), and flushes the TLBs before it ends: a page that is not marked when the next walk comes by has not been
 //! touched through an address space since. Reclaim and DAMON take marks away, too; so this is a hint.
 
@@ -293,7 +293,7 @@ struct Walk<'a, F> {
 }
 
 impl<F: FnMut(usize, &raw::rksm_mapped) -> Interest> Walk<'_, F> {
-    /// Collects a page if it is wanted. Returns whether it was.
+    /// Collects a page if it is wanted. Returns whether the mark that it was touched is to be taken away.
     ///
     /// # Safety
     ///
@@ -308,6 +308,7 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> Interest> Walk<'_, F> {
                 unsafe { self.batch.push(addr, mapped) };
                 return true;
             }
+            Interest::Note => return true,
             Interest::Pass => {}
             Interest::Stop => self.stopped = true,
         }

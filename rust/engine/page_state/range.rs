@@ -186,6 +186,27 @@ impl Range {
         Ok(())
     }
 
+    /// Starts to track the pages at `offsets`, as [`Range::insert`] does, with one allocation where that is possible.
+    ///
+    /// # Errors
+    ///
+    /// `AllocError` if there is no memory for all of them.
+    pub(super) fn insert_all(
+        &mut self,
+        offsets: core::ops::Range<usize>,
+        value: u64,
+        flags: Flags,
+    ) -> Result<(), AllocError> {
+        if offsets.len() > 1 {
+            // There may be memory for some at least.
+            let _ = self.values.reserve(offsets.len(), flags);
+        }
+        for offset in offsets {
+            self.insert(offset, value, flags)?;
+        }
+        Ok(())
+    }
+
     /// Stops tracking the page at `offset`, and returns its word.
     #[inline]
     pub(super) fn remove(&mut self, offset: usize) -> Option<u64> {

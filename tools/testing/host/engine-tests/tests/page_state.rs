@@ -83,6 +83,26 @@ impl Checked {
         true
     }
 
+    /// Returns whether there was memory for all.
+    fn track_all(&mut self, slot: SlotId, within: Range<usize>) -> bool {
+        let tracked = self.states.track_all(slot, within.clone(), GFP_KERNEL);
+        let mut new = 0;
+        for addr in within.clone().step_by(PAGE_SIZE) {
+            let known = self.model.get(&(slot, addr)).map(|(page, _)| *page);
+            let page = self.states.lookup(slot, addr);
+            if let (None, Some(page)) = (known, page) {
+                assert_eq!(self.states.get(page), Some(PageState::NEW));
+                self.model.insert((slot, addr), (page, PageState::NEW));
+                new += 1;
+            } else {
+                assert_eq!(page, known);
+            }
+        }
+        assert_eq!(tracked, new);
+        let all = self.model.range((slot, within.start)..(slot, within.end));
+        all.count() == within.len() / PAGE_SIZE
+    }
+
     fn lookup(&mut self, slot: SlotId, addr: usize) {
         let known = self.model.get(&(slot, addr)).map(|(page, _)| *page);
         assert_eq!(self.states.lookup(slot, addr), known);
@@ -177,6 +197,7 @@ impl Drop for Checked {
 enum Op {
     Track(SlotId, usize),
     TrackRun(SlotId, usize, usize),
+    TrackAll(SlotId, usize, usize),
     Lookup(SlotId, usize),
     Set(SlotId, usize, PageState),
     Untrack(SlotId, usize),
@@ -231,6 +252,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => (slot(), addr()).prop_map(|(s, a)| Op::Track(s, a)),
         2 => (slot(), addr(), 0..700usize).prop_map(|(s, a, n)| Op::TrackRun(s, a, n)),
+        2 => (slot(), addr(), 0..1200usize).prop_map(|(s, a, n)| Op::TrackAll(s, a, n)),
         2 => (slot(), addr()).prop_map(|(s, a)| Op::Lookup(s, a)),
         4 => (slot(), addr(), state()).prop_map(|(s, a, v)| Op::Set(s, a, v)),
         4 => (slot(), addr()).prop_map(|(s, a)| Op::Untrack(s, a)),
@@ -250,6 +272,9 @@ fn apply(checked: &mut Checked, op: &Op) -> bool {
         }
         Op::Lookup(slot, addr) => checked.lookup(slot, addr),
         Op::Set(slot, addr, state) => checked.set(slot, addr, state),
+        Op::TrackAll(slot, addr, pages) => {
+            return checked.track_all(slot, addr..addr + pages * PAGE_SIZE)
+        }
         Op::Untrack(slot, addr) => checked.untrack(slot, addr),
         Op::DrainUp(slot, ref within) => {
             while let Some((_, addr, _)) = checked.states.first_in(slot, within.clone()) {

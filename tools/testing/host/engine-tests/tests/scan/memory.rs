@@ -146,6 +146,7 @@ impl Memory for SimMemory {
             match look.look(addr, self.kind_of(frame), nid(frame), touched) {
                 Interest::Take => self.0.borrow_mut().take(batch, addr, frame),
                 Interest::Pass => self.0.borrow_mut().passed(batch, addr),
+                Interest::Note => self.0.borrow_mut().noted(batch, addr),
                 Interest::Stop => return Collected::More(addr),
             }
         }

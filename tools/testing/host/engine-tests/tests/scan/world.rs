@@ -956,6 +956,12 @@ impl World {
         self.assert_known(batch.key, addr);
     }
 
+    /// A walk leaves a page but for the mark that it was touched.
+    pub(crate) fn noted(&mut self, batch: &mut Batch, addr: usize) {
+        self.space_mut(batch.key).touched.remove(&addr);
+        self.passed(batch, addr);
+    }
+
     pub(crate) fn release(&mut self, batch: &mut Batch, i: usize) {
         if !core::mem::replace(&mut batch.released[i], true) {
             let (_, frame) = batch.pages[i];
