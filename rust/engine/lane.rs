@@ -2,18 +2,18 @@
 
 //! Scanning one mm with several threads.
 //!
-//! A *pass* takes some pages of an mm through these steps; those in italics are done by all threads of the [`Crew`] at
-//! once, the others by one of them while the rest wait:
+//! A *pass* takes some pages of an mm through these steps. One of the threads, the [`Leader`], alone changes what is kept of
+//! pages, which so needs no lock of its own; the steps in italics are done by all threads of the [`Crew`].
 //!
-//! 1. *Collect*, and *hash* what has to be read: each lane has a part of the address space of its own, and a batch for what
-//!    is there.
-//! 2. Look up what is known of each page.
-//! 3. Decide about each page, and make ready the merges, no two of which are of the same contents.
-//! 4. *Merge*.
-//! 5. Take note of what came of that; on with 3 until there is nothing left to decide.
+//! 1. *Walk*: each lane has a part of the address space of its own, and a batch for what is there. What is known of each page
+//!    is looked up.
+//! 2. *Hash* what has to be read, slice by slice. Meanwhile the leader sees for each slice that has been hashed which pages
+//!    need no more attention.
+//! 3. *Merge* pages that are like others. Meanwhile the leader makes ready more merges, and takes note of what came of those
+//!    that are done. No two threads merge pages of the same contents at once.
 //!
-//! So what is kept of pages changes while one thread is at it alone, and needs no lock of its own. Each step that many do
-//! costs a wake-up, which is why there are few. With one thread there is one lane, whose walk has no bound.
+//! Of the last two steps the leader does what nobody else has begun, when it has nothing better to do. With one thread there
+//! is one lane, whose walk has no bound.
 
 use super::{
     glance::{
@@ -49,14 +49,21 @@ use kernel::{
 };
 
 /// Lanes for each thread, where there are several.
-const LANES: usize = 2;
+const LANES: usize = 4;
+
+/// Chunks of merges for each thread, where there are several: one that it is at, one that waits, and some that are being
+/// taken note of.
+const CHUNKS: usize = 4;
 
 /// Most pages of a lane's batch, where there are several: those of one page table, so that threads do not wait for each
 /// other's page table lock.
 const LANE: usize = RANGE_PAGES;
 
-/// Merges that are made ready at a time, for each thread: enough that a wake-up is small beside the work.
-const MERGES: usize = 128;
+/// Pages that are hashed at a time.
+const SLICE: usize = 64;
+
+/// Merges that are done at a time: enough that it does not matter what handing them over costs.
+const CHUNK: usize = 32;
 
 /// Least address space of a lane that has a bound: so much that a batch is large enough for all pages in there.
 const MIN_STRIDE: usize = LANE * PAGE_SIZE;
@@ -64,19 +71,45 @@ const MIN_STRIDE: usize = LANE * PAGE_SIZE;
 /// Most of it.
 const MAX_STRIDE: usize = LOOKS * PAGE_SIZE;
 
+/// Has a crew work, and takes note of what it has done.
+pub trait Leader<T> {
+    /// What is to be done next; `None` if there is nothing before something that is under way has been finished, or
+    /// nothing at all.
+    fn next(&mut self) -> Option<T>;
+
+    /// It has been done.
+    fn finish(&mut self, job: T);
+}
+
 /// Threads that work together.
 pub trait Crew {
+    /// Has `work` be done with each job of the leader, with several at once, and returns when there is none left. May sleep.
+    fn follow<T: Send + Unpin>(&self, leader: &mut impl Leader<T>, work: impl Fn(&mut T) + Sync);
+
     /// Calls `work` with each of the items, some of them at once, and returns when all is done. May sleep.
-    fn each<T: Send>(&self, items: &mut [T], work: impl Fn(&mut T) + Sync);
+    fn each<T: Send>(&self, items: &mut [T], work: impl Fn(&mut T) + Sync) {
+        struct Items<'a, T>(core::slice::IterMut<'a, T>);
+
+        impl<'a, T> Leader<&'a mut T> for Items<'a, T> {
+            fn next(&mut self) -> Option<&'a mut T> {
+                self.0.next()
+            }
+
+            fn finish(&mut self, _item: &'a mut T) {}
+        }
+        self.follow(&mut Items(items.iter_mut()), |item| work(item));
+    }
 }
 
 /// How far a page of a batch has come.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Step {
+    /// It is to be looked up what it is.
+    #[default]
+    LookUp,
     /// It is to be decided what to do with it.
     Decide,
     /// Nothing more is to be done with it.
-    #[default]
     Done,
 }
 
@@ -93,8 +126,6 @@ pub(super) struct Work {
     pub(super) fresh: bool,
     /// Nothing seems to have touched the page since the last full scan.
     pub(super) still: bool,
-    /// It has been seen whether the contents are what they were.
-    pub(super) compared: bool,
     /// The zero page was tried.
     pub(super) zero_tried: bool,
     /// A stable node was tried.
@@ -116,10 +147,8 @@ pub(super) struct Lane<M: Memory> {
     /// Changes of page states that wait until all lanes have been walked.
     pub(super) changes: KVec<(PageRef, PageState)>,
     pub(super) works: KVec<Work>,
-    /// Pages before this one need no more attention.
-    pub(super) undone: usize,
-    /// Hashes of pages that were read in the walk.
-    hashes: KVec<Option<u64>>,
+    /// Pages before this one need no attention in this round of merges.
+    pub(super) next: usize,
     budget: u32,
 }
 
@@ -127,12 +156,11 @@ impl<M: Memory> Lane<M> {
     /// Walks this part of the address space beside other lanes.
     pub(super) fn walk(&mut self, memory: &M, states: &PageStates, walk: &Walk<'_, M::Mm>) {
         memory.clear(&mut self.batch);
-        let mut reader = states.reader();
-        let states = Deferred {
+        let deferred = Deferred {
             reader: states.reader(),
             changes: &mut self.changes,
         };
-        let mut glance = Glance::new(memory, states, walk, self.budget, &mut self.seen);
+        let mut glance = Glance::new(memory, deferred, walk, self.budget, &mut self.seen);
         let batch = &mut self.batch;
         let mut within = self.within.clone();
         loop {
@@ -150,16 +178,7 @@ impl<M: Memory> Lane<M> {
                 break;
             }
         }
-        for i in 0..memory.len(batch) {
-            let known = reader.at(walk.slot, memory.addr(batch, i));
-            let fresh = memory.kind(batch, i) == PageKind::Plain
-                && walk
-                    .reading(memory, batch, i, known.map(|(_, state)| state))
-                    .is_some_and(|(_, fresh)| fresh);
-            let hash = fresh.then(|| memory.hash(batch, i));
-            // A batch has no more pages than there is room for.
-            let _ = self.hashes.push_within_capacity(hash);
-        }
+        self.survey(memory, states, walk);
     }
 
     /// Walks all of the address space from here on.
@@ -170,7 +189,7 @@ impl<M: Memory> Lane<M> {
         walk: &Walk<'_, M::Mm>,
     ) {
         memory.clear(&mut self.batch);
-        let mut glance = Glance::new(memory, states, walk, self.budget, &mut self.seen);
+        let mut glance = Glance::new(memory, &mut *states, walk, self.budget, &mut self.seen);
         let limit = BATCH.min(self.budget as usize);
         let batch = &mut self.batch;
         self.found = memory.collect(
@@ -181,6 +200,41 @@ impl<M: Memory> Lane<M> {
             batch,
             &mut glance,
         );
+        self.survey(memory, states, walk);
+    }
+
+    /// Looks up what is known of the pages in the batch.
+    fn survey(&mut self, memory: &M, states: &PageStates, walk: &Walk<'_, M::Mm>) {
+        let mut states = states.reader();
+        let batch = &self.batch;
+        for i in 0..memory.len(batch) {
+            let mut work = Work {
+                addr: memory.addr(batch, i),
+                ..Work::default()
+            };
+            let known = states.at(walk.slot, work.addr);
+            if let (Some((page, PageState::Tracked { fingerprint, .. })), PageKind::Plain) =
+                (known, memory.kind(batch, i))
+            {
+                work.page = Some(page);
+                work.fingerprint = fingerprint;
+                walk.read(memory, batch, i, &mut work);
+                work.step = Step::Decide;
+            }
+            // A batch has no more pages than there is room for.
+            let _ = self.works.push_within_capacity(work);
+        }
+    }
+
+    /// What is to be hashed of the batch.
+    pub(super) fn slices(&mut self) -> impl Iterator<Item = Slice<'_, M>> {
+        let batch = &self.batch;
+        let slices = self.works.chunks_mut(SLICE).enumerate();
+        slices.map(move |(n, works)| Slice {
+            batch,
+            first: n * SLICE,
+            works,
+        })
     }
 
     /// Whether the walk ended before the end of its part.
@@ -194,19 +248,38 @@ impl<M: Memory> Lane<M> {
             *place = work;
         }
     }
+}
 
-    /// The hash of a page's contents, which have been read in the walk, or are now.
-    pub(super) fn hash(&self, memory: &M, i: usize) -> u64 {
-        let hash = self.hashes.get(i).copied().flatten();
-        hash.unwrap_or_else(|| memory.hash(&self.batch, i))
+/// Some pages of a batch.
+pub(super) struct Slice<'a, M: Memory> {
+    pub(super) batch: &'a M::Batch,
+    /// Number of the first one in the batch.
+    pub(super) first: usize,
+    pub(super) works: &'a mut [Work],
+}
+
+impl<M: Memory> Slice<'_, M> {
+    /// Hashes the contents that have to be read.
+    pub(super) fn hash(&mut self, key: &M::Key) {
+        for (i, work) in self.works.iter_mut().enumerate() {
+            if work.fresh && work.step == Step::Decide {
+                let hash = M::hash_by(key, self.batch, self.first + i);
+                work.fingerprint = Fingerprint::new(hash, work.domain);
+            }
+        }
     }
 }
+
+/// Merges that are ready, of one lane.
+pub(super) type Chunk<M> = KVec<Pending<M>>;
 
 /// What the threads of a crew need for a pass.
 pub struct Lanes<M: Memory> {
     lanes: KVec<Lane<M>>,
-    /// Merges that are ready.
-    pub(super) merges: KVec<Pending<M>>,
+    /// Room for merges that are ready. How much there is bounds how many can be under way.
+    pub(super) spare: KVec<Chunk<M>>,
+    /// What the merges that are under way are of.
+    pub(super) busy: KBox<Busy>,
     /// Address space of each lane but the last.
     stride: usize,
 }
@@ -218,16 +291,21 @@ impl<M: Memory> Lanes<M> {
     ///
     /// `ENOMEM`.
     pub fn new(size: usize, mut batch: impl FnMut(usize) -> Result<M::Batch>) -> Result<Self> {
-        let (lanes, pages) = if size > 1 {
-            (size * LANES, LANE)
+        let (lanes, pages, chunks) = if size > 1 {
+            (size * LANES, LANE, size * CHUNKS)
         } else {
-            (1, BATCH)
+            (1, BATCH, 1)
         };
         let mut this = Self {
             lanes: KVec::with_capacity(lanes, GFP_KERNEL)?,
-            merges: KVec::with_capacity(size * MERGES, GFP_KERNEL)?,
+            spare: KVec::with_capacity(chunks, GFP_KERNEL)?,
+            busy: KBox::new(Busy::new(), GFP_KERNEL)?,
             stride: MIN_STRIDE,
         };
+        for _ in 0..chunks {
+            this.spare
+                .push(KVec::with_capacity(CHUNK, GFP_KERNEL)?, GFP_KERNEL)?;
+        }
         for _ in 0..lanes {
             let lane = Lane {
                 batch: batch(pages)?,
@@ -236,8 +314,7 @@ impl<M: Memory> Lanes<M> {
                 seen: Seen::default(),
                 changes: KVec::with_capacity(if size > 1 { LOOKS } else { 0 }, GFP_KERNEL)?,
                 works: KVec::with_capacity(pages, GFP_KERNEL)?,
-                undone: 0,
-                hashes: KVec::with_capacity(if size > 1 { pages } else { 0 }, GFP_KERNEL)?,
+                next: 0,
                 budget: 0,
             };
             this.lanes.push(lane, GFP_KERNEL)?;
@@ -270,8 +347,7 @@ impl<M: Memory> Lanes<M> {
                 ..Seen::default()
             };
             lane.works.clear();
-            lane.undone = 0;
-            lane.hashes.clear();
+            lane.next = 0;
             // What cannot be shared out evenly is the first one's.
             lane.budget = share + if l == 0 { budget % lanes as u32 } else { 0 };
             start = end;
@@ -308,26 +384,12 @@ impl<M: Memory> Lanes<M> {
         self.lanes.get_mut(l)
     }
 
-    /// Pages in a lane's batch.
-    pub(super) fn works(&self, l: usize) -> usize {
-        self.lanes.get(l).map_or(0, |lane| lane.works.len())
-    }
-
-    /// Where in a lane's batch pages begin that need attention.
-    pub(super) fn undone(&mut self, l: usize) -> usize {
-        let Some(lane) = self.lanes.get_mut(l) else {
-            return 0;
-        };
-        let rest = lane.works.get(lane.undone..).unwrap_or_default();
-        let done = rest.iter().take_while(|work| work.step == Step::Done);
-        lane.undone += done.count();
-        lane.undone
-    }
-
-    /// How far a page of a batch has come.
-    pub(super) fn step(&self, l: usize, i: usize) -> Step {
-        let work = self.lanes.get(l).and_then(|lane| lane.works.get(i));
-        work.map_or(Step::Done, |work| work.step)
+    /// Begins another round of merges.
+    pub(super) fn rewind(&mut self) {
+        for lane in &mut self.lanes {
+            let done = lane.works.iter().take_while(|w| w.step == Step::Done);
+            lane.next = done.count();
+        }
     }
 
     /// What is known of a page of a batch, and its lane.
@@ -352,28 +414,34 @@ impl<M: Memory> Lanes<M> {
 }
 
 /// Fingerprints of the contents that are being merged, most likely.
-pub(super) struct Busy([u64; 64]);
+pub(super) struct Busy([u16; Self::PLACES]);
 
 impl Busy {
-    pub(super) const fn new() -> Self {
-        Self([0; 64])
+    const PLACES: usize = 1024;
+
+    const fn new() -> Self {
+        Self([0; Self::PLACES])
     }
 
-    fn place(fingerprint: Fingerprint) -> (usize, u64) {
-        let bits = fingerprint.to_bits() as usize;
-        (bits / 64 % 64, 1 << (bits % 64))
+    fn place(&mut self, fingerprint: Fingerprint) -> Option<&mut u16> {
+        self.0
+            .get_mut(fingerprint.to_bits() as usize % Self::PLACES)
     }
 
     /// Whether the contents may be among them; not, surely, where none has been added.
-    pub(super) fn may_have(&self, fingerprint: Fingerprint) -> bool {
-        let (word, bit) = Self::place(fingerprint);
-        self.0.get(word).is_some_and(|word| word & bit != 0)
+    pub(super) fn may_have(&mut self, fingerprint: Fingerprint) -> bool {
+        self.place(fingerprint).is_some_and(|count| *count != 0)
     }
 
     pub(super) fn add(&mut self, fingerprint: Fingerprint) {
-        let (word, bit) = Self::place(fingerprint);
-        if let Some(word) = self.0.get_mut(word) {
-            *word |= bit;
+        if let Some(count) = self.place(fingerprint) {
+            *count += 1;
+        }
+    }
+
+    pub(super) fn remove(&mut self, fingerprint: Fingerprint) {
+        if let Some(count) = self.place(fingerprint) {
+            *count -= 1;
         }
     }
 }

@@ -222,14 +222,26 @@ pub enum Merged {
     Pair(Pair),
 }
 
+/// A merge that is ready.
+pub trait Merge {
+    /// Replaces the page, or leaves it and its partner as they were.
+    ///
+    /// Calls `before_split` before it splits a huge page, for all other references to that to be given up. Merges that are
+    /// done at the same time are of different contents, and of small pages only. Meanwhile others may be made ready and
+    /// finished.
+    fn run(&mut self, before_split: impl FnOnce());
+}
+
 /// The memory that is scanned and merged.
 pub trait Memory: Sync {
     /// A pinned mm (`mmgrab`).
     type Mm: PinnedMm + Send + Sync;
     /// A bounded run of collected pages, each with a reference held.
-    type Batch: Send;
+    type Batch: Send + Sync;
+    /// What pages are hashed with.
+    type Key: Clone + Send + Sync;
     /// A merge that has been decided on, with all that it needs.
-    type Merge: Send;
+    type Merge: Merge + Send + Unpin;
 
     /// Adds up to `limit` pages of mergeable vmas of `mm` whose addresses are `within`, of those that `look` takes, to the
     /// `batch`, which has room for them. Where it is not `alone`, other threads collect beside it.
@@ -257,17 +269,20 @@ pub trait Memory: Sync {
     /// them, and others forget of a page that it was touched.
     fn touched(&self, batch: &Self::Batch, i: usize) -> bool;
     /// Hash of the contents of the `i`th page, as they are now.
-    fn hash(&self, batch: &Self::Batch, i: usize) -> u64;
+    fn hash(&self, batch: &Self::Batch, i: usize) -> u64 {
+        Self::hash_by(&self.key(), batch, i)
+    }
+    /// What [`Memory::hash`] uses, for threads that hash while others change what is kept here.
+    fn key(&self) -> Self::Key;
+    /// [`Memory::hash`] with such a key.
+    fn hash_by(key: &Self::Key, batch: &Self::Batch, i: usize) -> u64;
     /// NUMA node of the `i`th page.
     fn nid(&self, batch: &Self::Batch, i: usize) -> u32;
     /// The huge page that the `i`th page is part of, which has to be split before that is merged.
     fn huge(&self, batch: &Self::Batch, i: usize) -> Option<HugeId>;
-    /// Takes note that nothing more is to be done with the `i`th page, and gives up the reference to it: as long as there is
-    /// one, the page cannot migrate.
-    fn done(&self, batch: &mut Self::Batch, i: usize) {
-        self.release(batch, i);
-    }
-    /// Gives up the reference to the `i`th page.
+    /// Takes note that nothing more is to be done with the `i`th page.
+    fn done(&self, _batch: &Self::Batch, _i: usize) {}
+    /// Gives up the reference to the `i`th page: as long as there is one, the page cannot be merged, but by who has it.
     fn release(&self, batch: &mut Self::Batch, i: usize);
     /// Gives up all references to a huge page, but one for the page `keep`: it can be split only if there are no others.
     fn make_way(&self, batch: &mut Self::Batch, huge: HugeId, keep: Option<usize>);
@@ -295,12 +310,6 @@ pub trait Memory: Sync {
         i: usize,
         partner: Partner<'_, Self::Mm>,
     ) -> Result<Self::Merge, Refusal>;
-
-    /// Replaces the page, or leaves it and its partner as they were.
-    ///
-    /// Calls `before_split` before it splits a huge page, for all other references to that to be given up. Merges that are
-    /// done at the same time are of different contents, and of small pages only.
-    fn merge(&self, merge: &mut Self::Merge, before_split: impl FnOnce());
 
     /// Takes note of what has come of a merge, and frees what it has not used.
     ///

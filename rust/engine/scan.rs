@@ -33,17 +33,19 @@ use super::{
         Index, //
     },
     lane::{
-        Busy,
+        Chunk,
         Crew,
         Lane,
         Lanes,
+        Leader,
+        Slice,
         Step,
         Work, //
     },
     memory::{
         Collected,
-        HugeId,
         Memory,
+        Merge,
         Merged,
         NodeMeta,
         NodeState,
@@ -109,25 +111,21 @@ pub(super) struct Walk<'a, Mm> {
 }
 
 impl<Mm> Walk<'_, Mm> {
-    /// Whether a page that is not merged seems not to have been touched, and whether its contents are to be read. `None`
-    /// where nothing is to be done about it yet.
-    pub(super) fn reading<M: Memory<Mm = Mm>>(
+    /// Takes note of whether the `i`th page of a batch, whose fingerprint was that of `work`, seems not to have been touched,
+    /// and of whether its contents are to be read.
+    pub(super) fn read<M: Memory<Mm = Mm>>(
         &self,
         memory: &M,
         batch: &M::Batch,
         i: usize,
-        known: Option<PageState>,
-    ) -> Option<(bool, bool)> {
-        let fingerprint = match known {
-            Some(PageState::Tracked { fingerprint, .. }) => fingerprint,
-            // Whether it holds still will show next time, without its contents: many a page is gone by then.
-            _ if self.trust.some => return None,
-            _ => Fingerprint::NONE,
-        };
-        let still = self.trust.some && !memory.touched(batch, i);
-        let known = fingerprint != Fingerprint::NONE;
-        let trusted = known && still && self.trust.holds(memory.addr(batch, i));
-        Some((still, !trusted))
+        work: &mut Work,
+    ) {
+        work.still = self.trust.some && !memory.touched(batch, i);
+        let known = work.fingerprint != Fingerprint::NONE;
+        work.fresh = !(known && work.still && self.trust.holds(work.addr));
+        if !self.policy.merge_across_nodes {
+            work.domain = memory.nid(batch, i);
+        }
     }
 }
 
@@ -142,16 +140,19 @@ enum With {
 pub(super) struct Pending<M: Memory> {
     lane: usize,
     i: usize,
+    fingerprint: Fingerprint,
     with: With,
     merge: M::Merge,
 }
 
 /// What is to be done about a page.
-enum Next<M: Memory> {
+enum Next {
     /// Nothing more.
     Done,
-    /// A merge.
-    Merge(Pending<M>),
+    /// The merge that has been added to the chunk.
+    Merge,
+    /// That merge, at once, before others are begun: its page is part of a huge page.
+    Split,
     /// What the merges under way leave.
     Later,
     /// A merge, when all before it are done: its page is part of a huge page.
@@ -266,9 +267,10 @@ impl<M: Memory> Engine<M> {
 
             for lane in lanes.first(n) {
                 *budget -= lane.seen.used;
-                self.begin(&walk, lane);
+                self.take_note(&walk, lane);
             }
             lanes.fit(n, n < opened);
+            self.begin(&walk, crew, lanes.first(n));
             self.merge_all(&walk, pins, crew, lanes, n);
             let mut end = Collected::End;
             for lane in lanes.first(n) {
@@ -309,8 +311,8 @@ impl<M: Memory> Engine<M> {
         crew.each(lanes.all(), |lane| self.memory.clear(&mut lane.batch));
     }
 
-    /// Looks up what is known of the pages that a lane has come by.
-    fn begin(&mut self, walk: &Walk<'_, M::Mm>, lane: &mut Lane<M>) {
+    /// Takes note of what a walk has come by, besides the pages it took.
+    fn take_note(&mut self, walk: &Walk<'_, M::Mm>, lane: &mut Lane<M>) {
         let Counters {
             pages_scanned,
             pages_skipped,
@@ -329,23 +331,24 @@ impl<M: Memory> Engine<M> {
         for new in lane.seen.new.iter().take(lane.seen.nr_new) {
             self.track(walk, new.clone());
         }
-        for i in 0..self.memory.len(&lane.batch) {
-            let work = self.look_up(walk, lane, i);
-            // A batch has no more pages than there is room for.
-            let _ = lane.works.push_within_capacity(work);
-            if work.step == Step::Done {
-                self.done(lane, i);
-            }
-        }
+    }
+
+    /// Reads the pages that have to be read, and sees which of the batches' pages need more attention.
+    fn begin(&mut self, walk: &Walk<'_, M::Mm>, crew: &impl Crew, lanes: &mut [Lane<M>]) {
+        let key = self.memory.key();
+        let mut beginner = Beginner {
+            engine: self,
+            walk,
+            slices: lanes.iter_mut().flat_map(Lane::slices),
+        };
+        crew.follow(&mut beginner, |slice| slice.hash(&key));
     }
 
     /// Takes note that nothing more is to be done with a page of a batch.
-    fn done(&mut self, lane: &mut Lane<M>, i: usize) {
-        if let Some(work) = lane.works.get_mut(i) {
-            work.step = Step::Done;
-        }
+    fn done(&mut self, batch: &M::Batch, i: usize, work: &mut Work) {
+        work.step = Step::Done;
         self.counters.pages_scanned = self.counters.pages_scanned.wrapping_add(1);
-        self.memory.done(&mut lane.batch, i);
+        self.memory.done(batch, i);
     }
 
     /// Decides about the pages of the batches, and merges what can be.
@@ -357,33 +360,22 @@ impl<M: Memory> Engine<M> {
         lanes: &mut Lanes<M>,
         n: usize,
     ) {
-        loop {
-            let huge = self.plan(walk, pins, lanes, n);
-            let mut merges = core::mem::take(&mut lanes.merges);
-            if merges.is_empty() {
-                lanes.merges = merges;
-                return;
+        lanes.rewind();
+        let mut merger = Merger {
+            engine: self,
+            walk,
+            pins,
+            lanes,
+            n,
+            turn: 0,
+            under_way: 0,
+            merged: false,
+        };
+        crew.follow(&mut merger, |chunk| {
+            for pending in chunk.iter_mut() {
+                pending.merge.run(|| ());
             }
-            let memory = &self.memory;
-            match (huge, merges.first_mut()) {
-                (Some(huge), Some(pending)) => {
-                    let (own, i) = (pending.lane, pending.i);
-                    memory.merge(&mut pending.merge, || {
-                        for (l, lane) in lanes.first(n).iter_mut().enumerate() {
-                            let keep = (l == own).then_some(i);
-                            memory.make_way(&mut lane.batch, huge, keep);
-                        }
-                    });
-                }
-                _ => crew.each(&mut merges, |pending| {
-                    memory.merge(&mut pending.merge, || ());
-                }),
-            }
-            for pending in merges.drain_all() {
-                self.finish(walk, lanes, pending);
-            }
-            lanes.merges = merges;
-        }
+        });
     }
 
     /// A page may migrate to another NUMA node untouched, so nothing is trusted where its fingerprint depends on that.
@@ -626,21 +618,22 @@ impl<M: Memory> Engine<M> {
         Ok(())
     }
 
-    /// Looks up what is known of a page, and sees what is to be done about it.
-    fn look_up(&mut self, walk: &Walk<'_, M::Mm>, lane: &Lane<M>, i: usize) -> Work {
-        let (policy, mm, batch) = (walk.policy, walk.mm, &lane.batch);
-        let addr = self.memory.addr(batch, i);
-        let mut work = Work {
-            addr,
-            ..Work::default()
-        };
+    /// Looks up what is known of a page, and takes note of it. Returns whether it is to be decided what to do with it.
+    fn look_up(
+        &mut self,
+        walk: &Walk<'_, M::Mm>,
+        batch: &M::Batch,
+        i: usize,
+        work: &mut Work,
+    ) -> bool {
+        let (policy, mm, addr) = (walk.policy, walk.mm, work.addr);
         let known = self.states.at(walk.slot, addr);
         let (page, state) = match known {
             Some(known) => known,
             None => {
                 self.track(walk, addr..addr + PAGE_SIZE);
                 let Some(page) = self.states.lookup(walk.slot, addr) else {
-                    return work;
+                    return false;
                 };
                 (page, PageState::NEW)
             }
@@ -654,33 +647,72 @@ impl<M: Memory> Engine<M> {
         match self.memory.kind(batch, i) {
             PageKind::Ksm(node) => {
                 self.visit_merged(policy, at, state, batch, i, node);
-                return work;
+                return false;
             }
             PageKind::Orphan => {
                 self.release_state(page, state);
-                return work;
+                return false;
             }
             PageKind::Plain => {}
         }
-        if let PageState::Merged(_) = state {
+        match state {
+            PageState::Tracked { fingerprint, .. } => work.fingerprint = fingerprint,
             // Somebody has written to it since.
-            self.release_state(page, state);
+            PageState::Merged(_) => self.release_state(page, state),
         }
-        let known = known.map(|(_, state)| state);
-        let Some((still, fresh)) = walk.reading(&self.memory, batch, i, known) else {
-            return work;
-        };
-        if !policy.merge_across_nodes {
-            work.domain = self.memory.nid(batch, i);
+        if walk.trust.some && !matches!(known, Some((_, PageState::Tracked { .. }))) {
+            // Whether it holds still will show next time, without its contents: many a page is gone by then.
+            return false;
         }
-        (work.still, work.fresh) = (still, fresh);
-        work.fingerprint = match known {
-            _ if fresh => Fingerprint::new(lane.hash(&self.memory, i), work.domain),
-            Some(PageState::Tracked { fingerprint, .. }) => fingerprint,
-            _ => Fingerprint::NONE,
+        walk.read(&self.memory, batch, i, work);
+        if work.fresh {
+            work.fingerprint = Fingerprint::new(self.memory.hash(batch, i), work.domain);
+        }
+        true
+    }
+
+    /// Compares a page with what is known of it. Returns whether it may be like another one.
+    fn compare(&mut self, walk: &Walk<'_, M::Mm>, work: &Work) -> bool {
+        let Some((
+            page,
+            state @ PageState::Tracked {
+                fingerprint,
+                age,
+                skips,
+                ..
+            },
+        )) = work
+            .page
+            .and_then(|page| Some((page, self.states.get(page)?)))
+        else {
+            return false;
         };
-        work.step = Step::Decide;
-        work
+        let now = work.fingerprint;
+        if now != fingerprint {
+            self.unindex(page, state);
+            let state = PageState::Tracked {
+                fingerprint: now,
+                age,
+                skips,
+                indexed: false,
+            };
+            self.states.set(page, state);
+            if fingerprint != Fingerprint::NONE || !work.still {
+                return false;
+            }
+        }
+        if self.index.has(now) || self.is_zero(walk, work) {
+            return true;
+        }
+        // Most pages are like no other.
+        self.become_candidate(page, work);
+        false
+    }
+
+    /// Whether a page is to be replaced by the zero page, most likely.
+    fn is_zero(&self, walk: &Walk<'_, M::Mm>, work: &Work) -> bool {
+        walk.policy.use_zero_pages
+            && work.fingerprint == Fingerprint::new(self.memory.zero_hash(), work.domain)
     }
 
     /// Starts to track the pages of these addresses.
@@ -695,62 +727,17 @@ impl<M: Memory> Engine<M> {
         }
     }
 
-    /// Decides about the pages of the batches, until enough merges are ready. One that splits a huge page is alone, and that
-    /// is returned.
-    fn plan<P: Pins<M::Mm>>(
-        &mut self,
-        walk: &Walk<'_, M::Mm>,
-        pins: &P,
-        lanes: &mut Lanes<M>,
-        n: usize,
-    ) -> Option<HugeId> {
-        let mut busy = Busy::new();
-        let most = (0..n).map(|l| lanes.works(l)).max().unwrap_or(0);
-        let from = (0..n).map(|l| lanes.undone(l)).min().unwrap_or(0);
-        // By turns, so that who merges at the same time does so in different page tables.
-        for i in from..most {
-            for l in 0..n {
-                if lanes.step(l, i) == Step::Done {
-                    continue;
-                }
-                match self.decide(walk, pins, lanes, (l, i), &mut busy) {
-                    Next::Done => {
-                        if let Some(lane) = lanes.get(l) {
-                            self.done(lane, i);
-                        }
-                    }
-                    Next::Later => {}
-                    Next::Alone => return None,
-                    Next::Merge(pending) => {
-                        let huge = lanes
-                            .get(l)
-                            .and_then(|lane| self.memory.huge(&lane.batch, i));
-                        // There is room: it is looked for below.
-                        let _ = lanes.merges.push_within_capacity(pending);
-                        if huge.is_some() {
-                            return huge;
-                        }
-                        if lanes.merges.len() == lanes.merges.capacity() {
-                            return None;
-                        }
-                    }
-                }
-            }
-        }
-        None
-    }
-
-    /// Decides about one page of a batch.
+    /// Decides about one page of a batch. A merge is added to the chunk; what `others` are, others are at.
     fn decide<P: Pins<M::Mm>>(
         &mut self,
         walk: &Walk<'_, M::Mm>,
         pins: &P,
         lanes: &mut Lanes<M>,
         (l, i): (usize, usize),
-        busy: &mut Busy,
-    ) -> Next<M> {
+        others: bool,
+        chunk: &mut Chunk<M>,
+    ) -> Next {
         let policy = walk.policy;
-        let first = lanes.merges.is_empty();
         let Some((lane, mut work)) = lanes.get_work(l, i) else {
             return Next::Done;
         };
@@ -760,95 +747,75 @@ impl<M: Memory> Engine<M> {
         if !self.memory.regain(walk.mm, &mut lane.batch, i) {
             return Next::Done;
         }
+        let now = work.fingerprint;
         // It may have been merged when one before it was.
-        let Some(
-            state @ PageState::Tracked {
-                fingerprint,
-                age,
-                skips,
-                ..
-            },
-        ) = self.states.get(page)
-        else {
+        if !matches!(self.states.get(page), Some(PageState::Tracked { fingerprint, .. }) if fingerprint == now)
+        {
+            return Next::Done;
+        }
+        let huge = self.memory.huge(&lane.batch, i).is_some();
+        if huge && (others || !chunk.is_empty()) {
+            return Next::Alone;
+        }
+        let (ready, busy) = match huge {
+            true => (Next::Split, false),
+            false => (Next::Merge, lanes.busy.may_have(now)),
+        };
+        let Some(lane) = lanes.get(l) else {
             return Next::Done;
         };
-        if !work.compared {
-            work.compared = true;
-            let known = fingerprint != Fingerprint::NONE;
-            if work.fingerprint != fingerprint {
-                self.unindex(page, state);
-                let state = PageState::Tracked {
-                    fingerprint: work.fingerprint,
-                    age,
-                    skips,
-                    indexed: false,
-                };
-                self.states.set(page, state);
-                if known || !work.still {
-                    return Next::Done;
-                }
-            }
-        } else if work.fingerprint != fingerprint {
-            return Next::Done;
-        }
-        let now = work.fingerprint;
-        if busy.may_have(now) {
-            lane.set_work(i, work);
+        let zero = !work.zero_tried && self.is_zero(walk, &work);
+        // One thread may merge several pages of the same contents, one after the other.
+        if busy && !zero && !chunk.iter().any(|pending| pending.fingerprint == now) {
             return Next::Later;
         }
-        let zero = policy.use_zero_pages
-            && !work.zero_tried
-            && now == Fingerprint::new(self.memory.zero_hash(), work.domain);
-        if !zero && !self.index.has(now) {
-            // Most pages are like no other.
-            self.become_candidate(page, &work);
-            return Next::Done;
-        }
-        lane.set_work(i, work);
-        let large = self.memory.huge(&lane.batch, i).is_some();
         let at = Place {
             mm: walk.mm,
             addr: work.addr,
             owner: page,
         };
         let nid = (!policy.merge_across_nodes).then_some(work.domain);
+        let pending = |with, merge| Pending {
+            lane: l,
+            i,
+            fingerprint: now,
+            with,
+            merge,
+        };
 
         if zero {
-            if large && !first {
-                return Next::Alone;
-            }
             work.zero_tried = true;
             lane.set_work(i, work);
             match self.memory.prepare(at, &lane.batch, i, Partner::Zero) {
                 Ok(merge) => {
-                    return Next::Merge(Pending {
-                        lane: l,
-                        i,
-                        with: With::Zero,
-                        merge,
-                    })
+                    // There is room: who asks for more has seen to it.
+                    let _ = chunk.push_within_capacity(pending(With::Zero, merge));
+                    lanes.busy.add(now);
+                    return ready;
                 }
                 Err(refusal) => self.refuse(refusal),
             }
         }
 
         while !work.node_tried {
-            let Some(node) = self.node_with_room(now, policy.max_page_sharing) else {
+            let to_come = |node| {
+                let merges = chunk.iter().filter(|_| busy);
+                let same = |with: &With| matches!(with, With::Node(other) if *other == node);
+                merges.filter(|pending| same(&pending.with)).count() as u32
+            };
+            let Some(node) = self.node_with_room(now, policy.max_page_sharing, to_come) else {
                 break;
             };
-            if large && !first {
-                return Next::Alone;
-            }
             let partner = Partner::Node { node, nid };
             match self.memory.prepare(at, &lane.batch, i, partner) {
                 Ok(merge) => {
-                    busy.add(now);
-                    return Next::Merge(Pending {
-                        lane: l,
-                        i,
-                        with: With::Node(node),
-                        merge,
-                    });
+                    let _ = chunk.push_within_capacity(pending(With::Node(node), merge));
+                    lanes.busy.add(now);
+                    return ready;
+                }
+                Err(Refusal::Stale) if busy => {
+                    self.refuse(Refusal::Stale);
+                    return Next::Later;
                 }
                 Err(refusal) => {
                     if self.node_refused(page, node, refusal, &mut work) {
@@ -858,7 +825,10 @@ impl<M: Memory> Engine<M> {
             }
         }
         lane.set_work(i, work);
-        self.decide_candidate(walk, pins, lanes, (l, i), busy)
+        if busy {
+            return Next::Later;
+        }
+        self.decide_candidate(walk, pins, lanes, (l, i), chunk)
     }
 
     /// Has a page that no merged page is like be merged with a candidate, or be one.
@@ -868,15 +838,14 @@ impl<M: Memory> Engine<M> {
         pins: &P,
         lanes: &mut Lanes<M>,
         (l, i): (usize, usize),
-        busy: &mut Busy,
-    ) -> Next<M> {
+        chunk: &mut Chunk<M>,
+    ) -> Next {
         let Some((_, mut work)) = lanes.get_work(l, i) else {
             return Next::Done;
         };
         let Some(page) = work.page else {
             return Next::Done;
         };
-        let first = lanes.merges.is_empty();
         let now = work.fingerprint;
         let nid = (!walk.policy.merge_across_nodes).then_some(work.domain);
         while work.tries < CANDIDATE_TRIES {
@@ -886,28 +855,13 @@ impl<M: Memory> Engine<M> {
             let Some((slot, addr)) = self.states.owner(other) else {
                 break;
             };
-            let large = lanes
-                .get(l)
-                .is_some_and(|lane| self.memory.huge(&lane.batch, i).is_some());
-            if large && !first {
-                return Next::Alone;
-            }
             work.tries += 1;
             let Some(mm) = pins.pin(slot) else {
                 work.nth += 1;
                 continue;
             };
             if slot == walk.slot {
-                // A reference to it would keep it from being merged.
-                if let Some((lane, j)) = lanes.find(addr) {
-                    if lane
-                        .works
-                        .get(j)
-                        .is_some_and(|work| work.step != Step::Done)
-                    {
-                        self.done(lane, j);
-                    }
-                }
+                self.let_go(lanes, addr);
             }
             let partner = Partner::Page {
                 other: Place {
@@ -928,13 +882,18 @@ impl<M: Memory> Engine<M> {
             match self.memory.prepare(at, &lane.batch, i, partner) {
                 Ok(merge) => {
                     lane.set_work(i, work);
-                    busy.add(now);
-                    return Next::Merge(Pending {
+                    let huge = self.memory.huge(&lane.batch, i).is_some();
+                    lanes.busy.add(now);
+                    let pending = Pending {
                         lane: l,
                         i,
+                        fingerprint: now,
                         with: With::Candidate(other),
                         merge,
-                    });
+                    };
+                    // There is room: who asks for more has seen to it.
+                    let _ = chunk.push_within_capacity(pending);
+                    return if huge { Next::Split } else { Next::Merge };
                 }
                 Err(refusal) => self.candidate_refused(other, refusal, &mut work),
             }
@@ -950,6 +909,17 @@ impl<M: Memory> Engine<M> {
             self.become_candidate(page, &work);
         }
         Next::Done
+    }
+
+    /// Gives up the reference of a batch to the page at `addr`, which would keep it from being merged.
+    fn let_go(&mut self, lanes: &mut Lanes<M>, addr: usize) {
+        let Some((lane, i)) = lanes.find(addr) else {
+            return;
+        };
+        if let Some(work) = lane.works.get_mut(i).filter(|w| w.step != Step::Done) {
+            self.done(&lane.batch, i, work);
+        }
+        self.memory.release(&mut lane.batch, i);
     }
 
     /// Has others find a page, if there is memory for that.
@@ -980,10 +950,12 @@ impl<M: Memory> Engine<M> {
         let Pending {
             lane: l,
             i,
+            fingerprint,
             with,
             merge,
         } = pending;
         let outcome = self.memory.finish(merge);
+        lanes.busy.remove(fingerprint);
         let Some((lane, mut work)) = lanes.get_work(l, i) else {
             return;
         };
@@ -1017,10 +989,10 @@ impl<M: Memory> Engine<M> {
             }
             (_, Ok(_)) => true,
         };
-        lane.set_work(i, work);
         if done {
-            self.done(lane, i);
+            self.done(&lane.batch, i, &mut work);
         }
+        lane.set_work(i, work);
     }
 
     /// Two pages have become one merged page.
@@ -1150,13 +1122,18 @@ impl<M: Memory> Engine<M> {
         })
     }
 
-    /// A node of this content that can take one more mapping.
-    fn node_with_room(&self, fingerprint: Fingerprint, max_page_sharing: u32) -> Option<NodeId> {
+    /// A node of this content that can take one more mapping, with those `to_come`.
+    fn node_with_room(
+        &self,
+        fingerprint: Fingerprint,
+        max_page_sharing: u32,
+        to_come: impl Fn(NodeId) -> u32,
+    ) -> Option<NodeId> {
         let head = self.head(fingerprint)?;
         let mut node = head;
         for _ in 0..RING_LOOK {
             let mappings = self.memory.mappings(node);
-            if mappings > 0 && mappings < max_page_sharing {
+            if mappings > 0 && mappings + to_come(node) < max_page_sharing {
                 return Some(node);
             }
             node = self.memory.meta(node)?.next;
@@ -1434,6 +1411,147 @@ impl<M: Memory> Engine<M> {
             self.unlink_node(node, meta);
         }
         removed
+    }
+}
+
+/// Leads the reading of pages.
+struct Beginner<'a, 'w, M: Memory, I> {
+    engine: &'a mut Engine<M>,
+    walk: &'a Walk<'w, M::Mm>,
+    slices: I,
+}
+
+impl<'b, M: Memory, I: Iterator<Item = Slice<'b, M>>> Leader<Slice<'b, M>>
+    for Beginner<'_, '_, M, I>
+{
+    fn next(&mut self) -> Option<Slice<'b, M>> {
+        self.slices.next()
+    }
+
+    fn finish(&mut self, slice: Slice<'b, M>) {
+        let (engine, walk, batch) = (&mut *self.engine, self.walk, slice.batch);
+        for (at, work) in slice.works.iter_mut().enumerate() {
+            let i = slice.first + at;
+            let known = work.step == Step::Decide || engine.look_up(walk, batch, i, work);
+            if known && engine.compare(walk, work) {
+                work.step = Step::Decide;
+            } else {
+                engine.done(batch, i, work);
+            }
+        }
+    }
+}
+
+/// Leads the merging of pages, in rounds: in each of them all lanes are gone through, until there is nothing left to merge.
+struct Merger<'a, 'w, M: Memory, P> {
+    engine: &'a mut Engine<M>,
+    walk: &'a Walk<'w, M::Mm>,
+    pins: &'a P,
+    lanes: &'a mut Lanes<M>,
+    n: usize,
+    /// The lane that the next chunk is of. They take turns, so that who merges at the same time does so in different page
+    /// tables.
+    turn: usize,
+    /// Chunks that are being merged.
+    under_way: usize,
+    /// There was something to merge in this round.
+    merged: bool,
+}
+
+impl<M: Memory, P: Pins<M::Mm>> Merger<'_, '_, M, P> {
+    /// Makes ready merges of a lane's pages. Returns whether to wait for those that are under way before there can be more.
+    fn fill(&mut self, l: usize, chunk: &mut Chunk<M>) -> bool {
+        while let Some(lane) = self.lanes.get(l) {
+            let i = lane.next;
+            match lane.works.get(i) {
+                None => break,
+                Some(work) if work.step == Step::Done => {
+                    lane.next += 1;
+                    continue;
+                }
+                Some(_) if chunk.len() == chunk.capacity() => break,
+                Some(_) => {}
+            }
+            let (engine, lanes) = (&mut *self.engine, &mut *self.lanes);
+            let others = self.under_way > 0;
+            match engine.decide(self.walk, self.pins, lanes, (l, i), others, chunk) {
+                Next::Done => {
+                    if let Some((lane, mut work)) = lanes.get_work(l, i) {
+                        engine.done(&lane.batch, i, &mut work);
+                        lane.set_work(i, work);
+                    }
+                }
+                Next::Merge => self.merged = true,
+                Next::Split => {
+                    self.merged = true;
+                    self.split(chunk);
+                }
+                Next::Later => {}
+                Next::Alone => return true,
+            }
+            if let Some(lane) = self.lanes.get(l) {
+                lane.next += 1;
+            }
+        }
+        false
+    }
+
+    /// Merges a page of a huge page, which is split for that.
+    fn split(&mut self, chunk: &mut Chunk<M>) {
+        let Some(mut pending) = chunk.pop() else {
+            return;
+        };
+        let (engine, lanes) = (&mut *self.engine, &mut *self.lanes);
+        let (own, i) = (pending.lane, pending.i);
+        let huge = lanes
+            .get(own)
+            .and_then(|lane| engine.memory.huge(&lane.batch, i));
+        pending.merge.run(|| {
+            let Some(huge) = huge else { return };
+            for (l, lane) in lanes.first(self.n).iter_mut().enumerate() {
+                let keep = (l == own).then_some(i);
+                engine.memory.make_way(&mut lane.batch, huge, keep);
+            }
+        });
+        engine.finish(self.walk, lanes, pending);
+    }
+}
+
+impl<M: Memory, P: Pins<M::Mm>> Leader<Chunk<M>> for Merger<'_, '_, M, P> {
+    fn next(&mut self) -> Option<Chunk<M>> {
+        loop {
+            for _ in 0..self.n {
+                let mut chunk = self.lanes.spare.pop()?;
+                let wait = self.fill(self.turn, &mut chunk);
+                if !wait {
+                    self.turn = (self.turn + 1) % self.n;
+                }
+                if !chunk.is_empty() {
+                    self.under_way += 1;
+                    return Some(chunk);
+                }
+                // There is room: it was taken from there.
+                let _ = self.lanes.spare.push_within_capacity(chunk);
+                if wait {
+                    return None;
+                }
+            }
+            if self.under_way > 0 || !self.merged {
+                return None;
+            }
+            self.merged = false;
+            self.turn = 0;
+            self.lanes.rewind();
+        }
+    }
+
+    fn finish(&mut self, mut chunk: Chunk<M>) {
+        for pending in chunk.drain_all() {
+            self.engine.finish(self.walk, self.lanes, pending);
+        }
+        self.under_way -= 1;
+        // There is room: it was taken from there.
+        let _ = self.lanes.spare.push_within_capacity(chunk);
     }
 }
 

@@ -79,7 +79,11 @@ use kernel::{
     },
     mm::virt::VmaRef,
     page::PAGE_SIZE,
-    prelude::*, //
+    prelude::*,
+    sync::{
+        Arc,
+        UniqueArc, //
+    },
 };
 
 const FOLIO_MAPPING_ANON: usize = raw::FOLIO_MAPPING_ANON as usize;
@@ -257,7 +261,7 @@ impl Drop for RmapItem {
 pub(crate) struct StableNodes {
     nodes: Arena<StableNode>,
     items: Arena<RmapItem>,
-    key: KBox<ContentKey>,
+    key: Arc<ContentKey>,
     zero_hash: u64,
     trace: Trace,
 }
@@ -275,7 +279,7 @@ impl StableNodes {
     ///
     /// `ENOMEM`.
     pub(crate) fn new(trace: Trace) -> Result<Self> {
-        let mut key = KBox::new(ContentKey::new([0; ContentKey::WORDS]), GFP_KERNEL)?;
+        let mut key = UniqueArc::new(ContentKey::new([0; ContentKey::WORDS]), GFP_KERNEL)?;
         let words = key.words_mut();
         // SAFETY: The words are ours, and any bytes make words.
         unsafe { raw::get_random_bytes(words.as_mut_ptr().cast(), size_of_val(words)) };
@@ -286,7 +290,7 @@ impl StableNodes {
         Ok(Self {
             nodes: Arena::new(),
             items: Arena::new(),
-            key,
+            key: key.into(),
             zero_hash,
             trace,
         })
@@ -551,9 +555,10 @@ impl OwnItem {
 ///
 /// # Invariants
 ///
-/// The batch of which `page` is keeps its reference until the merge is finished, and the engine's lock is held for as long:
-/// so nodes and items stay.
+/// The batch of which `page` is keeps its reference until the merge is finished, and the engine's lock is held for as long.
+/// Until then neither the items are freed, nor the node.
 pub(crate) struct Merge {
+    trace: Trace,
     mm: PinnedMm,
     addr: usize,
     page: NonNull<raw::page>,
@@ -572,6 +577,49 @@ enum With {
         item: OwnItem,
     },
     Page(Couple),
+}
+
+impl crate::engine::memory::Merge for Merge {
+    fn run(&mut self, before_split: impl FnOnce()) {
+        let (trace, mm, addr, page) = (self.trace, &self.mm, self.addr, self.page);
+        self.outcome = match &mut self.with {
+            With::Zero => {
+                let result = in_vma(mm, addr, |live, vma| {
+                    merge::share(live, vma, addr, page, &Target::Zero, before_split).map(|_| ())
+                });
+                // SAFETY: The zero page is always there.
+                let pfn = unsafe { raw::rksm_zero_pfn() };
+                trace.merge_one_page(pfn, 0, mm.as_mm(), outcome(&result));
+                result
+            }
+            With::Node { node, kfolio, item } => {
+                let result = in_vma(mm, addr, |live, vma| {
+                    share_with((live, vma), addr, page, (*node, kfolio), item, before_split)
+                });
+                let kpage = kfolio.page().as_ptr();
+                trace_merge(trace, mm, page, kpage, item, &result);
+                result
+            }
+            With::Page(couple) => {
+                let first = couple
+                    .look(page)
+                    // A huge page is split by this, and the first page's frame stays.
+                    .and_then(|()| couple.share_first(mm, addr, page, before_split));
+                let kpage = core::ptr::null_mut();
+                trace_merge(trace, mm, page, kpage, &couple.first, &first);
+                first.and_then(|()| {
+                    // SAFETY: The batch's reference keeps the page; it is a small folio now.
+                    let kfolio = unsafe {
+                        let folio = raw::rksm_page_folio(page.as_ptr());
+                        raw::rksm_folio_get(folio);
+                        FolioRef::from_raw(NonNull::new_unchecked(folio))
+                    };
+                    delay::sleep();
+                    couple.share_second(&kfolio, trace)
+                })
+            }
+        };
+    }
 }
 
 /// Two pages that are to become the merged page of a node that no folio names yet.
@@ -755,6 +803,7 @@ fn page_nid(page: NonNull<raw::page>) -> u32 {
 impl Memory for StableNodes {
     type Mm = PinnedMm;
     type Batch = Batch;
+    type Key = Arc<ContentKey>;
     type Merge = Merge;
 
     fn collect<L: Look>(
@@ -802,10 +851,14 @@ impl Memory for StableNodes {
         batch.touched(i)
     }
 
-    fn hash(&self, batch: &Batch, i: usize) -> u64 {
+    fn key(&self) -> Arc<ContentKey> {
+        self.key.clone()
+    }
+
+    fn hash_by(key: &Arc<ContentKey>, batch: &Batch, i: usize) -> u64 {
         batch.page(i).map_or(0, |page| {
             // SAFETY: The batch holds a reference to the page.
-            unsafe { hash(&self.key, page) }
+            unsafe { hash(key, page) }
         })
     }
 
@@ -890,54 +943,13 @@ impl Memory for StableNodes {
         };
         // INVARIANT: The caller does so.
         Ok(Merge {
+            trace: self.trace,
             mm: crate::engine::registry::PinnedMm::clone_pin(at.mm),
             addr: at.addr,
             page,
             with,
             outcome: Err(Refusal::Gone),
         })
-    }
-
-    fn merge(&self, merge: &mut Merge, before_split: impl FnOnce()) {
-        let (mm, addr, page) = (&merge.mm, merge.addr, merge.page);
-        merge.outcome = match &mut merge.with {
-            With::Zero => {
-                let result = in_vma(mm, addr, |live, vma| {
-                    merge::share(live, vma, addr, page, &Target::Zero, before_split).map(|_| ())
-                });
-                // SAFETY: The zero page is always there.
-                let pfn = unsafe { raw::rksm_zero_pfn() };
-                self.trace
-                    .merge_one_page(pfn, 0, mm.as_mm(), outcome(&result));
-                result
-            }
-            With::Node { node, kfolio, item } => {
-                let result = in_vma(mm, addr, |live, vma| {
-                    share_with((live, vma), addr, page, (*node, kfolio), item, before_split)
-                });
-                let kpage = kfolio.page().as_ptr();
-                trace_merge(self.trace, mm, page, kpage, item, &result);
-                result
-            }
-            With::Page(couple) => {
-                let first = couple
-                    .look(page)
-                    // A huge page is split by this, and the first page's frame stays.
-                    .and_then(|()| couple.share_first(mm, addr, page, before_split));
-                let kpage = core::ptr::null_mut();
-                trace_merge(self.trace, mm, page, kpage, &couple.first, &first);
-                first.and_then(|()| {
-                    // SAFETY: The batch's reference keeps the page; it is a small folio now.
-                    let kfolio = unsafe {
-                        let folio = raw::rksm_page_folio(page.as_ptr());
-                        raw::rksm_folio_get(folio);
-                        FolioRef::from_raw(NonNull::new_unchecked(folio))
-                    };
-                    delay::sleep();
-                    couple.share_second(&kfolio, self.trace)
-                })
-            }
-        };
     }
 
     fn finish(&mut self, merge: Merge) -> Result<Merged, Refusal> {

@@ -1,138 +1,275 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Threads that work together: one has something done for each of several items, and the others help.
+//! Threads that work together: one leads, and the others help.
 
 use super::{
     kthread::{
         Current,
         Kthread, //
     },
+    raw,
     symbols::Symbols,
     wait::{
         new_wait_queue,
         WaitQueue, //
     },
 };
-use crate::engine::lane::Crew;
+use crate::engine::lane::{
+    Crew,
+    Leader, //
+};
 use core::ptr::NonNull;
 use kernel::{
+    io::poll::read_poll_timeout,
     new_spinlock,
     prelude::*,
     str::CString,
     sync::{
         atomic::{
             Atomic,
+            Full,
             Relaxed, //
         },
         Arc,
         SpinLock, //
     },
+    time::Delta,
 };
+use pin_init::stack_pin_init;
 
 /// Niceness of the threads: that of `ksmd`.
 pub(crate) const NICE: i8 = 5;
 
-/// Something to be done for each item of a slice.
-///
-/// # Invariants
-///
-/// `items` points to `len` items of the type, and `work` to a closure of the type, that `run` is for. Each item is for who
-/// draws its number from `next`.
-struct Job {
-    next: Atomic<usize>,
-    len: usize,
-    items: *mut c_void,
-    work: *const c_void,
-    run: unsafe fn(*mut c_void, *const c_void, usize),
+/// Jobs that the leader has handed out, at most.
+const HANDED_OUT: usize = 32;
+
+/// Jobs that wait for each helper, at most, before the leader does one: a helper that finds none falls asleep.
+const AHEAD: usize = 4;
+
+/// Jobs of a leader: those that wait for somebody to do them, and those that are done.
+struct Jobs<T> {
+    waiting: Few<T>,
+    done: Few<T>,
 }
 
-impl Job {
-    fn has_items(&self) -> bool {
-        self.next.load(Relaxed) < self.len
+/// Up to [`HANDED_OUT`] of something, in order.
+struct Few<T> {
+    items: [Option<T>; HANDED_OUT],
+    first: usize,
+    len: usize,
+}
+
+impl<T> Few<T> {
+    fn new() -> Self {
+        Self {
+            items: [const { None }; HANDED_OUT],
+            first: 0,
+            len: 0,
+        }
     }
 
-    /// Does what is left.
+    fn push(&mut self, item: T) {
+        let behind = (self.first + self.len) % HANDED_OUT;
+        if let Some(place) = self.items.get_mut(behind) {
+            *place = Some(item);
+            self.len += 1;
+        }
+    }
+
+    fn pop(&mut self) -> Option<T> {
+        self.len = self.len.checked_sub(1)?;
+        let first = self.items.get_mut(self.first)?.take();
+        self.first = (self.first + 1) % HANDED_OUT;
+        first
+    }
+}
+
+/// How long a thread that has nothing to do looks out for something before it falls asleep, in µs: about what it takes to
+/// wake it.
+const LOOK_OUT: i64 = 100;
+
+/// What helpers can do for a leader.
+#[pin_data]
+struct Work<'a, T, F> {
+    #[pin]
+    jobs: SpinLock<Jobs<T>>,
+    work: F,
+    waiting: &'a Signal,
+    done: &'a Signal,
+}
+
+/// The same, for helpers who need not know of what kind it is.
+trait Help: Sync {
+    /// Does what waits.
+    fn help(&self);
+}
+
+impl<T: Send + Unpin, F: Fn(&mut T) + Sync> Help for Work<'_, T, F> {
     fn help(&self) {
-        loop {
-            let i = self.next.fetch_add(1, Relaxed);
-            if i >= self.len {
-                break;
-            }
-            // SAFETY: By the invariant; nobody else has drawn this number.
-            unsafe { (self.run)(self.items, self.work, i) };
+        while let Some(mut job) = self.take() {
+            (self.work)(&mut job);
+            self.jobs.lock().done.push(job);
+            self.done.add();
         }
     }
 }
 
-/// Calls a closure `F` with an item `T`.
-///
-/// # Safety
-///
-/// `items` points to more than `i` items, of which the `i`th is for the caller alone, and `work` to a closure that any thread
-/// may call.
-unsafe fn run<T: Send, F: Fn(&mut T) + Sync>(items: *mut c_void, work: *const c_void, i: usize) {
-    // SAFETY: By the contract.
-    unsafe { (*work.cast::<F>())(&mut *items.cast::<T>().add(i)) };
+impl<T: Send + Unpin, F> Work<'_, T, F> {
+    /// Has a job wait for somebody to do it.
+    fn post(&self, job: T) {
+        self.jobs.lock().waiting.push(job);
+        self.waiting.add();
+    }
+
+    /// Takes a job to do it.
+    fn take(&self) -> Option<T> {
+        let job = self.jobs.lock().waiting.pop();
+        job.inspect(|_| self.waiting.remove())
+    }
+
+    /// Takes a job that a helper has done.
+    fn taken_back(&self) -> Option<T> {
+        let job = self.jobs.lock().done.pop();
+        job.inspect(|_| self.done.remove())
+    }
+}
+
+/// How many jobs there are, and who waits for some.
+#[pin_data]
+struct Signal {
+    jobs: Atomic<usize>,
+    sleepers: Atomic<usize>,
+    #[pin]
+    queue: WaitQueue,
+}
+
+impl Signal {
+    /// No jobs.
+    fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            jobs: Atomic::new(0),
+            sleepers: Atomic::new(0),
+            queue <- new_wait_queue!(c"rksm_team"),
+        })
+    }
+
+    /// There is one more.
+    fn add(&self) {
+        // Who falls asleep counts itself, and then looks at the jobs: one of both sees the other.
+        self.jobs.fetch_add(1, Full);
+        if self.sleepers.load(Relaxed) > 0 {
+            self.queue.wake_up_all();
+        }
+    }
+
+    /// There is one less.
+    fn remove(&self) {
+        self.jobs.fetch_sub(1, Relaxed);
+    }
+
+    fn any(&self) -> bool {
+        self.jobs.load(Relaxed) > 0
+    }
+
+    /// Waits for one for a short time. May sleep.
+    fn look_out(&self) {
+        let look = || {
+            // SAFETY: May sleep here.
+            unsafe { raw::rksm_cond_resched() };
+            Ok(self.any())
+        };
+        let within = Delta::from_micros(LOOK_OUT);
+        let _ = read_poll_timeout(look, |any| *any, Delta::ZERO, within);
+    }
+
+    /// Calls `wait` with the queue, who sleeps until there is one, or until something else has happened.
+    fn sleep(&self, wait: impl FnOnce(&WaitQueue)) {
+        self.sleepers.fetch_add(1, Full);
+        wait(&self.queue);
+        self.sleepers.fetch_sub(1, Relaxed);
+    }
 }
 
 /// What the helpers are to do.
 struct Post {
-    job: Option<NonNull<Job>>,
+    work: Option<NonNull<dyn Help>>,
     /// Helpers that may use it.
     busy: usize,
 }
 
-// SAFETY: A job is for all threads.
+// SAFETY: Work is for all threads.
 unsafe impl Send for Post {}
 
-/// Where jobs are posted.
+/// Where work is posted.
 ///
 /// # Invariants
 ///
-/// A job that is posted is there, and one that was for as long as helpers are busy.
+/// Work that is posted is there, and what was for as long as helpers are busy.
 #[pin_data]
 struct Board {
     #[pin]
     post: SpinLock<Post>,
-    /// Where helpers wait for a job.
+    /// Jobs that wait for a helper.
     #[pin]
-    posted: WaitQueue,
+    waiting: Signal,
+    /// Jobs that helpers have done.
+    #[pin]
+    done: Signal,
     /// Where the leader waits until no helper is busy.
     #[pin]
-    done: WaitQueue,
+    left: WaitQueue,
 }
 
 impl Board {
     /// The body of a helper.
     fn help(&self, current: &Current) {
         while !current.should_stop() {
-            let job = {
+            let work = {
                 let mut post = self.post.lock();
-                let job = post.job;
-                post.busy += usize::from(job.is_some());
-                job
+                let work = post.work;
+                post.busy += usize::from(work.is_some());
+                work
             };
-            if let Some(job) = job {
+            if let Some(work) = work {
                 // SAFETY: It is there by the invariant, as this helper is busy.
-                unsafe { job.as_ref() }.help();
+                unsafe { work.as_ref() }.help();
                 let busy = {
                     let mut post = self.post.lock();
                     post.busy -= 1;
                     post.busy
                 };
                 if busy == 0 {
-                    self.done.wake_up_all();
+                    self.left.wake_up_all();
                 }
             }
-            // An interrupted wait is none to worry about: the loop looks at everything again.
-            let _ = self.posted.wait_freezable(|| {
-                let post = self.post.lock();
-                // SAFETY: It is there by the invariant.
-                let job = post.job.map(|job| unsafe { job.as_ref() });
-                let has_items = job.is_some_and(Job::has_items);
-                has_items || current.should_stop()
-            });
+            self.waiting.look_out();
+            if !self.waiting.any() {
+                // An interrupted wait is none to worry about: the loop looks at everything again.
+                let awake = || self.waiting.any() || current.should_stop();
+                self.waiting.sleep(|queue| {
+                    let _ = queue.wait_freezable(awake);
+                });
+            }
         }
+    }
+
+    /// Has helpers work.
+    ///
+    /// # Safety
+    ///
+    /// The work is there until [`Board::take_down`] has returned.
+    unsafe fn put_up(&self, work: &dyn Help) {
+        let work = NonNull::from(work);
+        // SAFETY: The types differ in the lifetime only, which the contract is about.
+        let work =
+            unsafe { core::mem::transmute::<NonNull<dyn Help + '_>, NonNull<dyn Help>>(work) };
+        self.post.lock().work = Some(work);
+    }
+
+    /// Takes down what is posted, and waits until no helper uses it. Sleeps.
+    fn take_down(&self) {
+        self.post.lock().work = None;
+        self.left.wait_idle(|| self.post.lock().busy == 0);
     }
 }
 
@@ -153,9 +290,10 @@ impl Team {
     pub(crate) fn new() -> Result<Self> {
         let board = Arc::pin_init(
             pin_init!(Board {
-                post <- new_spinlock!(Post { job: None, busy: 0 }, "rksm_team"),
-                posted <- new_wait_queue!(c"rksm_team_posted"),
-                done <- new_wait_queue!(c"rksm_team_done"),
+                post <- new_spinlock!(Post { work: None, busy: 0 }, "rksm_team"),
+                waiting <- Signal::new(),
+                done <- Signal::new(),
+                left <- new_wait_queue!(c"rksm_team_left"),
             }),
             GFP_KERNEL,
         )?;
@@ -189,32 +327,60 @@ impl Team {
 }
 
 impl Crew for Team {
-    fn each<T: Send>(&self, items: &mut [T], work: impl Fn(&mut T) + Sync) {
-        if self.helpers.is_empty() || items.len() < 2 {
-            items.iter_mut().for_each(work);
+    fn follow<T: Send + Unpin>(&self, leader: &mut impl Leader<T>, work: impl Fn(&mut T) + Sync) {
+        if self.helpers.is_empty() {
+            while let Some(mut job) = leader.next() {
+                work(&mut job);
+                leader.finish(job);
+            }
             return;
         }
-        /// Names the closure's type.
-        fn runs<T: Send, F: Fn(&mut T) + Sync>(
-            _work: &F,
-        ) -> unsafe fn(*mut c_void, *const c_void, usize) {
-            run::<T, F>
+        let board = &*self.board;
+        stack_pin_init!(let jobs = pin_init!(Work {
+            jobs <- new_spinlock!(Jobs { waiting: Few::new(), done: Few::new() }, "rksm_jobs"),
+            work,
+            waiting: &board.waiting,
+            done: &board.done,
+        }));
+        let jobs = jobs.into_ref().get_ref();
+        // SAFETY: It is taken down below.
+        unsafe { board.put_up(jobs) };
+        // Jobs that wait, that a helper is at, or that one has done.
+        let mut handed_out = 0;
+        let most = (self.helpers.len() * AHEAD).min(HANDED_OUT);
+        // The first one is nothing to call helpers for, if there is no other.
+        let mut first = leader.next();
+        loop {
+            if let Some(job) = jobs.taken_back() {
+                handed_out -= 1;
+                leader.finish(job);
+                continue;
+            }
+            if board.waiting.jobs.load(Relaxed) < most && handed_out < HANDED_OUT {
+                if let Some(job) = leader.next() {
+                    handed_out += 1;
+                    jobs.post(job);
+                    continue;
+                }
+            }
+            let own = first.take().or_else(|| {
+                let job = jobs.take();
+                job.inspect(|_| handed_out -= 1)
+            });
+            if let Some(mut job) = own {
+                (jobs.work)(&mut job);
+                leader.finish(job);
+            } else if handed_out == 0 {
+                break;
+            } else {
+                board.done.look_out();
+                if !board.done.any() {
+                    board
+                        .done
+                        .sleep(|queue| queue.wait_idle(|| board.done.any()));
+                }
+            }
         }
-        // INVARIANT: The items are borrowed until this returns, and so is the closure.
-        let job = Job {
-            next: Atomic::new(0),
-            len: items.len(),
-            items: items.as_mut_ptr().cast(),
-            work: (&raw const work).cast(),
-            run: runs::<T, _>(&work),
-        };
-        // INVARIANT: The job is there until no helper is busy with it any more, see below.
-        self.board.post.lock().job = Some(NonNull::from(&job));
-        self.board.posted.wake_up_interruptible();
-        job.help();
-        self.board.post.lock().job = None;
-        self.board
-            .done
-            .wait_idle(|| self.board.post.lock().busy == 0);
+        board.take_down();
     }
 }

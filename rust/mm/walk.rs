@@ -74,6 +74,8 @@ pub(crate) struct Batch {
 
 // SAFETY: References to folios may be given up on any CPU.
 unsafe impl Send for Batch {}
+// SAFETY: With a shared reference pages are only looked at.
+unsafe impl Sync for Batch {}
 
 impl Batch {
     /// An empty batch with room for so many pages.

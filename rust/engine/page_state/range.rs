@@ -186,20 +186,33 @@ impl Range {
         Ok(())
     }
 
-    /// Starts to track the pages at `offsets`, as [`Range::insert`] does, with one allocation where that is possible.
+    /// Starts to track the pages at `offsets`, as [`Range::insert`] does, at once where they come behind all others.
     ///
     /// # Errors
     ///
-    /// `AllocError` if there is no memory for all of them.
+    /// `AllocError` if there is no memory for all of them: for some there may have been.
     pub(super) fn insert_all(
         &mut self,
         offsets: core::ops::Range<usize>,
         value: u64,
         flags: Flags,
     ) -> Result<(), AllocError> {
-        if offsets.len() > 1 {
-            // There may be memory for some at least.
-            let _ = self.values.reserve(offsets.len(), flags);
+        let last = self.next(offsets.start).is_none();
+        let more = offsets.len() > 1 && offsets.end <= RANGE_PAGES;
+        if more && last && self.values.extend_with(offsets.len(), value, flags).is_ok() {
+            // INVARIANT: 1. The values stand behind those of the lower bits.
+            for (w, word) in self.present.iter_mut().enumerate() {
+                let below = |end: usize| match end.saturating_sub(w * 64) {
+                    bits @ 0..64 => (1 << bits) - 1,
+                    _ => u64::MAX,
+                };
+                let new = below(offsets.end) & !below(offsets.start);
+                *word |= new;
+                // INVARIANT: 2. The ranks of all higher words rise.
+                let ones = RANK_ONES & u64::MAX << (w * RANK_BITS);
+                self.ranks += ones * u64::from(new.count_ones());
+            }
+            return Ok(());
         }
         for offset in offsets {
             self.insert(offset, value, flags)?;

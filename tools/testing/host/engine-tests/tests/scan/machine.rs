@@ -26,7 +26,8 @@ use engine_tests::engine::{
     },
     lane::{
         Crew,
-        Lanes, //
+        Lanes,
+        Leader, //
     },
     memory::Refusal,
     mmlist::{
@@ -107,19 +108,40 @@ pub(crate) enum Op {
 }
 
 /// A crew of one thread, which does what several could do at once in an order of its own.
-struct Disorder(Cell<u64>);
+struct Disorder {
+    threads: usize,
+    random: Cell<u64>,
+}
+
+impl Disorder {
+    /// A number below `n`.
+    fn below(&self, n: usize) -> usize {
+        // Knuth's MMIX generator; its high bits are the random ones.
+        let next = self.random.get().wrapping_mul(6364136223846793005);
+        self.random.set(next.wrapping_add(1442695040888963407));
+        (self.random.get() >> 33) as usize % n
+    }
+}
 
 impl Crew for Disorder {
-    fn each<T: Send>(&self, items: &mut [T], work: impl Fn(&mut T) + Sync) {
-        let mut order: Vec<usize> = (0..items.len()).collect();
-        for i in (1..order.len()).rev() {
-            // Knuth's MMIX generator; its high bits are the random ones.
-            let next = self.0.get().wrapping_mul(6364136223846793005);
-            self.0.set(next.wrapping_add(1442695040888963407));
-            order.swap(i, (self.0.get() >> 33) as usize % (i + 1));
-        }
-        for i in order {
-            work(&mut items[i]);
+    fn follow<T: Send + Unpin>(&self, leader: &mut impl Leader<T>, work: impl Fn(&mut T) + Sync) {
+        let (mut waiting, mut done) = (Vec::new(), Vec::new());
+        loop {
+            // Nothing is left only when there is nothing next either.
+            let next = (waiting.len() < self.threads && self.below(3) > 0)
+                || (waiting.is_empty() && done.is_empty());
+            match next.then(|| leader.next()).flatten() {
+                Some(job) => waiting.push(job),
+                None if !done.is_empty() && (waiting.is_empty() || self.below(2) == 0) => {
+                    leader.finish(done.swap_remove(self.below(done.len())));
+                }
+                None if !waiting.is_empty() => {
+                    let mut job = waiting.swap_remove(self.below(waiting.len()));
+                    work(&mut job);
+                    done.push(job);
+                }
+                None => break,
+            }
         }
     }
 }
@@ -154,7 +176,10 @@ impl Machine {
             world,
             list,
             lanes: Lanes::new(1, |_| Ok(Batch::default())).unwrap(),
-            crew: Disorder(Cell::new(0)),
+            crew: Disorder {
+                threads: 1,
+                random: Cell::new(0),
+            },
             threads: 1,
             policy,
             fail: Fail::Never,
@@ -215,7 +240,8 @@ impl Machine {
             }
             Op::ScanThreads(threads, seed) => {
                 self.lanes = Lanes::new(*threads, |_| Ok(Batch::default())).unwrap();
-                self.crew.0.set(*seed);
+                self.crew.random.set(*seed);
+                self.crew.threads = *threads;
                 self.threads = *threads;
             }
             Op::Chance(chance) => self.world.borrow_mut().chance = *chance,

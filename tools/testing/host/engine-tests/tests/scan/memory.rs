@@ -19,6 +19,7 @@ use engine_tests::engine::{
         PageRef, //
     },
     memory::{
+        self,
         Collected,
         HugeId,
         Interest,
@@ -54,9 +55,12 @@ pub(crate) struct SimMemory(pub(crate) Rc<RefCell<World>>);
 
 // SAFETY: The crew of these tests is one thread.
 unsafe impl Sync for SimMemory {}
+// SAFETY: As above.
+unsafe impl Send for SimMemory {}
 
 /// A merge: of the page at an address of an mm, and what came of it.
 pub(crate) struct Merge {
+    memory: SimMemory,
     key: usize,
     addr: usize,
     owner: PageRef,
@@ -117,6 +121,7 @@ impl SimMemory {
 impl Memory for SimMemory {
     type Mm = Mm;
     type Batch = Batch;
+    type Key = SimMemory;
     type Merge = Merge;
 
     fn collect<L: Look>(
@@ -170,9 +175,13 @@ impl Memory for SimMemory {
         batch.touched[i]
     }
 
-    fn hash(&self, batch: &Batch, i: usize) -> u64 {
-        let world = self.0.borrow();
-        world.hash(world.page(self.frame(batch, i)).content)
+    fn key(&self) -> SimMemory {
+        self.clone()
+    }
+
+    fn hash_by(key: &SimMemory, batch: &Batch, i: usize) -> u64 {
+        let world = key.0.borrow();
+        world.hash(world.page(key.frame(batch, i)).content)
     }
 
     fn nid(&self, batch: &Batch, i: usize) -> u32 {
@@ -184,9 +193,8 @@ impl Memory for SimMemory {
         self.0.borrow().huge(frame)
     }
 
-    fn done(&self, batch: &mut Batch, i: usize) {
+    fn done(&self, batch: &Batch, i: usize) {
         self.0.borrow_mut().visited(batch, i);
-        self.release(batch, i);
     }
 
     fn release(&self, batch: &mut Batch, i: usize) {
@@ -252,6 +260,7 @@ impl Memory for SimMemory {
             },
         };
         Ok(Merge {
+            memory: self.clone(),
             key: at.mm.key(),
             addr: at.addr,
             owner: at.owner,
@@ -260,19 +269,6 @@ impl Memory for SimMemory {
             outcome: Err(Refusal::Gone),
             undo: None,
         })
-    }
-
-    fn merge(&self, merge: &mut Merge, before_split: impl FnOnce()) {
-        drop(self.sleep());
-        merge.outcome = match merge.with {
-            With::Zero => self
-                .share(merge, &Target::Zero, before_split)
-                .map(|()| Merged::Zero),
-            With::Node(node, nid) => self
-                .merge_with_node(merge, node, nid, before_split)
-                .map(Merged::Node),
-            With::Page { .. } => self.merge_pair(merge, before_split).map(Merged::Pair),
-        };
     }
 
     fn finish(&mut self, merge: Merge) -> Result<Merged, Refusal> {
@@ -384,6 +380,22 @@ impl Memory for SimMemory {
             world.paused |= *left == 0;
         }
         world.paused
+    }
+}
+
+impl memory::Merge for Merge {
+    fn run(&mut self, before_split: impl FnOnce()) {
+        let memory = self.memory.clone();
+        drop(memory.sleep());
+        self.outcome = match self.with {
+            With::Zero => memory
+                .share(self, &Target::Zero, before_split)
+                .map(|()| Merged::Zero),
+            With::Node(node, nid) => memory
+                .merge_with_node(self, node, nid, before_split)
+                .map(Merged::Node),
+            With::Page { .. } => memory.merge_pair(self, before_split).map(Merged::Pair),
+        };
     }
 }
 
