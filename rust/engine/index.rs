@@ -8,9 +8,11 @@
 //! sixteen entries goes on in overflow lines of half that size, which are kept without gaps too. Buckets of one cache line
 //! would be read faster, but their numbers of entries vary more, and more memory would lie idle in the overflow lines.
 //!
-//! An entry holds 22 bits of its fingerprint, the tag. The bucket number comes from other bits. So what [`Index::find`]
-//! yields has the right fingerprint almost always, but not always: the caller looks at what the entry refers to. The whole
-//! fingerprint is not kept here; where a split needs it, the caller supplies it.
+//! An entry holds 22 bits of its fingerprint, the tag. The bucket number comes from the bits below and, as the index grows,
+//! from those of the tag, which tell a split where an entry goes. So what [`Index::find`] yields has the right fingerprint
+//! almost always, but not always: the caller looks at what the entry refers to. With a million entries it is another one once
+//! in 16,000 searches, with a thousand million once in 16. The whole fingerprint is not kept here; where a small index splits,
+//! the caller supplies it.
 //!
 //! Entries of the same fingerprint all lie in one bucket, however many they are. A search for that fingerprint, a
 //! split of that bucket and the removal of one of them take time in their number. [`Index::promote`] brings the one
@@ -82,10 +84,10 @@ const VALUE_MASK: u64 = (1 << PageRef::BITS) - 1;
 const TAG_SHIFT: u32 = VALUE_SHIFT + PageRef::BITS;
 const BUCKET_SHIFT: u32 = VALUE_SHIFT + 31;
 
-/// The tag is the top of the fingerprint, the bucket number the bottom.
-const TAG_FROM: u32 = Fingerprint::BITS - (u64::BITS - TAG_SHIFT);
+/// The tag's lowest bit in the fingerprint.
+const TAG_FROM: u32 = 12;
 
-static_assert!(TAG_FROM >= 31);
+static_assert!(TAG_FROM + u64::BITS - TAG_SHIFT <= Fingerprint::BITS);
 
 impl Word {
     const EMPTY: Self = Self(0);
@@ -128,6 +130,15 @@ impl Word {
     #[inline]
     const fn tag(self) -> u64 {
         self.0 >> TAG_SHIFT
+    }
+
+    /// Returns a bit of the entry's fingerprint, if it is in the tag.
+    #[inline]
+    const fn bit(self, bit: u32) -> Option<bool> {
+        match bit.checked_sub(TAG_FROM) {
+            Some(bit) if bit < u64::BITS - TAG_SHIFT => Some(self.tag() >> bit & 1 != 0),
+            _ => None,
+        }
     }
 
     /// Returns the entry that the word holds, if it holds one.
@@ -266,15 +277,9 @@ impl Index {
         }
     }
 
-    /// Returns whether an entry may have this fingerprint.
-    #[inline]
-    pub fn has(&self, fingerprint: Fingerprint) -> bool {
-        self.find(fingerprint).next().is_some()
-    }
-
     /// Adds an entry; [`Index::find`] yields it first.
     ///
-    /// `fingerprint_of` is asked for the fingerprints of other entries, those under which they were inserted. An entry for
+    /// `fingerprint_of` may be asked for the fingerprints of other entries, those under which they were inserted. An entry for
     /// which it says `None` refers to nothing any more and may be dropped.
     ///
     /// # Errors
@@ -656,6 +661,9 @@ impl Index {
         // INVARIANT: 1. The next higher bit of the fingerprint tells the two buckets apart. 2. Two buckets with the entries of
         // one never need more lines than that one had.
         self.redistribute(old, |word| {
+            if let Some(upper) = word.bit(level) {
+                return Some(if upper { new } else { old });
+            }
             let entry = word.to_entry()?;
             let fingerprint = fingerprint_of(entry).filter(|&f| Word::entry(f, entry) == word)?;
             match fingerprint.to_bits() as usize & ((2 << level) - 1) {

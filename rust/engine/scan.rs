@@ -270,8 +270,9 @@ impl<M: Memory> Engine<M> {
                 self.take_note(&walk, lane);
             }
             lanes.fit(n, n < opened);
-            self.begin(&walk, crew, lanes.first(n));
-            self.merge_all(&walk, pins, crew, lanes, n);
+            if self.begin(&walk, crew, lanes.first(n)) {
+                self.merge_all(&walk, pins, crew, lanes, n);
+            }
             let mut end = Collected::End;
             for lane in lanes.first(n) {
                 end = lane.found;
@@ -333,15 +334,17 @@ impl<M: Memory> Engine<M> {
         }
     }
 
-    /// Reads the pages that have to be read, and sees which of the batches' pages need more attention.
-    fn begin(&mut self, walk: &Walk<'_, M::Mm>, crew: &impl Crew, lanes: &mut [Lane<M>]) {
+    /// Reads the pages that have to be read, and sees which of the batches' pages need more attention. Returns whether any does.
+    fn begin(&mut self, walk: &Walk<'_, M::Mm>, crew: &impl Crew, lanes: &mut [Lane<M>]) -> bool {
         let key = self.memory.key();
         let mut beginner = Beginner {
             engine: self,
             walk,
             slices: lanes.iter_mut().flat_map(Lane::slices),
+            any_left: false,
         };
         crew.follow(&mut beginner, |slice| slice.hash(&key));
+        beginner.any_left
     }
 
     /// Takes note that nothing more is to be done with a page of a batch.
@@ -701,7 +704,8 @@ impl<M: Memory> Engine<M> {
                 return false;
             }
         }
-        if self.index.has(now) || self.is_zero(walk, work) {
+        let own = Entry::Candidate(page);
+        if self.index.find(now).any(|entry| entry != own) || self.is_zero(walk, work) {
             return true;
         }
         // Most pages are like no other.
@@ -898,14 +902,12 @@ impl<M: Memory> Engine<M> {
                 Err(refusal) => self.candidate_refused(other, refusal, &mut work),
             }
         }
-        if work.nth == CANDIDATE_TRIES && !work.same {
-            // Of pages whose mms are just leaving there may be any number.
-            if let Some((last, state)) = self.candidate(now, page, work.nth - 1) {
-                self.unindex(last, state);
-            }
-        }
         // One page under several addresses, as after a fork: one of them is candidate enough.
         if !work.same {
+            // Of pages whose mms are just leaving there may be any number.
+            if let Some((last, state)) = self.candidate(now, page, CANDIDATE_TRIES - 1) {
+                self.unindex(last, state);
+            }
             self.become_candidate(page, &work);
         }
         Next::Done
@@ -1419,6 +1421,8 @@ struct Beginner<'a, 'w, M: Memory, I> {
     engine: &'a mut Engine<M>,
     walk: &'a Walk<'w, M::Mm>,
     slices: I,
+    /// A page needs more attention.
+    any_left: bool,
 }
 
 impl<'b, M: Memory, I: Iterator<Item = Slice<'b, M>>> Leader<Slice<'b, M>>
@@ -1435,6 +1439,7 @@ impl<'b, M: Memory, I: Iterator<Item = Slice<'b, M>>> Leader<Slice<'b, M>>
             let known = work.step == Step::Decide || engine.look_up(walk, batch, i, work);
             if known && engine.compare(walk, work) {
                 work.step = Step::Decide;
+                self.any_left = true;
             } else {
                 engine.done(batch, i, work);
             }
