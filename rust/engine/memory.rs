@@ -316,7 +316,7 @@ pub trait Memory: Sync {
     /// # Errors
     ///
     /// The pages' contents and mappings are for their users what they were.
-    fn finish(&mut self, merge: Self::Merge) -> Result<Merged, Refusal>;
+    fn finish(&mut self, merge: &mut Self::Merge) -> Result<Merged, Refusal>;
 
     /// Records that `at` maps the merged page of `node`, as it does after a fork.
     ///

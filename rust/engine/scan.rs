@@ -130,6 +130,7 @@ impl<Mm> Walk<'_, Mm> {
 }
 
 /// What a page is being merged with.
+#[derive(Clone, Copy)]
 enum With {
     Zero,
     Node(NodeId),
@@ -948,23 +949,17 @@ impl<M: Memory> Engine<M> {
     }
 
     /// Takes note of what came of a merge.
-    fn finish(&mut self, walk: &Walk<'_, M::Mm>, lanes: &mut Lanes<M>, pending: Pending<M>) {
-        let Pending {
-            lane: l,
-            i,
-            fingerprint,
-            with,
-            merge,
-        } = pending;
-        let outcome = self.memory.finish(merge);
-        lanes.busy.remove(fingerprint);
+    fn finish(&mut self, walk: &Walk<'_, M::Mm>, lanes: &mut Lanes<M>, pending: &mut Pending<M>) {
+        let (l, i) = (pending.lane, pending.i);
+        let outcome = self.memory.finish(&mut pending.merge);
+        lanes.busy.remove(pending.fingerprint);
         let Some((lane, mut work)) = lanes.get_work(l, i) else {
             return;
         };
         let Some(page) = work.page else {
             return;
         };
-        let done = match (with, outcome) {
+        let done = match (pending.with, outcome) {
             (With::Zero, Ok(_) | Err(Refusal::Gone)) => {
                 if let Some(state) = self.states.get(page) {
                     self.untrack(walk.mm, page, state);
@@ -1518,7 +1513,7 @@ impl<M: Memory, P: Pins<M::Mm>> Merger<'_, '_, M, P> {
                 engine.memory.make_way(&mut lane.batch, huge, keep);
             }
         });
-        engine.finish(self.walk, lanes, pending);
+        engine.finish(self.walk, lanes, &mut pending);
     }
 }
 
@@ -1551,9 +1546,10 @@ impl<M: Memory, P: Pins<M::Mm>> Leader<Chunk<M>> for Merger<'_, '_, M, P> {
     }
 
     fn finish(&mut self, mut chunk: Chunk<M>) {
-        for pending in chunk.drain_all() {
+        for pending in chunk.iter_mut() {
             self.engine.finish(self.walk, self.lanes, pending);
         }
+        chunk.clear();
         self.under_way -= 1;
         // There is room: it was taken from there.
         let _ = self.lanes.spare.push_within_capacity(chunk);

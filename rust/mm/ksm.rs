@@ -395,21 +395,16 @@ impl StableNodes {
             range: at.owner.range(),
             next: core::ptr::null_mut(),
         };
-        let (id, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
+        let (_, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
         // INVARIANT: Nobody else knows of it.
-        Ok(OwnItem {
-            id: ItemId(id),
-            item,
-        })
+        Ok(OwnItem(item))
     }
 
     /// Accounts for an item that has been put on a node.
-    fn added(&self, item: ItemId) -> ItemId {
-        if let Some(item) = self.item(item) {
-            // SAFETY: The item is in the arena, and pins its mm.
-            unsafe { raw::rksm_mm_add_merging((*item.as_ptr()).mm.as_ptr(), 1) };
-        }
-        item
+    fn added(&self, item: &OwnItem) -> ItemId {
+        // SAFETY: The item pins its mm.
+        unsafe { raw::rksm_mm_add_merging(item.mm().as_ptr(), 1) };
+        item.id()
     }
 
     /// Accounts for an item that leaves its node, and frees it.
@@ -422,7 +417,7 @@ impl StableNodes {
 
     /// Frees an item that has been on no node.
     fn discard_item(&mut self, item: &OwnItem) {
-        drop(self.items.remove(item.id.0));
+        drop(self.items.remove(item.id().0));
     }
 
     /// Adds a node without items and without a page. Takes a module reference for the first one.
@@ -514,27 +509,42 @@ fn in_vma<R>(
 /// # Invariants
 ///
 /// The item is in the arena, and nobody else uses it.
-struct OwnItem {
-    id: ItemId,
-    item: NonNull<RmapItem>,
-}
+struct OwnItem(NonNull<RmapItem>);
 
 impl OwnItem {
+    fn id(&self) -> ItemId {
+        // SAFETY: By the invariant.
+        ItemId(unsafe { Arena::number_of(self.0) })
+    }
+
+    /// The mm of the mapping.
+    fn mm(&self) -> &PinnedMm {
+        // SAFETY: By the invariant; and who walks a node's items does not change the field.
+        unsafe { &(*self.0.as_ptr()).mm }
+    }
+
+    /// The address of the mapping.
+    fn addr(&self) -> usize {
+        // SAFETY: As above.
+        unsafe { (*self.0.as_ptr()).address }
+    }
+
     /// Gives the item what an rmap walk needs to know of its vma.
     ///
     /// The `anon_vma` is referenced here, under the mmap lock: once the item is on a node, an rmap walk follows it
     /// whatever has become of the vma.
-    fn place_in(&mut self, vma: &VmaRef, addr: usize) -> Result<(), Refusal> {
+    fn place_in(&self, vma: &VmaRef) -> Result<(), Refusal> {
         let anon_vma = NonNull::new(pin::anon_vma(vma)).ok_or(Refusal::Gone)?;
         // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the address lies in the vma. The item is ours by
         // the invariant.
         unsafe {
-            let item = &mut *self.item.as_ptr();
+            let item = &mut *self.0.as_ptr();
             if item.anon_vma.is_none() {
                 raw::rksm_get_anon_vma(anon_vma.as_ptr());
                 item.anon_vma = Some(anon_vma);
             }
-            item.linear_page_index = raw::rksm_linear_anon_page_index(vma.as_ptr().cast(), addr);
+            let vma = vma.as_ptr().cast();
+            item.linear_page_index = raw::rksm_linear_anon_page_index(vma, item.address);
         }
         Ok(())
     }
@@ -547,7 +557,7 @@ impl OwnItem {
     /// one of the node's from now on.
     unsafe fn append(&self, node: NonNull<StableNode>, _lock: Option<&FolioLock<'_>>) {
         // SAFETY: The item is in its arena; the rest is the contract.
-        unsafe { StableNode::push(node, self.item) };
+        unsafe { StableNode::push(node, self.0) };
     }
 }
 
@@ -559,8 +569,6 @@ impl OwnItem {
 /// Until then neither the items are freed, nor the node.
 pub(crate) struct Merge {
     trace: Trace,
-    mm: PinnedMm,
-    addr: usize,
     page: NonNull<raw::page>,
     with: With,
     outcome: Result<(), Refusal>,
@@ -570,7 +578,10 @@ pub(crate) struct Merge {
 unsafe impl Send for Merge {}
 
 enum With {
-    Zero,
+    Zero {
+        mm: PinnedMm,
+        addr: usize,
+    },
     Node {
         node: NonNull<StableNode>,
         kfolio: FolioRef,
@@ -581,11 +592,11 @@ enum With {
 
 impl crate::engine::memory::Merge for Merge {
     fn run(&mut self, before_split: impl FnOnce()) {
-        let (trace, mm, addr, page) = (self.trace, &self.mm, self.addr, self.page);
+        let (trace, page) = (self.trace, self.page);
         self.outcome = match &mut self.with {
-            With::Zero => {
-                let result = in_vma(mm, addr, |live, vma| {
-                    merge::share(live, vma, addr, page, &Target::Zero, before_split).map(|_| ())
+            With::Zero { mm, addr } => {
+                let result = in_vma(mm, *addr, |live, vma| {
+                    merge::share(live, vma, *addr, page, &Target::Zero, before_split).map(|_| ())
                 });
                 // SAFETY: The zero page is always there.
                 let pfn = unsafe { raw::rksm_zero_pfn() };
@@ -593,20 +604,20 @@ impl crate::engine::memory::Merge for Merge {
                 result
             }
             With::Node { node, kfolio, item } => {
-                let result = in_vma(mm, addr, |live, vma| {
-                    share_with((live, vma), addr, page, (*node, kfolio), item, before_split)
+                let result = in_vma(item.mm(), item.addr(), |live, vma| {
+                    share_with((live, vma), page, (*node, kfolio), item, before_split)
                 });
                 let kpage = kfolio.page().as_ptr();
-                trace_merge(trace, mm, page, kpage, item, &result);
+                trace_merge(trace, page, kpage, item, &result);
                 result
             }
             With::Page(couple) => {
                 let first = couple
                     .look(page)
                     // A huge page is split by this, and the first page's frame stays.
-                    .and_then(|()| couple.share_first(mm, addr, page, before_split));
+                    .and_then(|()| couple.share_first(page, before_split));
                 let kpage = core::ptr::null_mut();
-                trace_merge(trace, mm, page, kpage, &couple.first, &first);
+                trace_merge(trace, page, kpage, &couple.first, &first);
                 first.and_then(|()| {
                     // SAFETY: The batch's reference keeps the page; it is a small folio now.
                     let kfolio = unsafe {
@@ -626,8 +637,6 @@ impl crate::engine::memory::Merge for Merge {
 struct Couple {
     node: NonNull<StableNode>,
     first: OwnItem,
-    other: PinnedMm,
-    other_addr: usize,
     second: OwnItem,
     nid: Option<u32>,
     /// The first page has become the merged page: whether it may have been touched until then.
@@ -637,10 +646,9 @@ struct Couple {
 /// Replaces the page at an address by the merged page of `node`, whose folio is `kfolio`.
 fn share_with(
     (live, vma): (LiveMm<'_>, &VmaRef),
-    addr: usize,
     page: NonNull<raw::page>,
     (node, kfolio): (NonNull<StableNode>, &FolioRef),
-    item: &mut OwnItem,
+    item: &OwnItem,
     before_split: impl FnOnce(),
 ) -> Result<(), Refusal> {
     if kfolio.page() == page {
@@ -652,10 +660,10 @@ fn share_with(
     if kfolio.mapping() != StableNode::mapping(node) {
         return Err(Refusal::Busy);
     }
-    item.place_in(vma, addr)?;
+    item.place_in(vma)?;
     delay::sleep();
     let target = Target::Page(kfolio);
-    merge::share(live, vma, addr, page, &target, before_split)?;
+    merge::share(live, vma, item.addr(), page, &target, before_split)?;
     delay::sleep();
     // SAFETY: The node's folio is locked, and names it, so that the node is there.
     unsafe { item.append(node, Some(&lock)) };
@@ -665,8 +673,9 @@ fn share_with(
 impl Couple {
     /// Looks at the other page: most refusals show here, before anything has been touched.
     fn look(&self, page: NonNull<raw::page>) -> Result<(), Refusal> {
-        in_vma(&self.other, self.other_addr, |_, vma| {
-            let held = walk::page_at(vma, self.other_addr).ok_or(Refusal::Gone)?;
+        let addr = self.second.addr();
+        in_vma(self.second.mm(), addr, |_, vma| {
+            let held = walk::page_at(vma, addr).ok_or(Refusal::Gone)?;
             let second = held.page();
             if second == page {
                 return Err(Refusal::Same);
@@ -692,33 +701,30 @@ impl Couple {
     /// Makes the first page the merged page.
     fn share_first(
         &mut self,
-        mm: &PinnedMm,
-        addr: usize,
         page: NonNull<raw::page>,
         before_split: impl FnOnce(),
     ) -> Result<(), Refusal> {
-        let node = self.node;
-        in_vma(mm, addr, |live, vma| {
-            self.first.place_in(vma, addr)?;
+        let (node, addr) = (self.node, self.first.addr());
+        let touched = in_vma(self.first.mm(), addr, |live, vma| {
+            self.first.place_in(vma)?;
             delay::sleep();
             // The page becomes findable with its item on the node.
             // SAFETY: The node is in its arena, and no folio names it.
             unsafe { self.first.append(node, None) };
             let target = Target::Itself(node);
-            let touched =
-                merge::share(live, vma, addr, page, &target, before_split).inspect_err(|_| {
-                    // SAFETY: Both are in their arenas, and no folio names the node.
-                    let _ = unsafe { StableNode::pop(node) };
-                })?;
-            self.shared = Some(touched);
-            Ok(())
-        })
+            merge::share(live, vma, addr, page, &target, before_split).inspect_err(|_| {
+                // SAFETY: Both are in their arenas, and no folio names the node.
+                let _ = unsafe { StableNode::pop(node) };
+            })
+        })?;
+        self.shared = Some(touched);
+        Ok(())
     }
 
     /// Puts the merged page, which is `kfolio`, in the place of the second page.
-    fn share_second(&mut self, kfolio: &FolioRef, trace: Trace) -> Result<(), Refusal> {
-        let (node, addr) = (self.node, self.other_addr);
-        in_vma(&self.other, addr, |live, vma| {
+    fn share_second(&self, kfolio: &FolioRef, trace: Trace) -> Result<(), Refusal> {
+        let (node, addr) = (self.node, self.second.addr());
+        in_vma(self.second.mm(), addr, |live, vma| {
             // Referenced only now, so that a huge page of which both are part could be split for the first.
             let held = walk::page_at(vma, addr).ok_or(Refusal::Gone)?;
             let page = held.page();
@@ -726,16 +732,9 @@ impl Couple {
             if self.nid.is_some_and(|nid| nid != page_nid(page)) {
                 return Err(Refusal::FarNode);
             }
-            let result = share_with(
-                (live, vma),
-                addr,
-                page,
-                (node, kfolio),
-                &mut self.second,
-                || {},
-            );
+            let result = share_with((live, vma), page, (node, kfolio), &self.second, || {});
             let kpage = kfolio.page().as_ptr();
-            trace_merge(trace, &self.other, page, kpage, &self.second, &result);
+            trace_merge(trace, page, kpage, &self.second, &result);
             result
         })
     }
@@ -743,7 +742,6 @@ impl Couple {
 
 fn trace_merge(
     trace: Trace,
-    mm: &PinnedMm,
     page: NonNull<raw::page>,
     kpage: *mut raw::page,
     item: &OwnItem,
@@ -757,8 +755,9 @@ fn trace_merge(
             kpage
         })
     };
-    let item = result.map_or(0, |()| item.item.as_ptr() as usize);
-    trace.merge_with_ksm_page(kpage as usize, pfn, item, mm.as_mm(), outcome(result));
+    let (mm, item) = (item.mm().as_mm(), item.0.as_ptr() as usize);
+    let item = result.map_or(0, |()| item);
+    trace.merge_with_ksm_page(kpage as usize, pfn, item, mm, outcome(result));
 }
 
 /// What the trace events show for a refusal.
@@ -906,7 +905,10 @@ impl Memory for StableNodes {
     ) -> Result<Merge, Refusal> {
         let page = batch.page(i).ok_or(Refusal::Gone)?;
         let with = match partner {
-            Partner::Zero => With::Zero,
+            Partner::Zero => With::Zero {
+                mm: crate::engine::registry::PinnedMm::clone_pin(at.mm),
+                addr: at.addr,
+            },
             Partner::Node { node, nid } => {
                 let node = self.node(node).ok_or(Refusal::Stale)?;
                 let kfolio = self.get_folio(node).ok_or(Refusal::Stale)?;
@@ -933,8 +935,6 @@ impl Memory for StableNodes {
                 With::Page(Couple {
                     node,
                     first,
-                    other: crate::engine::registry::PinnedMm::clone_pin(other.mm),
-                    other_addr: other.addr,
                     second,
                     nid,
                     shared: None,
@@ -944,34 +944,32 @@ impl Memory for StableNodes {
         // INVARIANT: The caller does so.
         Ok(Merge {
             trace: self.trace,
-            mm: crate::engine::registry::PinnedMm::clone_pin(at.mm),
-            addr: at.addr,
             page,
             with,
             outcome: Err(Refusal::Gone),
         })
     }
 
-    fn finish(&mut self, merge: Merge) -> Result<Merged, Refusal> {
-        match (merge.with, merge.outcome) {
-            (With::Zero, outcome) => outcome.map(|()| Merged::Zero),
-            (With::Node { item, .. }, Ok(())) => Ok(Merged::Node(self.added(item.id))),
+    fn finish(&mut self, merge: &mut Merge) -> Result<Merged, Refusal> {
+        match (&merge.with, merge.outcome) {
+            (With::Zero { .. }, outcome) => outcome.map(|()| Merged::Zero),
+            (With::Node { item, .. }, Ok(())) => Ok(Merged::Node(self.added(item))),
             (With::Node { item, .. }, Err(refusal)) => {
-                self.discard_item(&item);
+                self.discard_item(item);
                 Err(refusal)
             }
             (With::Page(couple), Ok(())) => Ok(Merged::Pair(Pair {
                 // SAFETY: The node is in the arena.
                 node: unsafe { (*couple.node.as_ptr()).id },
-                first: self.added(couple.first.id),
-                second: self.added(couple.second.id),
+                first: self.added(&couple.first),
+                second: self.added(&couple.second),
                 touched: couple.shared.unwrap_or(true),
             })),
             (With::Page(couple), Err(refusal)) => {
                 self.discard_item(&couple.second);
                 if couple.shared.is_some() {
-                    let first = self.added(couple.first.id);
-                    self.undo_first(&merge.mm, merge.addr, first);
+                    self.added(&couple.first);
+                    self.undo_first(&couple.first);
                 } else {
                     self.discard_item(&couple.first);
                     // SAFETY: The node is in the arena.
@@ -995,8 +993,8 @@ impl Memory for StableNodes {
         let folio = unsafe { NonNull::new_unchecked(raw::rksm_page_folio(page.as_ptr())) };
         // SAFETY: As above.
         let folio = unsafe { FolioRef::try_get(folio) }.ok_or(Refusal::Stale)?;
-        let mut item = self.new_item(&at)?;
-        let adopted = in_vma(at.mm, at.addr, |_, vma| item.place_in(vma, at.addr)).and_then(|()| {
+        let item = self.new_item(&at)?;
+        let adopted = in_vma(at.mm, at.addr, |_, vma| item.place_in(vma)).and_then(|()| {
             delay::sleep();
             let lock = folio.lock();
             if folio.mapping() != StableNode::mapping(node) {
@@ -1007,7 +1005,7 @@ impl Memory for StableNodes {
             Ok(())
         });
         match adopted {
-            Ok(()) => Ok(self.added(item.id)),
+            Ok(()) => Ok(self.added(&item)),
             Err(refusal) => {
                 self.discard_item(&item);
                 Err(refusal)
@@ -1168,7 +1166,8 @@ impl Memory for StableNodes {
 
 impl StableNodes {
     /// Unshares a page that has just become a merged page alone.
-    fn undo_first(&mut self, mm: &PinnedMm, addr: usize, first: ItemId) {
+    fn undo_first(&mut self, first: &OwnItem) {
+        let (mm, addr, first) = (first.mm(), first.addr(), first.id());
         let node = self.node_of(first);
         if let Some(_user) = mm.mmget_not_zero() {
             delay::sleep();

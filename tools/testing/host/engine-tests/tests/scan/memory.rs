@@ -271,7 +271,7 @@ impl Memory for SimMemory {
         })
     }
 
-    fn finish(&mut self, merge: Merge) -> Result<Merged, Refusal> {
+    fn finish(&mut self, merge: &mut Merge) -> Result<Merged, Refusal> {
         if let Some((item, node)) = merge.undo {
             self.sleep().undo_first(merge.addr, item, node);
         }
