@@ -160,6 +160,7 @@ uint64_t xxh64(const void *input, size_t len, uint64_t seed);
 void run_w1(void);
 void run_w2(void);
 void run_w3(void);
+void warm_up(void);
 void run_w4(void);
 void run_w5(void);
 void run_w6(void);

@@ -113,6 +113,8 @@ int main(int argc, char **argv)
 	for (size_t i = 0; i < ARRAY_SIZE(workloads); i++) {
 		if (strcmp(workloads[i].name, argv[optind]) == 0) {
 			opt.workload = workloads[i].name;
+			if (strcmp(opt.impl, "none") != 0)
+				warm_up();
 			workloads[i].run();
 			return 0;
 		}
