@@ -49,7 +49,7 @@ use kernel::{
 };
 
 /// Lanes for each thread, where there are several.
-const LANES: usize = 4;
+const LANES: usize = 8;
 
 /// Chunks of merges for each thread, where there are several: one that it is at, one that waits, and some that are being
 /// taken note of.
