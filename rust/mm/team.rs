@@ -41,7 +41,7 @@ use pin_init::stack_pin_init;
 pub(crate) const NICE: i8 = 5;
 
 /// Jobs that the leader has handed out, at most.
-const HANDED_OUT: usize = 32;
+const HANDED_OUT: usize = 16;
 
 /// Jobs that wait for each helper, at most, before the leader does one: a helper that finds none falls asleep.
 const AHEAD: usize = 4;
@@ -110,6 +110,7 @@ impl<T: Send + Unpin, F: Fn(&mut T) + Sync> Help for Work<'_, T, F> {
             (self.work)(&mut job);
             self.jobs.lock().done.push(job);
             self.done.add();
+            cond_resched();
         }
     }
 }
@@ -174,8 +175,7 @@ impl Signal {
     /// Waits for one for a short time. May sleep.
     fn look_out(&self) {
         let look = || {
-            // SAFETY: May sleep here.
-            unsafe { raw::rksm_cond_resched() };
+            cond_resched();
             Ok(self.any())
         };
         let within = Delta::from_micros(LOOK_OUT);
@@ -326,12 +326,19 @@ impl Team {
     }
 }
 
+/// Lets others have the CPU if they need it. May sleep.
+fn cond_resched() {
+    // SAFETY: Threads of a team hold no spinlock between jobs.
+    unsafe { raw::rksm_cond_resched() };
+}
+
 impl Crew for Team {
     fn follow<T: Send + Unpin>(&self, leader: &mut impl Leader<T>, work: impl Fn(&mut T) + Sync) {
         if self.helpers.is_empty() {
             while let Some(mut job) = leader.next() {
                 work(&mut job);
                 leader.finish(job);
+                cond_resched();
             }
             return;
         }
@@ -351,6 +358,7 @@ impl Crew for Team {
         // The first one is nothing to call helpers for, if there is no other.
         let mut first = leader.next();
         loop {
+            cond_resched();
             if let Some(job) = jobs.taken_back() {
                 handed_out -= 1;
                 leader.finish(job);
