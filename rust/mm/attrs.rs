@@ -23,6 +23,7 @@
 
 use super::{
     symbols::Symbols,
+    takeover::ThreadMutex,
     wait::{
         new_wait_queue,
         WaitQueue, //
@@ -121,6 +122,7 @@ struct Inner<F: Files> {
 /// `INSTANCE` is `inner`. The attributes in `inner.files` have `show::<F>` and `store::<F>`.
 pub(crate) struct Attrs<F: Files> {
     inner: Pin<KBox<Inner<F>>>,
+    symbols: Symbols,
 }
 
 // SAFETY: The attributes and nodes are the kernel's, live as long as `mm_kobj`, which is for ever,
@@ -204,7 +206,7 @@ impl<F: Files> Attrs<F> {
             return Err(EBUSY);
         }
         // INVARIANT: Holds from after this loop on; from here on `drop` undoes it.
-        let attrs = Self { inner };
+        let attrs = Self { inner, symbols };
         let our_store: ours::rksm_store_t = Some(store::<F>);
         for file in &attrs.inner.files {
             let store = file.store.and(our_store);
@@ -307,8 +309,7 @@ impl<F: Files> Drop for Attrs<F> {
 
         // Whoever read our pointers is counted as inside after this: a task that has not slept
         // since then is waited for, and one that sleeps in our functions is counted.
-        // SAFETY: May sleep here.
-        unsafe { bindings::synchronize_rcu_tasks() };
+        synchronize_rcu_tasks(self.symbols);
         let inner = &self.inner;
         let empty = || {
             inner
@@ -318,10 +319,18 @@ impl<F: Files> Drop for Attrs<F> {
         };
         inner.changed.wait_idle(empty);
         // And those who are not counted any more, but have not returned yet.
-        // SAFETY: May sleep here.
-        unsafe { bindings::synchronize_rcu_tasks() };
+        synchronize_rcu_tasks(self.symbols);
         INSTANCE.store(ptr::null_mut(), Release);
     }
+}
+
+/// Waits until each task has slept since now, or been in user space.
+///
+/// With `sleep_millisecs` = 0 the built-in's thread never sleeps, but to get its mutex.
+fn synchronize_rcu_tasks(symbols: Symbols) {
+    let _mutex = ThreadMutex::lock(symbols);
+    // SAFETY: May sleep here.
+    unsafe { bindings::synchronize_rcu_tasks() };
 }
 
 impl<F: Files> Inner<F> {

@@ -51,10 +51,11 @@ const BATCH: usize = 128;
 pub(crate) struct Builtin(Symbols);
 
 /// `ksm_thread_mutex`, held.
-struct ThreadMutex(Symbols);
+pub(super) struct ThreadMutex(Symbols);
 
 impl ThreadMutex {
-    fn lock(symbols: Symbols) -> Self {
+    /// Takes it. Sleeps, for as long as a batch of the built-in takes.
+    pub(super) fn lock(symbols: Symbols) -> Self {
         // SAFETY: The kernel's own mutex; may sleep here.
         unsafe { bindings::mutex_lock(symbols.ksm_thread_mutex()) };
         Self(symbols)

@@ -319,6 +319,25 @@ static bool refused(const char *const *names, int err)
 	return !module_loaded() && merges() && ok;
 }
 
+/* The built-in scans without a pause when its files are handed back to it */
+static bool restless(void)
+{
+	char *own = map_pages(1);
+	bool ok;
+
+	fill_page(own, 7);
+	madvise(area, COPIES * PAGE, MADV_UNMERGEABLE);
+	mergeable(own, 1);
+	ksm_reset();
+	ksm_set("sleep_millisecs", 0);
+	ksm_start();
+	ok = insert("") && remove_module() && ksm_get("run") == 1 && ksm_get("sleep_millisecs") == 0;
+	ksm_reset();
+	munmap(own, PAGE);
+	mergeable(area, COPIES);
+	return ok && merges();
+}
+
 static long meminfo(const char *field)
 {
 	char buf[4096], *at;
@@ -380,7 +399,7 @@ int main(int argc, char **argv)
 		ksft_exit_skip("no module named\n");
 	if (module_loaded())
 		ksft_exit_fail_msg("rksm is loaded already\n");
-	test_plan(22);
+	test_plan(23);
 	ksm_reset();
 	open_all();
 	area = map_pages(COPIES);
@@ -422,6 +441,8 @@ int main(int argc, char **argv)
 	ksm_set("run", 2);
 	ksft_test_result(ok && remove_module(), "insmod run=1 merges at once\n");
 
+	ksft_test_result(restless(), "rmmod while the built-in does not sleep\n");
+	ksm_set("run", 2);
 	ksft_test_result(nothing_leaks(), "%d cycles leak nothing\n", CYCLES);
 	ksm_reset();
 	ksft_test_result(under_load(20), "insmod and rmmod under load\n");
