@@ -2,13 +2,13 @@
 
 //! The hash of a page's contents: NH, as in UMAC, on 64-bit words, under a secret random key.
 //!
-//! A key word is added to each word of the page, neighbours are multiplied, and the products are summed up. For any two
-//! contents that are chosen without knowledge of the key, the sums are equal with a probability of at most 2⁻⁶²: so
-//! nobody can choose pages that collide, which no unkeyed mixing function could promise. Half the instructions of
-//! `xxh64`, and no chain of dependent multiplications.
+//! A key word is added to each word of the page, neighbours are multiplied, and the products are summed up, in 128 bits.
+//! For any two contents that are chosen without knowledge of the key, the sums are equal with a probability of at most
+//! 2⁻⁶⁴: so nobody can choose pages that collide, which no unkeyed mixing function could promise. Half the instructions
+//! of `xxh64`, and no chain of dependent multiplications.
 //!
-//! The sums are 128 bits. Multiplying them with two further random numbers, each of 128 bits, and taking the upper half
-//! of the sum makes 64 bits of them, equal for different sums with a probability of 2⁻⁶⁴ (multiply-shift).
+//! Multiplying the halves of the sum with two further random numbers, each of 128 bits, and taking the upper half of
+//! what that adds up to makes 64 bits of it, equal for different sums with a probability of 2⁻⁶⁴ (multiply-shift).
 
 use kernel::{
     page::PAGE_SIZE,
@@ -47,19 +47,20 @@ impl ContentKey {
     #[inline(always)]
     pub fn hash(&self, word: impl Fn(usize) -> u64) -> u64 {
         let (key, fold) = self.0.split_at(WORDS);
-        let (mut low, mut high) = (0u64, 0u64);
+        // A sum for each pair of a round: one for all would cost two moves between registers a pair.
+        let mut sums = [0u128; ROUND / 2];
         let mut at = 0;
         for round in key.chunks_exact(ROUND) {
-            for (i, pair) in round.chunks_exact(2).enumerate() {
+            for (i, (pair, sum)) in round.chunks_exact(2).zip(&mut sums).enumerate() {
                 let &[first, second] = pair else { continue };
                 let first = word(at + 2 * i).wrapping_add(first);
                 let second = word(at + 2 * i + 1).wrapping_add(second);
-                let product = u128::from(first) * u128::from(second);
-                low = low.wrapping_add(product as u64);
-                high = high.wrapping_add((product >> 64) as u64);
+                *sum = sum.wrapping_add(u128::from(first) * u128::from(second));
             }
             at += ROUND;
         }
+        let sum = sums.into_iter().fold(0, u128::wrapping_add);
+        let (low, high) = (sum as u64, (sum >> 64) as u64);
         let &[a, b, c, d] = fold else { return low };
         let wide = |upper: u64, lower: u64| u128::from(upper) << 64 | u128::from(lower);
         let low = wide(a, b).wrapping_mul(u128::from(low));
