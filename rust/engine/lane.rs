@@ -24,6 +24,7 @@ use super::{
     },
     ids::{
         Fingerprint,
+        NodeId,
         PageRef,
         RANGE_PAGES, //
     },
@@ -122,6 +123,8 @@ pub(super) struct Work {
     pub(super) fingerprint: Fingerprint,
     /// NUMA node, or 0 where pages are merged across nodes.
     pub(super) domain: u32,
+    /// What the index had for the fingerprint.
+    pub(super) node: Option<NodeId>,
     /// The contents have been read since the walk took the page.
     pub(super) fresh: bool,
     /// Nothing seems to have touched the page since the last full scan.

@@ -230,6 +230,14 @@ pub trait Merge {
     /// done at the same time are of different contents, and of small pages only. Meanwhile others may be made ready and
     /// finished.
     fn run(&mut self, before_split: impl FnOnce());
+
+    /// Runs merges of small pages, one after the other.
+    fn run_all<'a>(merges: impl Iterator<Item = &'a mut Self>)
+    where
+        Self: 'a,
+    {
+        merges.for_each(|merge| merge.run(|| ()));
+    }
 }
 
 /// The memory that is scanned and merged.

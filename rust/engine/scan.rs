@@ -376,9 +376,7 @@ impl<M: Memory> Engine<M> {
             merged: false,
         };
         crew.follow(&mut merger, |chunk| {
-            for pending in chunk.iter_mut() {
-                pending.merge.run(|| ());
-            }
+            M::Merge::run_all(chunk.iter_mut().map(|pending| &mut pending.merge));
         });
     }
 
@@ -676,7 +674,7 @@ impl<M: Memory> Engine<M> {
     }
 
     /// Compares a page with what is known of it. Returns whether it may be like another one.
-    fn compare(&mut self, walk: &Walk<'_, M::Mm>, work: &Work) -> bool {
+    fn compare(&mut self, walk: &Walk<'_, M::Mm>, work: &mut Work) -> bool {
         let Some((
             page,
             state @ PageState::Tracked {
@@ -706,7 +704,11 @@ impl<M: Memory> Engine<M> {
             }
         }
         let own = Entry::Candidate(page);
-        if self.index.find(now).any(|entry| entry != own) || self.is_zero(walk, work) {
+        let other = self.index.find(now).find(|entry| *entry != own);
+        if let Some(Entry::Stable(node)) = other {
+            work.node = Some(node);
+        }
+        if other.is_some() || self.is_zero(walk, work) {
             return true;
         }
         // Most pages are like no other.
@@ -808,7 +810,8 @@ impl<M: Memory> Engine<M> {
                 let same = |with: &With| matches!(with, With::Node(other) if *other == node);
                 merges.filter(|pending| same(&pending.with)).count() as u32
             };
-            let Some(node) = self.node_with_room(now, policy.max_page_sharing, to_come) else {
+            let head = self.head_at(work.node, now);
+            let Some(node) = self.node_with_room(head, policy.max_page_sharing, to_come) else {
                 break;
             };
             let partner = Partner::Node { node, nid };
@@ -1119,14 +1122,23 @@ impl<M: Memory> Engine<M> {
         })
     }
 
-    /// A node of this content that can take one more mapping, with those `to_come`.
+    /// The same, which most likely is `guess`.
+    fn head_at(&self, guess: Option<NodeId>, fingerprint: Fingerprint) -> Option<NodeId> {
+        let right = |node: &NodeId| {
+            let meta = self.memory.meta(*node);
+            meta.is_some_and(|meta| meta.head && meta.fingerprint == fingerprint)
+        };
+        guess.filter(right).or_else(|| self.head(fingerprint))
+    }
+
+    /// A node of this ring that can take one more mapping, with those `to_come`.
     fn node_with_room(
         &self,
-        fingerprint: Fingerprint,
+        head: Option<NodeId>,
         max_page_sharing: u32,
         to_come: impl Fn(NodeId) -> u32,
     ) -> Option<NodeId> {
-        let head = self.head(fingerprint)?;
+        let head = head?;
         let mut node = head;
         for _ in 0..RING_LOOK {
             let mappings = self.memory.mappings(node);

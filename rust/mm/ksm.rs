@@ -33,6 +33,7 @@ use super::{
     pin::{
         self,
         LiveMm,
+        MmapReadGuard,
         PinnedMm, //
     },
     raw,
@@ -67,6 +68,7 @@ use crate::engine::{
         Refusal,
         Released, //
     },
+    registry::PinnedMm as _, //
 };
 use core::{
     ops::Range,
@@ -388,7 +390,7 @@ impl StableNodes {
     fn new_item(&mut self, at: &Place<'_, PinnedMm>) -> Result<OwnItem, Refusal> {
         let item = RmapItem {
             anon_vma: None,
-            mm: crate::engine::registry::PinnedMm::clone_pin(at.mm),
+            mm: at.mm.clone_pin(),
             address: at.addr,
             linear_page_index: 0,
             node: NodeId(0),
@@ -590,46 +592,121 @@ enum With {
     Page(Couple),
 }
 
-impl crate::engine::memory::Merge for Merge {
-    fn run(&mut self, before_split: impl FnOnce()) {
+/// The vmas of an mm whose mmap lock is held for several merges.
+struct Vmas<'g> {
+    live: Option<LiveMm<'g>>,
+    last: Option<&'g VmaRef>,
+}
+
+impl<'g> Vmas<'g> {
+    fn new(guard: &'g MmapReadGuard<'_>) -> Self {
+        Self {
+            live: guard.live(),
+            last: None,
+        }
+    }
+
+    /// The mergeable vma at an address.
+    fn at(&mut self, addr: usize) -> Result<(LiveMm<'g>, &'g VmaRef), Refusal> {
+        let live = self.live.ok_or(Refusal::Gone)?;
+        let near = |vma: &&VmaRef| (vma.start()..vma.end()).contains(&addr);
+        if !self.last.as_ref().is_some_and(near) {
+            self.last = live.mergeable_at(addr);
+        }
+        Ok((live, self.last.ok_or(Refusal::Gone)?))
+    }
+}
+
+impl Merge {
+    /// The mm whose mmap lock is the only one that the merge needs.
+    fn only_mm(&self) -> Option<&PinnedMm> {
+        match &self.with {
+            With::Zero { mm, .. } => Some(mm),
+            With::Node { item, .. } => Some(item.mm()),
+            With::Page(_) => None,
+        }
+    }
+
+    /// Does a merge that needs the mmap lock of one mm only, which is held.
+    fn run_in(&mut self, vmas: &mut Vmas<'_>, before_split: impl FnOnce()) {
         let (trace, page) = (self.trace, self.page);
-        self.outcome = match &mut self.with {
+        match &self.with {
             With::Zero { mm, addr } => {
-                let result = in_vma(mm, *addr, |live, vma| {
+                self.outcome = vmas.at(*addr).and_then(|(live, vma)| {
                     merge::share(live, vma, *addr, page, &Target::Zero, before_split).map(|_| ())
                 });
                 // SAFETY: The zero page is always there.
                 let pfn = unsafe { raw::rksm_zero_pfn() };
-                trace.merge_one_page(pfn, 0, mm.as_mm(), outcome(&result));
-                result
+                trace.merge_one_page(pfn, 0, mm.as_mm(), outcome(&self.outcome));
             }
             With::Node { node, kfolio, item } => {
-                let result = in_vma(item.mm(), item.addr(), |live, vma| {
-                    share_with((live, vma), page, (*node, kfolio), item, before_split)
-                });
+                self.outcome = vmas
+                    .at(item.addr())
+                    .and_then(|place| share_with(place, page, (*node, kfolio), item, before_split));
                 let kpage = kfolio.page().as_ptr();
-                trace_merge(trace, page, kpage, item, &result);
-                result
+                trace_merge(trace, page, kpage, item, &self.outcome);
             }
-            With::Page(couple) => {
-                let first = couple
-                    .look(page)
-                    // A huge page is split by this, and the first page's frame stays.
-                    .and_then(|()| couple.share_first(page, before_split));
-                let kpage = core::ptr::null_mut();
-                trace_merge(trace, page, kpage, &couple.first, &first);
-                first.and_then(|()| {
-                    // SAFETY: The batch's reference keeps the page; it is a small folio now.
-                    let kfolio = unsafe {
-                        let folio = raw::rksm_page_folio(page.as_ptr());
-                        raw::rksm_folio_get(folio);
-                        FolioRef::from_raw(NonNull::new_unchecked(folio))
-                    };
-                    delay::sleep();
-                    couple.share_second(&kfolio, trace)
-                })
-            }
+            With::Page(_) => {}
+        }
+    }
+
+    /// Merges two pages, neither of which is a merged page yet.
+    fn run_couple(&mut self, before_split: impl FnOnce()) {
+        let (trace, page) = (self.trace, self.page);
+        let With::Page(couple) = &mut self.with else {
+            return;
         };
+        let first = couple
+            .look(page)
+            // A huge page is split by this, and the first page's frame stays.
+            .and_then(|()| couple.share_first(page, before_split));
+        let kpage = core::ptr::null_mut();
+        trace_merge(trace, page, kpage, &couple.first, &first);
+        self.outcome = first.and_then(|()| {
+            // SAFETY: The batch's reference keeps the page; it is a small folio now.
+            let kfolio = unsafe {
+                let folio = raw::rksm_page_folio(page.as_ptr());
+                raw::rksm_folio_get(folio);
+                FolioRef::from_raw(NonNull::new_unchecked(folio))
+            };
+            delay::sleep();
+            couple.share_second(&kfolio, trace)
+        });
+    }
+}
+
+impl crate::engine::memory::Merge for Merge {
+    fn run(&mut self, before_split: impl FnOnce()) {
+        match self.only_mm().map(|mm| mm.clone_pin()) {
+            Some(mm) => {
+                let guard = mm.mmap_read_lock();
+                self.run_in(&mut Vmas::new(&guard), before_split);
+            }
+            None => self.run_couple(before_split),
+        }
+    }
+
+    /// Takes the mmap lock once for merges of one mm that follow each other, unless somebody waits for it.
+    fn run_all<'a>(merges: impl Iterator<Item = &'a mut Self>) {
+        let mut merges = merges.peekable();
+        while let Some(first) = merges.next() {
+            let Some(mm) = first.only_mm().map(|mm| mm.clone_pin()) else {
+                first.run_couple(|| ());
+                continue;
+            };
+            let guard = mm.mmap_read_lock();
+            let mut vmas = Vmas::new(&guard);
+            first.run_in(&mut vmas, || ());
+            let same = |merge: &&'a mut Self| {
+                let other = merge.only_mm().map(PinnedMm::as_ptr);
+                other == Some(mm.as_ptr()) && !guard.is_contended()
+            };
+            while let Some(next) = merges.next_if(same) {
+                // SAFETY: May sleep: no spinlock is held.
+                unsafe { raw::rksm_cond_resched() };
+                next.run_in(&mut vmas, || ());
+            }
+        }
     }
 }
 
@@ -906,7 +983,7 @@ impl Memory for StableNodes {
         let page = batch.page(i).ok_or(Refusal::Gone)?;
         let with = match partner {
             Partner::Zero => With::Zero {
-                mm: crate::engine::registry::PinnedMm::clone_pin(at.mm),
+                mm: at.mm.clone_pin(),
                 addr: at.addr,
             },
             Partner::Node { node, nid } => {

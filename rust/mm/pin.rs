@@ -110,6 +110,12 @@ impl MmapReadGuard<'_> {
         // INVARIANT: `mm_users` was not zero under the mmap lock, which the result borrows.
         (!self.mm.ksm_test_exit()).then_some(LiveMm { mm: self.mm })
     }
+
+    /// Whether somebody waits for the lock.
+    pub(crate) fn is_contended(&self) -> bool {
+        // SAFETY: The mm is pinned.
+        unsafe { raw::rksm_mmap_lock_is_contended(self.mm.as_ptr()) }
+    }
 }
 
 impl Drop for MmapReadGuard<'_> {
