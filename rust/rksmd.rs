@@ -309,19 +309,20 @@ impl Ksm {
     /// The body of `rksmd`.
     pub(crate) fn scan_thread(&self, current: &Current) {
         while !current.should_stop() {
-            let settled = self.with_core(|core| {
+            let (settled, pause) = self.with_core(|core| {
                 let settled = self.attend_now(core);
                 self.sweep(core);
                 if self.ksmd_should_run() {
                     self.muster(core);
                     self.do_scan(core, current);
                 }
-                settled && core.engine.nodes() == 0
+                // Who stops the scanner, changes the pause, and starts it again does not wait for the new pause.
+                let pause = self.ksmd_should_run().then(|| self.knobs().sleep_millisecs);
+                (settled && core.engine.nodes() == 0, pause)
             });
             let woken = || current.should_stop() || self.attention.load(Relaxed);
             // An interrupted wait is none to worry about: the loop looks at everything again.
-            let _ = if self.ksmd_should_run() {
-                let msecs = self.knobs().sleep_millisecs;
+            let _ = if let Some(msecs) = pause {
                 // A wait of no time is none, and the freezer needs one.
                 let jiffies = msecs_to_jiffies(msecs).max(current.freezing().into());
                 self.iter_wait.wait_freezable_timeout(jiffies, || {
