@@ -9,8 +9,12 @@
 #include <linux/kobject.h>
 #include <linux/kthread.h>
 #include <linux/memory.h>
+#include <linux/pgtable.h>
 #include <linux/sysfs.h>
 #include <linux/tracepoint.h>
 #include <linux/wait.h>
 
 #include "../helpers/symbols.h"
+
+/* A macro with a cast, which bindgen does not see. */
+const size_t RKSM_PMD_SIZE = PMD_SIZE;

@@ -171,7 +171,14 @@ impl<M: Memory> Lane<M> {
             let limit = BATCH
                 .min(room)
                 .min((self.budget - glance.seen.used) as usize);
-            self.found = memory.collect(walk.mm, within.clone(), limit, false, batch, &mut glance);
+            self.found = memory.collect(
+                walk.mm,
+                within.clone(),
+                limit,
+                &self.within,
+                batch,
+                &mut glance,
+            );
             match self.found {
                 Collected::More(next) if next < within.end => within.start = next,
                 _ => break,
@@ -199,7 +206,7 @@ impl<M: Memory> Lane<M> {
             walk.mm,
             self.within.clone(),
             limit,
-            true,
+            &(0..usize::MAX),
             batch,
             &mut glance,
         );
@@ -332,17 +339,27 @@ impl<M: Memory> Lanes<M> {
 
     /// Begins a pass at `at` over up to `budget` pages. Returns how many lanes take part.
     pub(super) fn open(&mut self, at: usize, budget: u32) -> usize {
-        let batches = (budget as usize).div_ceil(BATCH);
-        let lanes = self.lanes.len().min(batches).max(1);
+        // Whole page tables, if there are several to be had.
+        let parts = match budget as usize / LANE {
+            0 | 1 => (budget as usize).div_ceil(BATCH),
+            tables => tables,
+        };
+        let lanes = self.lanes.len().min(parts).max(1);
         let share = budget / lanes as u32;
         // A lane comes by no more pages than its share.
         let stride = self.stride.min(share as usize * PAGE_SIZE);
+        // No page table is of two lanes, nor a huge page.
+        let grain = if stride < MIN_STRIDE {
+            PAGE_SIZE
+        } else {
+            MIN_STRIDE
+        };
         let mut start = at;
         for (l, lane) in self.lanes.iter_mut().take(lanes).enumerate() {
             let last = l + 1 == lanes;
             let end = match last {
                 true => usize::MAX,
-                false => start.saturating_add(stride),
+                false => start.saturating_add(stride) / grain * grain,
             };
             lane.within = start..end;
             lane.seen = Seen {

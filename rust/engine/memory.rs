@@ -252,7 +252,7 @@ pub trait Memory: Sync {
     type Merge: Merge + Send + Unpin;
 
     /// Adds up to `limit` pages of mergeable vmas of `mm` whose addresses are `within`, of those that `look` takes, to the
-    /// `batch`, which has room for them. Where it is not `alone`, other threads collect beside it.
+    /// `batch`, which has room for them. Other threads may collect beside it, but not within `own`.
     ///
     /// Takes and releases the mmap lock of `mm` once; walks its page tables once.
     fn collect<L: Look>(
@@ -260,7 +260,7 @@ pub trait Memory: Sync {
         mm: &Self::Mm,
         within: Range<usize>,
         limit: usize,
-        alone: bool,
+        own: &Range<usize>,
         batch: &mut Self::Batch,
         look: &mut L,
     ) -> Collected;

@@ -887,11 +887,11 @@ impl Memory for StableNodes {
         mm: &PinnedMm,
         within: Range<usize>,
         limit: usize,
-        alone: bool,
+        own: &Range<usize>,
         batch: &mut Batch,
         look: &mut L,
     ) -> Collected {
-        batch.set_limit(limit, alone);
+        batch.set_limit(limit, own);
         delay::sleep();
         let guard = mm.mmap_read_lock();
         let Some(live) = guard.live() else {

@@ -65,8 +65,8 @@ pub(crate) struct Batch {
     limit: usize,
     /// Entries before this one have no page any more.
     released: usize,
-    /// Nobody collects pages of the same mm beside this batch.
-    alone: bool,
+    /// Addresses where nobody collects pages of the same mm beside this batch.
+    own: Range<usize>,
     huge: Option<Huge>,
     /// References to folios that nobody else refers to, to be given up together.
     last_refs: KVec<*mut raw::folio>,
@@ -88,16 +88,17 @@ impl Batch {
             entries: KVec::with_capacity(pages, GFP_KERNEL)?,
             limit: 0,
             released: 0,
-            alone: true,
+            own: 0..0,
             huge: None,
             last_refs: KVec::with_capacity(pages, GFP_KERNEL)?,
         })
     }
 
-    /// Has the batch be full with `limit` pages more, of an mm that other threads walk too if it is not `alone`.
-    pub(crate) fn set_limit(&mut self, limit: usize, alone: bool) {
+    /// Has the batch be full with `limit` pages more, of an mm that other threads walk too, but not at the addresses of
+    /// its `own`.
+    pub(crate) fn set_limit(&mut self, limit: usize, own: &Range<usize>) {
         self.limit = (self.len() + limit).min(self.entries.capacity());
-        self.alone = alone;
+        self.own = own.clone();
     }
 
     /// Pages in the batch.
@@ -503,7 +504,9 @@ unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
         )
     };
     let mut addr = range.start;
-    let mut old = !young || !walk.batch.alone;
+    let all = addr & !(raw::RKSM_PMD_SIZE - 1)..(addr | (raw::RKSM_PMD_SIZE - 1)) + 1;
+    let own = walk.batch.own.start <= all.start && all.end <= walk.batch.own.end;
+    let mut old = !young || !own;
     while addr < range.end && !walk.batch.full() {
         let n = (addr - range.start) / PAGE_SIZE;
         let mut mapped = raw::rksm_mapped {
@@ -513,7 +516,7 @@ unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
             mapping,
             nid,
             // Who walks another part of it may come by first, and take the mark away.
-            touched: young || !walk.batch.alone,
+            touched: young || !own,
         };
         // SAFETY: By the contract.
         if unsafe { walk.offer(addr, &mut mapped) } && !old {

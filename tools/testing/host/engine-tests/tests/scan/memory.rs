@@ -129,7 +129,7 @@ impl Memory for SimMemory {
         mm: &Mm,
         within: Range<usize>,
         limit: usize,
-        _alone: bool,
+        _own: &Range<usize>,
         batch: &mut Batch,
         look: &mut L,
     ) -> Collected {
