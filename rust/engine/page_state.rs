@@ -7,8 +7,8 @@
 //! mms live in one [`arena`], where they keep their place, so that a [`PageRef`] can name a page in 40 bits. For each mm a
 //! [`directory`] has its ranges in the order of their addresses.
 //!
-//! The scanner visits addresses in ascending order. A cursor remembers the range that was used last, so each of those
-//! visits takes constant time.
+//! The scanner visits addresses in ascending order. A cursor remembers the range that was used last, and one that is not
+//! there, so each of those visits takes constant time.
 //!
 //! What a state refers to belongs to others: before a page is untracked, the caller takes its entry out of the index
 //! where `indexed` is set, or frees its rmap item where it is merged.
@@ -138,6 +138,21 @@ struct Cursor {
     at: Position,
 }
 
+/// Where the last look-ups went. Pages that are new come in rows, too.
+#[derive(Clone, Copy)]
+struct Near {
+    cursor: Option<Cursor>,
+    /// A slot, and the number of a range that it does not have.
+    absent: Option<(SlotId, usize)>,
+}
+
+impl Near {
+    const NOTHING: Self = Self {
+        cursor: None,
+        absent: None,
+    };
+}
+
 /// The states of all tracked pages of all mms.
 ///
 /// Addresses may be anywhere in a page. The memory this takes is bounded by the address space that the caller lets it track:
@@ -149,10 +164,10 @@ struct Cursor {
 /// 2. No range is without tracked pages.
 /// 3. `tracked` of each directory is the number of tracked pages in its ranges, and that of `self` the sum of those.
 /// 4. `bytes` is what the values of the ranges and the leaves of the directories take.
-/// 5. The cursor's range exists, and its fields are right.
+/// 5. The cursor's range exists, and its fields are right; the absent range does not exist.
 pub struct PageStates {
     table: Table,
-    cursor: Option<Cursor>,
+    near: Near,
     tracked: usize,
     bytes: usize,
 }
@@ -166,14 +181,14 @@ struct Table {
 /// Looks at states that do not change meanwhile; several threads can do so at once, each with a reader of its own.
 pub struct Reader<'a> {
     table: &'a Table,
-    cursor: Option<Cursor>,
+    near: Near,
 }
 
 impl Reader<'_> {
     /// As [`PageStates::at`].
     #[inline]
     pub fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
-        self.table.at(&mut self.cursor, slot, addr)
+        self.table.at(&mut self.near, slot, addr)
     }
 
     /// As [`PageStates::first_in`].
@@ -182,7 +197,7 @@ impl Reader<'_> {
         slot: SlotId,
         within: core::ops::Range<usize>,
     ) -> Option<(PageRef, usize, PageState)> {
-        self.table.first_in(&mut self.cursor, slot, within)
+        self.table.first_in(&mut self.near.cursor, slot, within)
     }
 }
 
@@ -201,7 +216,7 @@ impl PageStates {
                 arena: Arena::new(),
                 slots: Chunks::new(),
             },
-            cursor: None,
+            near: Near::NOTHING,
             tracked: 0,
             bytes: 0,
         }
@@ -226,7 +241,7 @@ impl PageStates {
     #[inline]
     pub fn lookup(&mut self, slot: SlotId, addr: usize) -> Option<PageRef> {
         let (number, offset) = split(addr);
-        let id = self.table.find(&mut self.cursor, slot, number)?;
+        let id = self.table.find(&mut self.near, slot, number)?;
         self.table
             .arena
             .get(id)?
@@ -237,14 +252,14 @@ impl PageStates {
     /// Returns the page at an address, if it is tracked, and its state.
     #[inline]
     pub fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
-        self.table.at(&mut self.cursor, slot, addr)
+        self.table.at(&mut self.near, slot, addr)
     }
 
     /// Lets a thread look at the states beside others.
     pub fn reader(&self) -> Reader<'_> {
         Reader {
             table: &self.table,
-            cursor: self.cursor,
+            near: self.near,
         }
     }
 
@@ -288,7 +303,7 @@ impl PageStates {
         flags: Flags,
     ) -> bool {
         let (number, offset) = split(within.start);
-        let id = match self.table.find(&mut self.cursor, slot, number) {
+        let id = match self.table.find(&mut self.near, slot, number) {
             Some(id) => Ok(id),
             None => self.add_range(slot, number, flags),
         };
@@ -373,7 +388,7 @@ impl PageStates {
         slot: SlotId,
         within: core::ops::Range<usize>,
     ) -> Option<(PageRef, usize, PageState)> {
-        self.table.first_in(&mut self.cursor, slot, within)
+        self.table.first_in(&mut self.near.cursor, slot, within)
     }
 
     /// Returns the last tracked page of an mm with an address in `within`, its address and state.
@@ -386,7 +401,7 @@ impl PageStates {
     ) -> Option<(PageRef, usize, PageState)> {
         let last = within.end.checked_sub(1)?;
         let (number, offset) = split(last);
-        let floor = self.table.floor(self.cursor, slot, number)?;
+        let floor = self.table.floor(self.near.cursor, slot, number)?;
         let to = if floor.number == number {
             offset
         } else {
@@ -407,7 +422,7 @@ impl PageStates {
         if addr < within.start {
             return None;
         }
-        self.cursor = Some(cursor);
+        self.near.cursor = Some(cursor);
         let page = PageRef::new(cursor.id, offset);
         Some((page, addr, self.get(page)?))
     }
@@ -420,7 +435,7 @@ impl PageStates {
         from: usize,
     ) -> Option<(PageRef, usize, PageState)> {
         let (number, mut offset) = split(from.checked_next_multiple_of(PAGE_SIZE)?);
-        let floor = self.table.floor(self.cursor, slot, number);
+        let floor = self.table.floor(self.near.cursor, slot, number);
         let mut cursor = match floor {
             Some(cursor) if cursor.number == number => cursor,
             _ => {
@@ -437,7 +452,7 @@ impl PageStates {
                 .get(cursor.id)?
                 .next_with(offset, MERGED | INDEXED);
             if let Some((offset, bits)) = found {
-                self.cursor = Some(cursor);
+                self.near.cursor = Some(cursor);
                 let page = PageRef::new(cursor.id, offset);
                 return Some((
                     page,
@@ -467,7 +482,7 @@ impl PageStates {
             arena.remove(id);
         });
         self.tracked -= directory.tracked();
-        self.cursor = None;
+        self.near.cursor = None;
         // Slots are numbered from below, so the memory of those at the end can go.
         while let Some(last) = self.table.slots.len().checked_sub(1) {
             if self.table.slots.get(last).is_none_or(|d| !d.is_empty()) {
@@ -525,10 +540,16 @@ impl PageStates {
         if bytes != self.bytes {
             return Err("page state: the number of bytes is wrong");
         }
-        if let Some(cursor) = self.cursor {
+        if let Some(cursor) = self.near.cursor {
             let found = self.table.cursor_at(cursor.slot, cursor.at);
             if found.is_none_or(|found| found.id != cursor.id || found.number != cursor.number) {
                 return Err("page state: the cursor is wrong");
+            }
+        }
+        if let Some((slot, number)) = self.near.absent {
+            let found = self.table.floor(None, slot, number);
+            if found.is_some_and(|found| found.number == number) {
+                return Err("page state: an absent range is there");
             }
         }
         Ok(())
@@ -549,18 +570,22 @@ impl PageStates {
             Ok(at) => {
                 // INVARIANT: 1. It is in both. 4. 5.
                 self.bytes += value_bytes;
-                self.cursor = Some(Cursor {
+                let cursor = Cursor {
                     slot,
                     number,
                     id,
                     at,
-                });
+                };
+                self.near = Near {
+                    cursor: Some(cursor),
+                    absent: None,
+                };
                 Ok(id)
             }
             Err(error) => {
                 self.table.arena.remove(id);
                 // The directory may have been rearranged.
-                self.cursor = None;
+                self.near.cursor = None;
                 Err(error.into())
             }
         }
@@ -575,28 +600,23 @@ impl PageStates {
         let (slot, number) = (range.slot(), range.number());
         let at = self
             .table
-            .floor(self.cursor, slot, number)
+            .floor(self.near.cursor, slot, number)
             .map(|cursor| cursor.at);
         if let (Some(directory), Some(at)) = (self.table.slots.get_mut(slot.0 as usize), at) {
             // INVARIANT: 1. It leaves both. 4. 5. Positions behind it are others now.
             directory.remove(&self.table.arena, at, &mut self.bytes);
             self.bytes -= range.value_bytes();
             self.table.arena.remove(id);
-            self.cursor = None;
+            self.near.cursor = None;
         }
     }
 }
 
 impl Table {
     #[inline]
-    fn at(
-        &self,
-        cursor: &mut Option<Cursor>,
-        slot: SlotId,
-        addr: usize,
-    ) -> Option<(PageRef, PageState)> {
+    fn at(&self, near: &mut Near, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
         let (number, offset) = split(addr);
-        let id = self.find(cursor, slot, number)?;
+        let id = self.find(near, slot, number)?;
         let bits = self.arena.get(id)?.get(offset)?;
         Some((PageRef::new(id, offset), PageState::from_bits(bits)))
     }
@@ -650,27 +670,24 @@ impl Table {
 
     /// Returns the range of a slot at this address, and makes it the cursor.
     #[inline]
-    fn find(&self, cursor: &mut Option<Cursor>, slot: SlotId, number: usize) -> Option<RangeId> {
-        match cursor {
+    fn find(&self, near: &mut Near, slot: SlotId, number: usize) -> Option<RangeId> {
+        match near.cursor {
             Some(cursor) if cursor.number == number && cursor.slot == slot => Some(cursor.id),
-            _ => self.find_elsewhere(cursor, slot, number),
+            _ if near.absent == Some((slot, number)) => None,
+            _ => self.find_elsewhere(near, slot, number),
         }
     }
 
     #[inline(never)]
-    fn find_elsewhere(
-        &self,
-        cursor: &mut Option<Cursor>,
-        slot: SlotId,
-        number: usize,
-    ) -> Option<RangeId> {
-        let found = self.floor(*cursor, slot, number)?;
-        if found.number != number {
-            return None;
-        }
+    fn find_elsewhere(&self, near: &mut Near, slot: SlotId, number: usize) -> Option<RangeId> {
+        let floor = self.floor(near.cursor, slot, number);
+        let found = floor.filter(|found| found.number == number);
         // INVARIANT: 5.
-        *cursor = Some(found);
-        Some(found.id)
+        match found {
+            Some(_) => near.cursor = found,
+            None => near.absent = Some((slot, number)),
+        }
+        Some(found?.id)
     }
 
     /// Returns the last range of a slot that is not above this address; it is likely near `hint`.
