@@ -810,10 +810,10 @@ impl<M: Memory> Engine<M> {
                 let same = |with: &With| matches!(with, With::Node(other) if *other == node);
                 merges.filter(|pending| same(&pending.with)).count() as u32
             };
-            let head = self.head_at(work.node, now);
-            let Some(node) = self.node_with_room(head, policy.max_page_sharing, to_come) else {
-                break;
-            };
+            let node = self
+                .head_at(work.node, now)
+                .and_then(|head| self.node_with_room(head, policy.max_page_sharing, to_come));
+            let Some(node) = node else { break };
             let partner = Partner::Node { node, nid };
             match self.memory.prepare(at, &lane.batch, i, partner) {
                 Ok(merge) => {
@@ -1134,11 +1134,10 @@ impl<M: Memory> Engine<M> {
     /// A node of this ring that can take one more mapping, with those `to_come`.
     fn node_with_room(
         &self,
-        head: Option<NodeId>,
+        head: NodeId,
         max_page_sharing: u32,
         to_come: impl Fn(NodeId) -> u32,
     ) -> Option<NodeId> {
-        let head = head?;
         let mut node = head;
         for _ in 0..RING_LOOK {
             let mappings = self.memory.mappings(node);

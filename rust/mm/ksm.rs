@@ -699,7 +699,7 @@ impl crate::engine::memory::Merge for Merge {
             first.run_in(&mut vmas, || ());
             let same = |merge: &&'a mut Self| {
                 let other = merge.only_mm().map(PinnedMm::as_ptr);
-                other == Some(mm.as_ptr()) && !guard.is_contended()
+                other == Some(mm.as_ptr()) && !mm.mmap_lock_is_contended()
             };
             while let Some(next) = merges.next_if(same) {
                 // SAFETY: May sleep: no spinlock is held.

@@ -57,6 +57,12 @@ impl PinnedMm {
         }
     }
 
+    /// Whether somebody waits for the mmap lock.
+    pub(crate) fn mmap_lock_is_contended(&self) -> bool {
+        // SAFETY: The mm is pinned.
+        unsafe { raw::rksm_mmap_lock_is_contended(self.as_ptr()) }
+    }
+
     /// Pins the mm's users for as long as the result lives; `None` once they are gone.
     ///
     /// Dropping the result is `mmput_async`: `mmput` could run `exit_mmap` here and now, under whatever locks
@@ -109,12 +115,6 @@ impl MmapReadGuard<'_> {
     pub(crate) fn live(&self) -> Option<LiveMm<'_>> {
         // INVARIANT: `mm_users` was not zero under the mmap lock, which the result borrows.
         (!self.mm.ksm_test_exit()).then_some(LiveMm { mm: self.mm })
-    }
-
-    /// Whether somebody waits for the lock.
-    pub(crate) fn is_contended(&self) -> bool {
-        // SAFETY: The mm is pinned.
-        unsafe { raw::rksm_mmap_lock_is_contended(self.mm.as_ptr()) }
     }
 }
 

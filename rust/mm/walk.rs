@@ -284,7 +284,7 @@ pub(crate) fn lru_add_drain_all(_symbols: Symbols) {
 struct Walk<'a, F> {
     batch: &'a mut Batch,
     look: &'a mut F,
-    mm: usize,
+    live: LiveMm<'a>,
     /// Where to go on after a walk that has ended early.
     next: usize,
     /// `look` has ended the walk, or somebody waits for the mmap lock.
@@ -303,7 +303,7 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> Interest> Walk<'_, F> {
     /// `mapped` is what a page table maps whose lock the caller holds.
     unsafe fn offer(&mut self, addr: usize, mapped: &mut raw::rksm_mapped) -> bool {
         if let Some(huge) = &self.batch.huge {
-            mapped.touched |= huge.mm == self.mm && huge.pages.contains(&addr);
+            mapped.touched |= huge.mm == self.mm() && huge.pages.contains(&addr);
         }
         match (self.look)(addr, mapped) {
             Interest::Take => {
@@ -324,6 +324,11 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> Interest> Walk<'_, F> {
             self.cleared.start = addr;
         }
         self.cleared.end = addr + PAGE_SIZE;
+    }
+
+    /// Names the mm.
+    fn mm(&self) -> usize {
+        self.live.mm().as_ptr() as usize
     }
 
     fn over(&self) -> bool {
@@ -380,7 +385,7 @@ fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
     let mut walk = Walk {
         batch,
         look,
-        mm: mm.mm().as_ptr() as usize,
+        live: mm,
         next: end,
         stopped: false,
         begun: false,
@@ -427,8 +432,7 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> Interest>
     // SAFETY: May sleep: a walk under the mmap lock holds no spinlock.
     unsafe { raw::rksm_cond_resched() };
     // Whoever changes the address space waits for one page table at most.
-    // SAFETY: The walked mm is pinned.
-    if walk.begun && unsafe { raw::rksm_mmap_lock_is_contended(walk.mm as *mut raw::mm_struct) } {
+    if walk.begun && walk.live.mm().mmap_lock_is_contended() {
         walk.stopped = true;
         walk.next = addr;
         return 1;
@@ -524,7 +528,7 @@ unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
             unsafe { raw::rksm_pmd_mkold(vma, addr, pmd, folio.as_ptr()) };
             walk.cleared(addr);
             walk.batch.huge = Some(Huge {
-                mm: walk.mm,
+                mm: walk.mm(),
                 pages: range.start..range.end,
             });
             old = true;
