@@ -2,8 +2,9 @@
 
 //! Kernel samepage merging, in place of the built-in.
 //!
-//! Three layers, which depend on each other in this order: [`rksmd`] brings together the [`engine`], which decides and
-//! has no unsafe code, and [`mm`], which does what the kernel does and has all of it. This file loads and unloads.
+//! Layers that depend on each other one way: the [`service`] runs the [`engine`], which decides and has no unsafe
+//! code, over [`ksm`], which merges and unmerges pages; [`takeover`] replaces the built-in; [`kernel_ext`] wraps what
+//! the kernel crate lacks. This file loads and unloads.
 
 use kernel::{
     prelude::*,
@@ -18,32 +19,34 @@ mod bindings;
     reason = "the engine is a crate of its own for the tests on the host"
 )]
 mod engine;
-mod mm;
+mod kernel_ext;
+mod ksm;
 #[forbid(unsafe_code)]
-mod rksmd;
+mod service;
+mod takeover;
 
 use engine::knobs::{
     Knobs,
     Mode,
     FILES, //
 };
-use mm::{
-    extra_file::ExtraFile,
+use kernel_ext::{
     kthread::{
-        online_cpus,
-        Kthread, //
+        online_cpus, //
+        Kthread,
     },
     memory_notifier::MemoryNotifier,
     symbols::Symbols,
-    takeover::Takeover,
-    team::NICE,
+    sysfs::ExtraFile,
     tracepoint::Probes, //
 };
-use rksmd::{
+use ksm::worker_pool::NICE;
+use service::{
     Ksm,
     NAMES,
     SCAN_THREADS, //
 };
+use takeover::Takeover;
 
 module! {
     type: Rksm,
@@ -91,9 +94,9 @@ struct Rksm {
 
 impl kernel::Module for Rksm {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        mm::delay::set_limit(module_parameters::delay.value());
+        kernel_ext::race_window::set_limit(module_parameters::delay.value());
         let symbols = Symbols::resolve()?;
-        mm::btf::check_layouts(symbols)?;
+        takeover::btf::check_layouts(symbols)?;
         let takeover = Takeover::<Ksm>::new(symbols, &NAMES)?;
         let rksm = Self::start(symbols, takeover)
             .inspect_err(|error| pr_err!("cannot load: {error:?}; the built-in KSM goes on\n"))?;
@@ -141,12 +144,12 @@ impl Drop for Rksm {
     fn drop(&mut self) {
         self.file = None;
         self.takeover.close();
-        mm::delay::sleep();
+        kernel_ext::race_window::sleep();
         let ran = self.thread.take().is_some();
-        mm::delay::sleep();
+        kernel_ext::race_window::sleep();
         self.notifier = None;
         self.probes = None;
-        mm::delay::sleep();
+        kernel_ext::race_window::sleep();
         self.ksm.shut_down();
         match self
             .ksm

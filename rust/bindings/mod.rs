@@ -26,3 +26,9 @@ include!(concat!(env!("RKSM_BINDINGS"), "/bindings_generated.rs"));
 pub(crate) mod layout {
     include!(concat!(env!("RKSM_BINDINGS"), "/btf_generated.rs"));
 }
+
+/// The kernel crate's bindings, and our own for what they lack.
+pub(crate) mod raw {
+    pub(crate) use super::*;
+    pub(crate) use kernel::bindings::*;
+}

@@ -21,15 +21,17 @@
 //! built-in answers. So a user sees neither an error nor a wrong answer at `insmod` and `rmmod`,
 //! at worst a delay.
 
-use super::{
-    symbols::Symbols,
-    takeover::ThreadMutex,
-    wait::{
-        new_wait_queue,
-        WaitQueue, //
-    },
-};
 use crate::bindings as ours;
+use crate::{
+    kernel_ext::{
+        symbols::Symbols,
+        wait::{
+            new_wait_queue, //
+            WaitQueue,
+        }, //
+    },
+    takeover::ThreadMutex, //
+};
 use core::{
     ops::Deref,
     ptr,
@@ -402,7 +404,7 @@ impl<F: Files> Inner<F> {
 }
 
 /// The errno that a function of a file returns.
-pub(super) fn to_errno(error: Error) -> isize {
+pub(crate) fn to_errno(error: Error) -> isize {
     error.to_errno() as isize
 }
 

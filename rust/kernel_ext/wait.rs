@@ -21,7 +21,7 @@ use kernel::{
 /// Creates an initialiser of a [`WaitQueue`] with a lock class of its own.
 macro_rules! new_wait_queue {
     ($name:literal) => {
-        $crate::mm::wait::WaitQueue::new($name, ::kernel::static_lock_class!())
+        $crate::kernel_ext::wait::WaitQueue::new($name, ::kernel::static_lock_class!())
     };
 }
 pub(crate) use new_wait_queue;

@@ -9,14 +9,14 @@ fn this_module() -> *mut bindings::module {
 }
 
 /// Takes a reference. False if the module is being unloaded.
-pub(super) fn get() -> bool {
+pub(crate) fn get() -> bool {
     // SAFETY: This code is running, so the module is there.
     unsafe { bindings::try_module_get(this_module()) }
 }
 
 /// Gives up a reference that [`get`] took. The caller runs in a thread that the module's exit waits for, or in a
 /// function of a file that it drains.
-pub(super) fn put() {
+pub(crate) fn put() {
     // SAFETY: As above.
     unsafe { bindings::module_put(this_module()) };
 }

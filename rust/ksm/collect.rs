@@ -6,12 +6,14 @@
 //! MMUs know), and flushes the TLBs before it ends: a page that is not marked when the next walk comes by has not been
 //! touched through an address space since. Reclaim and DAMON take marks away, too; so this is a hint.
 
-use super::{
-    pin::LiveMm,
-    raw,
-    symbols::Symbols, //
-};
 use crate::engine::memory::Interest;
+use crate::{
+    bindings::raw,
+    kernel_ext::{
+        mm::LiveMm,
+        symbols::Symbols, //
+    }, //
+};
 use core::{
     ops::Range,
     ptr::NonNull, //

@@ -2,7 +2,7 @@
 
 //! References to folios and their lock.
 
-use super::raw;
+use crate::bindings::raw;
 use core::ptr::NonNull;
 
 /// A counted reference to a folio.

@@ -8,7 +8,7 @@
 //!
 //! 1. `thread_mutex`: the engine. Held by `rksmd` for one batch, also while other threads help it, and by a write to `run`
 //!    while it unmerges. Sleeps. Exit never takes it.
-//! 2. The mmap lock of one mm, then folio locks, then page table locks: see [`crate::mm::merge`].
+//! 2. The mmap lock of one mm, then folio locks, then page table locks: see [`crate::ksm::replace_pte`].
 //! 3. `mmlist_lock`: the registry. A leaf; nothing is dropped or allocated under it.
 //! 4. `knobs`: the values of the files and the counters last published. A leaf.
 //!
@@ -26,8 +26,8 @@ use crate::{
             Knobs,
             Mode,
             RunState,
-            StoreCtx,
-            FILES, //
+            StoreCtx, //
+            FILES,
         },
         lane::Lanes,
         mmlist::{
@@ -44,34 +44,40 @@ use crate::{
         },
         stats::Snapshot, //
     },
-    mm::{
-        attrs::Files,
-        delay,
-        ksm,
-        ksm::StableNodes,
+    kernel_ext::{
         kthread::{
             self,
             Current, //
         },
         memory_notifier::MemoryEvents,
-        pin::PinnedMm,
+        mm::PinnedMm,
+        race_window,
         symbols::Symbols,
-        takeover::Builtin,
-        team::Team,
         tracepoint::{
             MmEvents,
             Trace, //
         },
-        unmerge,
         wait::{
-            new_wait_queue,
-            WaitQueue, //
-        },
-        walk::{
-            self,
-            Batch, //
+            new_wait_queue, //
+            WaitQueue,
         }, //
     },
+    ksm::{
+        backend::{
+            self,
+            StableNodes, //
+        },
+        collect::{
+            self,
+            Batch, //
+        },
+        unmerge,
+        worker_pool::Team, //
+    },
+    takeover::{
+        attributes::Files, //
+        Builtin,
+    }, //
 };
 use core::fmt::Write;
 use kernel::{
@@ -409,7 +415,7 @@ impl Ksm {
                     (team, lanes),
                     &mut left,
                 );
-                delay::sleep();
+                race_window::sleep();
                 Visited {
                     progress,
                     tracked: engine.tracks(id),
@@ -439,7 +445,7 @@ impl Ksm {
         let counters = &core.engine.counters;
         self.trace
             .start_scan(counters.full_scans, counters.tracked as usize);
-        walk::lru_add_drain_all(self.symbols);
+        collect::lru_add_drain_all(self.symbols);
         self.locked(|registry| registry.begin())
     }
 
@@ -638,12 +644,12 @@ impl Pins<PinnedMm> for Ksm {
 
 impl MmEvents for Ksm {
     fn enter(&self, mm: &Mm) {
-        delay::spin();
+        race_window::spin();
         self.register(mm);
     }
 
     fn exit(&self, mm: &Mm) {
-        delay::spin();
+        race_window::spin();
         if MmList::exit(self, mm.as_raw() as usize) {
             self.attend();
         }
@@ -680,7 +686,7 @@ impl Files for Ksm {
             let shown = self.shown.lock();
             (shown.knobs, shown.snapshot)
         };
-        snapshot.zero_pages = ksm::zero_pages(self.symbols);
+        snapshot.zero_pages = backend::zero_pages(self.symbols);
         let mut line = Line::new();
         knobs.show(file, &snapshot, &mut line).map_err(|_| EINVAL)?;
         let line = line.as_bytes();

@@ -4,7 +4,7 @@
 //!
 //! Off, unless the module is loaded with `delay=`; then each place waits now and then, for a random time.
 
-use super::raw;
+use crate::bindings::raw;
 use kernel::sync::atomic::{
     Atomic,
     Relaxed, //

@@ -6,13 +6,16 @@
 //! stopped. Its registry goes on as it is: mms come and go there as before. With the scanner
 //! stopped and its cursor at the head of the list, an mm that exits leaves at once.
 
-use super::{
-    attrs::{
+pub(crate) mod attributes;
+pub(crate) mod btf;
+
+use crate::{
+    kernel_ext::symbols::Symbols,
+    takeover::attributes::{
         Attrs,
         Files,
         Text, //
-    },
-    symbols::Symbols,
+    }, //
 };
 use core::{
     ptr,
@@ -51,11 +54,11 @@ const BATCH: usize = 128;
 pub(crate) struct Builtin(Symbols);
 
 /// `ksm_thread_mutex`, held.
-pub(super) struct ThreadMutex(Symbols);
+pub(crate) struct ThreadMutex(Symbols);
 
 impl ThreadMutex {
     /// Takes it. Sleeps, for as long as a batch of the built-in takes.
-    pub(super) fn lock(symbols: Symbols) -> Self {
+    pub(crate) fn lock(symbols: Symbols) -> Self {
         // SAFETY: The kernel's own mutex; may sleep here.
         unsafe { bindings::mutex_lock(symbols.ksm_thread_mutex()) };
         Self(symbols)

@@ -2,21 +2,23 @@
 
 //! Threads that work together: one leads, and the others help.
 
-use super::{
-    kthread::{
-        Current,
-        Kthread, //
-    },
-    raw,
-    symbols::Symbols,
-    wait::{
-        new_wait_queue,
-        WaitQueue, //
-    },
-};
 use crate::engine::lane::{
     Crew,
     Leader, //
+};
+use crate::{
+    bindings::raw,
+    kernel_ext::{
+        kthread::{
+            Current,
+            Kthread, //
+        },
+        symbols::Symbols,
+        wait::{
+            new_wait_queue, //
+            WaitQueue,
+        }, //
+    }, //
 };
 use core::ptr::NonNull;
 use kernel::{

@@ -6,7 +6,7 @@
 //! a dying process goes at once. Its maple tree may then be gone: vmas are reached only through a [`LiveMm`],
 //! which only [`MmapReadGuard::live`] hands out, after `ksm_test_exit` under the mmap lock.
 
-use super::raw;
+use crate::bindings::raw;
 use crate::engine::registry;
 use kernel::{
     mm::{

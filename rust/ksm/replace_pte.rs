@@ -13,17 +13,22 @@
 //! `mmap_lock` (read) of one mm, then the folio lock (trylock), then mmu notifiers (may sleep), then the page table
 //! lock.
 
-use super::{
-    delay,
-    folio::FolioRef,
-    ksm::StableNode,
-    pin::{
-        LiveMm,
-        MmapReadGuard, //
-    },
-    raw,
-};
 use crate::engine::memory::Refusal;
+use crate::{
+    bindings::raw,
+    kernel_ext::{
+        folio::FolioRef,
+        mm::{
+            LiveMm,
+            MmapReadGuard, //
+        },
+        race_window, //
+    },
+    ksm::{
+        backend::StableNode,
+        collect, //
+    },
+};
 use core::ptr::NonNull;
 use kernel::{
     mm::virt::VmaRef,
@@ -31,7 +36,7 @@ use kernel::{
 };
 
 /// What a page is to be replaced by.
-pub(super) enum Target<'a> {
+pub(crate) enum Target<'a> {
     /// Itself, as the merged page of this node.
     Itself(NonNull<StableNode>),
     /// The merged page that another folio is.
@@ -119,7 +124,7 @@ impl Drop for Invalidate {
 }
 
 /// Whether two referenced pages have the same contents, now.
-pub(super) fn pages_identical(a: NonNull<raw::page>, b: NonNull<raw::page>) -> bool {
+pub(crate) fn pages_identical(a: NonNull<raw::page>, b: NonNull<raw::page>) -> bool {
     // SAFETY: Both pages are referenced. They may change meanwhile, which the shim's `memcmp` allows for.
     unsafe { raw::rksm_pages_identical(a.as_ptr(), b.as_ptr()) }
 }
@@ -144,7 +149,7 @@ fn matches_target(page: NonNull<raw::page>, target: &Target<'_>) -> bool {
 /// # Errors
 ///
 /// The mapping is what it was.
-pub(super) fn share(
+pub(crate) fn share(
     mm: LiveMm<'_>,
     vma: &VmaRef,
     addr: usize,
@@ -199,7 +204,7 @@ fn share_locked(
     if unsafe { raw::rksm_folio_test_ksm(folio) } {
         return Err(Refusal::Gone);
     }
-    delay::sleep();
+    race_window::sleep();
     let _bracket = Invalidate::new(mm, addr);
     let pte = PteGuard::lock(vma, addr).ok_or(Refusal::Gone)?;
     let entry = pte.get();
@@ -222,7 +227,7 @@ fn share_locked(
     };
 
     let entry = pte.clear_flush();
-    delay::spin();
+    race_window::spin();
     // From here on nobody can reach the page through this entry: undo by setting it again.
     // SAFETY: The folio is referenced and locked.
     if writable && unsafe { raw::rksm_folio_pinned_beyond(folio, 1) } {
@@ -276,7 +281,7 @@ fn share_locked(
 /// # Errors
 ///
 /// `ENOMEM` where a fault could not be served; `ERESTARTSYS` where a signal is pending.
-pub(super) fn break_ksm(
+pub(crate) fn break_ksm(
     vma: &VmaRef,
     start: usize,
     end: usize,
@@ -287,7 +292,7 @@ pub(super) fn break_ksm(
         if at >= end {
             return Ok(None);
         }
-        let Some(addr) = super::walk::find_merged(vma, at, end)? else {
+        let Some(addr) = collect::find_merged(vma, at, end)? else {
             return Ok(None);
         };
         // SAFETY: The vma is valid and its mm's lock is held.
@@ -312,7 +317,7 @@ pub(super) fn break_ksm(
 /// Takes back the sharing of a page whose partner could not be merged: unshares what is at `addr`.
 ///
 /// Best effort: what cannot be unshared now stays a merged page with one mapping.
-pub(super) fn break_one(guard: &MmapReadGuard<'_>, addr: usize) {
+pub(crate) fn break_one(guard: &MmapReadGuard<'_>, addr: usize) {
     let Some(vma) = guard.live().and_then(|live| live.mergeable_at(addr)) else {
         return;
     };

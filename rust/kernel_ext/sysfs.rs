@@ -2,14 +2,14 @@
 
 //! Files of our own in `/sys/kernel/mm/ksm`.
 
-use super::{
-    attrs::{
-        to_errno,
-        Files, //
-    },
-    symbols::Symbols,
-};
 use crate::bindings as ours;
+use crate::{
+    kernel_ext::symbols::Symbols,
+    takeover::attributes::{
+        to_errno, //
+        Files,
+    }, //
+};
 use core::slice;
 use kernel::{
     bindings,

@@ -5,8 +5,8 @@
 //! The built-in KSM goes on registering mms, and fires those two from wherever it is called
 //! (madvise, prctl, fork, exec, exit). A probe on each tells of every mm that comes and goes.
 
-use super::symbols::Symbols;
 use crate::bindings as ours;
+use crate::kernel_ext::symbols::Symbols;
 use core::ptr;
 use kernel::{
     bindings,

@@ -4,8 +4,8 @@
 //!
 //! C header: `include/linux/kthread.h`
 
-use super::symbols::Symbols;
 use crate::bindings as ours;
+use crate::kernel_ext::symbols::Symbols;
 use core::ptr::NonNull;
 use kernel::{
     bindings,

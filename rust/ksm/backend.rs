@@ -4,7 +4,7 @@
 //!
 //! A merged folio's `mapping` is a pointer to its stable node, marked `FOLIO_MAPPING_KSM`; `rmap_walk_ksm`,
 //! `folio_migrate_ksm` and `collect_procs_ksm` follow it to the node's `hlist` of rmap items. So both structs have
-//! the fields these functions use where the built-in KSM has them ([`super::btf`] compares the layouts with the
+//! the fields these functions use where the built-in KSM has them ([`crate::takeover::btf`] compares the layouts with the
 //! running kernel's), and use the rest for their own ends. What comes before the first and after the last such field
 //! is left out: a pointer that the core has to either points to where the whole struct would begin.
 //!
@@ -19,31 +19,6 @@
 //! A node's `hlist` changes only under its folio's lock. All else here belongs to the engine's lock, the
 //! `thread_mutex`. The folio lock nests inside the `mmap_lock`; neither is held on return.
 
-use super::{
-    arena::Arena,
-    delay,
-    folio::{
-        self,
-        FolioLock,
-        FolioRef, //
-    },
-    merge,
-    merge::Target,
-    module_ref,
-    pin::{
-        self,
-        LiveMm,
-        MmapReadGuard,
-        PinnedMm, //
-    },
-    raw,
-    symbols::Symbols,
-    tracepoint::Trace,
-    walk::{
-        self,
-        Batch, //
-    },
-};
 use crate::engine::{
     content_hash::ContentKey,
     ids::{
@@ -69,6 +44,37 @@ use crate::engine::{
         Released, //
     },
     registry::PinnedMm as _, //
+};
+use crate::{
+    bindings::raw,
+    kernel_ext::{
+        folio::{
+            self,
+            FolioLock,
+            FolioRef, //
+        },
+        mm::{
+            self,
+            LiveMm,
+            MmapReadGuard,
+            PinnedMm, //
+        },
+        module_ref,
+        race_window,
+        symbols::Symbols,
+        tracepoint::Trace, //
+    },
+    ksm::{
+        arena::Arena,
+        collect::{
+            self,
+            Batch, //
+        },
+        replace_pte::{
+            self,
+            Target, //
+        }, //
+    }, //
 };
 use core::{
     ops::Range,
@@ -97,7 +103,7 @@ const FOLIO_MAPPING_KSM: usize = FOLIO_MAPPING_ANON | raw::FOLIO_MAPPING_ANON_KS
 ///
 /// The bytes before `hlist` belong, in the built-in, to its trees, which no function but its own scanner looks at.
 #[repr(C)]
-pub(super) struct StableNode {
+pub(crate) struct StableNode {
     /// Fingerprint, and [`HEAD`].
     content: u64,
     next: NodeId,
@@ -121,7 +127,7 @@ const HEAD: u64 = 1 << 63;
 ///
 /// In the place of `head`, by which the built-in finds the node, are the numbers of node and owner.
 #[repr(C)]
-pub(super) struct RmapItem {
+pub(crate) struct RmapItem {
     /// Owns a reference, taken under the mmap lock before the item could be found; `None` before.
     anon_vma: Option<NonNull<raw::anon_vma>>,
     mm: PinnedMm,
@@ -178,7 +184,7 @@ impl StableNode {
     }
 
     /// The `mapping` word of the node's folio.
-    pub(super) fn mapping(node: NonNull<Self>) -> usize {
+    pub(crate) fn mapping(node: NonNull<Self>) -> usize {
         Self::as_core(node) | FOLIO_MAPPING_KSM
     }
 
@@ -340,7 +346,7 @@ impl StableNodes {
             // SAFETY: `frame` is one that held our page; frames that are taken offline are pruned before.
             let folio = unsafe { NonNull::new_unchecked(raw::rksm_pfn_folio(frame)) };
             if folio::mapping(folio) == expected {
-                delay::spin();
+                race_window::spin();
                 let reference = loop {
                     // SAFETY: As above.
                     match unsafe { FolioRef::try_get(folio) } {
@@ -375,7 +381,7 @@ impl StableNodes {
         let expected = StableNode::mapping(node);
         loop {
             let folio = self.get_folio(node)?;
-            delay::sleep();
+            race_window::sleep();
             let lock = folio.lock();
             // Until it was locked, the page may have been migrated.
             if folio.mapping() == expected {
@@ -536,7 +542,7 @@ impl OwnItem {
     /// The `anon_vma` is referenced here, under the mmap lock: once the item is on a node, an rmap walk follows it
     /// whatever has become of the vma.
     fn place_in(&self, vma: &VmaRef) -> Result<(), Refusal> {
-        let anon_vma = NonNull::new(pin::anon_vma(vma)).ok_or(Refusal::Gone)?;
+        let anon_vma = NonNull::new(mm::anon_vma(vma)).ok_or(Refusal::Gone)?;
         // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the address lies in the vma. The item is ours by
         // the invariant.
         unsafe {
@@ -633,7 +639,8 @@ impl Merge {
         match &self.with {
             With::Zero { mm, addr } => {
                 self.outcome = vmas.at(*addr).and_then(|(live, vma)| {
-                    merge::share(live, vma, *addr, page, &Target::Zero, before_split).map(|_| ())
+                    replace_pte::share(live, vma, *addr, page, &Target::Zero, before_split)
+                        .map(|_| ())
                 });
                 // SAFETY: The zero page is always there.
                 let pfn = unsafe { raw::rksm_zero_pfn() };
@@ -669,7 +676,7 @@ impl Merge {
                 raw::rksm_folio_get(folio);
                 FolioRef::from_raw(NonNull::new_unchecked(folio))
             };
-            delay::sleep();
+            race_window::sleep();
             couple.share_second(&kfolio, trace)
         });
     }
@@ -738,10 +745,10 @@ fn share_with(
         return Err(Refusal::Busy);
     }
     item.place_in(vma)?;
-    delay::sleep();
+    race_window::sleep();
     let target = Target::Page(kfolio);
-    merge::share(live, vma, item.addr(), page, &target, before_split)?;
-    delay::sleep();
+    replace_pte::share(live, vma, item.addr(), page, &target, before_split)?;
+    race_window::sleep();
     // SAFETY: The node's folio is locked, and names it, so that the node is there.
     unsafe { item.append(node, Some(&lock)) };
     Ok(())
@@ -752,7 +759,7 @@ impl Couple {
     fn look(&self, page: NonNull<raw::page>) -> Result<(), Refusal> {
         let addr = self.second.addr();
         in_vma(self.second.mm(), addr, |_, vma| {
-            let held = walk::page_at(vma, addr).ok_or(Refusal::Gone)?;
+            let held = collect::page_at(vma, addr).ok_or(Refusal::Gone)?;
             let second = held.page();
             if second == page {
                 return Err(Refusal::Same);
@@ -768,7 +775,7 @@ impl Couple {
                 return Err(Refusal::Pinned);
             }
             // One that nothing has touched is still what it was when it became a candidate.
-            if held.touched() && !merge::pages_identical(page, second) {
+            if held.touched() && !replace_pte::pages_identical(page, second) {
                 return Err(Refusal::Differs);
             }
             Ok(())
@@ -784,12 +791,12 @@ impl Couple {
         let (node, addr) = (self.node, self.first.addr());
         let touched = in_vma(self.first.mm(), addr, |live, vma| {
             self.first.place_in(vma)?;
-            delay::sleep();
+            race_window::sleep();
             // The page becomes findable with its item on the node.
             // SAFETY: The node is in its arena, and no folio names it.
             unsafe { self.first.append(node, None) };
             let target = Target::Itself(node);
-            merge::share(live, vma, addr, page, &target, before_split).inspect_err(|_| {
+            replace_pte::share(live, vma, addr, page, &target, before_split).inspect_err(|_| {
                 // SAFETY: Both are in their arenas, and no folio names the node.
                 let _ = unsafe { StableNode::pop(node) };
             })
@@ -803,7 +810,7 @@ impl Couple {
         let (node, addr) = (self.node, self.second.addr());
         in_vma(self.second.mm(), addr, |live, vma| {
             // Referenced only now, so that a huge page of which both are part could be split for the first.
-            let held = walk::page_at(vma, addr).ok_or(Refusal::Gone)?;
+            let held = collect::page_at(vma, addr).ok_or(Refusal::Gone)?;
             let page = held.page();
             // It may have migrated since it was looked at.
             if self.nid.is_some_and(|nid| nid != page_nid(page)) {
@@ -892,7 +899,7 @@ impl Memory for StableNodes {
         look: &mut L,
     ) -> Collected {
         batch.set_limit(limit, own);
-        delay::sleep();
+        race_window::sleep();
         let guard = mm.mmap_read_lock();
         let Some(live) = guard.live() else {
             return Collected::Exiting;
@@ -901,7 +908,7 @@ impl Memory for StableNodes {
             let kind = self.kind_of(mapped.mapping);
             look.look(addr, kind, mapped.nid as u32, mapped.touched)
         };
-        match walk::collect(live, within, batch, &mut look) {
+        match collect::collect(live, within, batch, &mut look) {
             Some(next) => Collected::More(next),
             None => Collected::End,
         }
@@ -960,7 +967,7 @@ impl Memory for StableNodes {
         }
         let addr = batch.addr(i);
         let held = in_vma(mm, addr, |_, vma| {
-            walk::page_at(vma, addr).ok_or(Refusal::Gone)
+            collect::page_at(vma, addr).ok_or(Refusal::Gone)
         });
         held.map(|held| batch.regain(i, held)).is_ok()
     }
@@ -1072,7 +1079,7 @@ impl Memory for StableNodes {
         let folio = unsafe { FolioRef::try_get(folio) }.ok_or(Refusal::Stale)?;
         let item = self.new_item(&at)?;
         let adopted = in_vma(at.mm, at.addr, |_, vma| item.place_in(vma)).and_then(|()| {
-            delay::sleep();
+            race_window::sleep();
             let lock = folio.lock();
             if folio.mapping() != StableNode::mapping(node) {
                 return Err(Refusal::Stale);
@@ -1247,8 +1254,8 @@ impl StableNodes {
         let (mm, addr, first) = (first.mm(), first.addr(), first.id());
         let node = self.node_of(first);
         if let Some(_user) = mm.mmget_not_zero() {
-            delay::sleep();
-            merge::break_one(&mm.mmap_read_lock(), addr);
+            race_window::sleep();
+            replace_pte::break_one(&mm.mmap_read_lock(), addr);
         }
         let _ = self.release_item(first);
         if let Some(node) = node {

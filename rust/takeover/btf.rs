@@ -6,11 +6,11 @@
 //! layouts come from the target's BTF at build time; [`check_layouts`] compares them with the BTF
 //! of the kernel that runs.
 
-use super::symbols::Symbols;
 use crate::bindings::{
     self,
     layout, //
 };
+use crate::kernel_ext::symbols::Symbols;
 use core::{
     mem::offset_of,
     ptr, //

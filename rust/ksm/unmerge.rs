@@ -2,11 +2,13 @@
 
 //! Unmerging: giving every mapping of a merged page a page of its own.
 
-use super::{
-    delay,
-    merge,
-    pin::PinnedMm,
-    raw, //
+use crate::{
+    bindings::raw,
+    kernel_ext::{
+        mm::PinnedMm,
+        race_window, //
+    },
+    ksm::replace_pte, //
 };
 use kernel::prelude::*;
 
@@ -27,7 +29,7 @@ const FAULTS: usize = 64;
 pub(crate) fn unmerge_mm(mm: &PinnedMm) -> Result {
     let mut at = 0;
     while let Some(_user) = mm.mmget_not_zero() {
-        delay::sleep();
+        race_window::sleep();
         let guard = mm.mmap_read_lock();
         let Some(live) = guard.live() else {
             break;
@@ -37,8 +39,8 @@ pub(crate) fn unmerge_mm(mm: &PinnedMm) -> Result {
         };
         let start = at.max(vma.start());
         let end = vma.end().min(start.saturating_add(SPAN));
-        at = merge::break_ksm(vma, start, end, FAULTS)?.unwrap_or(end);
-        delay::sleep();
+        at = replace_pte::break_ksm(vma, start, end, FAULTS)?.unwrap_or(end);
+        race_window::sleep();
     }
     Ok(())
 }

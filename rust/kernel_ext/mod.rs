@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Safe wrappers of kernel interfaces that the `kernel` crate lacks, written as if for upstream.
+
+pub(crate) mod folio;
+pub(crate) mod kthread;
+pub(crate) mod memory_notifier;
+pub(crate) mod mm;
+pub(crate) mod module_ref;
+pub(crate) mod race_window;
+pub(crate) mod symbols;
+pub(crate) mod sysfs;
+pub(crate) mod tracepoint;
+pub(crate) mod wait;
