@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 #
 # Front door; the work is in scripts/. The kernel's own build reads Kbuild, not this.
 

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 # Functions and paths shared by the scripts; sourced, never run.
 # shellcheck shell=bash
 

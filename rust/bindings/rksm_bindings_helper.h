@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * bindgen's input: the headers of what kernel::bindings lacks. The functions of
  * rust/helpers come in addition, with no need to name them here.

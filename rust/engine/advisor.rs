@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The scan-time advisor: it sets `pages_to_scan` after each full scan, so that the next one
 //! takes `advisor_target_scan_time` seconds, within limits on CPU and pages.

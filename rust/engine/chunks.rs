@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Memory in pieces of a page: arrays that grow without ever being copied as a whole, and what they cost.
 

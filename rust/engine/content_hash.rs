@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The hash of a page's contents: NH, as in UMAC, on 64-bit words, under a secret random key.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Small handles by which the parts of the engine name each other's objects, and the fingerprint by which pages
 //! are compared first.

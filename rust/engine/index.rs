@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Where pages of a given content may be found: merged ones and candidates alike, by fingerprint.
 //!

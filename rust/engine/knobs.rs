@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The files of `/sys/kernel/mm/ksm`: their names and modes, what a write to each means, and
 //! what a read of each shows.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! What processes, scanner, reaper and unload do with the registry, each step under its lock.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! What KSM decides: safe and pure, without any knowledge of page tables, folios or locks.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * What makes the unexported symbols of symbols_list.h usable. A function is called
  * through a static call, which is a direct call: an indirect one would fault on a CPU

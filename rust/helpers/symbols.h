@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Declares what symbols_list.h names. To be included by every helper that uses an
  * unexported function, for those functions that no public header declares.

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Every kernel symbol that rksm needs and that is not exported to modules. All are
  * looked up when the module loads; if one is missing, it does not load.

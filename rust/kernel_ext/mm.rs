@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Pinned mms, the mmap read lock, and the proof that an mm is not exiting.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Safe wrappers of kernel interfaces that the `kernel` crate lacks, written as if for upstream.
 

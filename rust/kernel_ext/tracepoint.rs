@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Probes on the tracepoints `ksm_enter` and `ksm_exit`, and firing the other `ksm` events.
 //!

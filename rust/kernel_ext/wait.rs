@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Wait queues: sleeping until a condition holds, with no lock of one's own.
 //!

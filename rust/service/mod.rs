@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The service: the registered mms, the engine, the knobs, and the thread `rksmd` that brings them together.
 //!

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The guest's side of scripts/run: real programs, merged, checked and let go.
 
 Usage: demo.py [--builtin] [--seed SEED]

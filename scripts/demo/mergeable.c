@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * mergeable COMMAND [ARG]...: run COMMAND with all its anonymous memory offered to KSM,
  * as systemd does for a unit with MemoryKSM=yes.

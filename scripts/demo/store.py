@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A table of numbers kept in memory, asked through standard input.
 
 Usage: store.py SEED

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * rksm-bench: the workloads of the benchmark, run in a guest by guest.sh.
  *

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /* What merging costs others: time to undo it (W10), memory to remember it (M). */
 #define _GNU_SOURCE
 #include "bench.h"

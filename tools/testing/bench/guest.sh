@@ -1,5 +1,5 @@
 #!/bin/sh
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 # Usage: guest.sh ROUNDS quick|full OPTIONS WORKLOAD...
 #
 # In the guest: runs the workloads round by round, with each of SIDES (builtin, rksm) by

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /* The command line: one workload, or a list of them. */
 #define _GNU_SOURCE
 #include "bench.h"

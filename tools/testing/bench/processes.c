@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /* Processes that come, go and suffer: W6, W8, W9. */
 #define _GNU_SOURCE
 #include "bench.h"

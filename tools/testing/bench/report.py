@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Usage: report.py RAW.JSONL OUTDIR
 
 Tables (report.md, also printed), figures (results.json) and plots (*.png) of what

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /* What a scan costs: W1 to W5, W7, and the same with several threads. */
 #define _GNU_SOURCE
 #include "bench.h"

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Processes whose memory is scanned. Each holds one mergeable area and does what it is
  * told over a socket.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Makes one mistake when it is loaded, which the sanitizer kernel must find. Its name is
  * the parameter.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The mistakes that need Rust code to be instrumented; see `mistakes.c`.
 

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 # How the stages run host tests; sourced, never run.
 # shellcheck shell=bash
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Makes one copy of the engine's registry as it is, and one for each fix that is taken out.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * The scan-time advisor: it, and nobody else, sets pages_to_scan, up when full scans take
  * too long, and never above its limit. What it chooses follows from the scan time and the

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Contents never change for anyone: processes with memory of every kind write to it, with
  * few different contents so that most of it is merged again and again, and compare every

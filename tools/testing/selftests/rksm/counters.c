@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * The counters against what is mapped: pages_shared + pages_sharing is the number of
  * mappings of KSM pages, in all processes together and in each, pages_shared the number

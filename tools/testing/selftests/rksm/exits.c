@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Processes that go at every stage: registered only, scanned, candidate, merged, while
  * unmerging, in the middle of a fork tree, through exec, and at random times while the

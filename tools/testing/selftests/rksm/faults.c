@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Allocations that fail, at random and one after the other: every failure is a clean errno
  * or a page that is passed over, contents stay, and afterwards everything merges as if

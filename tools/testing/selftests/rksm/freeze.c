@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * The freezers: tasks stop and go on while the scanner runs and while memory is unmerged,
  * and the scanner stops with the tasks where the whole system is frozen.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Memory hot-remove: blocks with merged pages go offline while KSM runs, and come back, also
  * while some of the kernel's allocations for it fail, where there is fault injection.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Knob parity: every file of /sys/kernel/mm/ksm, with every input of a long list, in three
  * states of KSM, first on the built-in KSM and then on rksm in the same boot. What open,

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Exit latency: from kill -9 to the memory being free, for a process with merged pages and
  * candidates while the scanner works on it, the built-in KSM and rksm in turns. Loads the

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Loading and unloading: what was there before is there afterwards, descriptors of the
  * files live through it, the module stays while merged pages exist, and nothing leaks.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * merge_across_nodes: 1 merges equal pages of all nodes into one, 0 into one of each node,
  * and neither changes while pages are merged. Merged pages that are migrated are found

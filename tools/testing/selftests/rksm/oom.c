@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Unmerging needs memory. When there is none, in a memory cgroup or at all, it ends with a
  * clean error or after the OOM killer has made room, waits for nobody who waits for it, and

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * A page that the kernel holds for I/O is never merged, as its holder would go on using
  * the old page: held by vmsplice, by a registered io_uring buffer, and by O_DIRECT.

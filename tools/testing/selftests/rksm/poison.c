@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Memory failure of merged pages: every process that maps the page is told, nobody else is,
  * and the others' contents stay. A process injects it for its own page by madvise, and then

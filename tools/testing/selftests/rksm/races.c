@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * The five races of Documentation/locking.md, provoked: rksm is loaded with delays where
  * each of them would happen, and processes do what it takes, again and again. What goes

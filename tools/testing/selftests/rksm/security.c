@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * What a user without privileges can do: read the files, not write them; neither stop the
  * scanner nor grow its memory without bound, with contents made to collide, memory that is

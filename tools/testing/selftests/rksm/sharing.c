@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * max_page_sharing: a content with more copies than one page may have is merged into
  * several pages, none of which is mapped more often than allowed, and the chain counters

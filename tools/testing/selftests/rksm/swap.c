@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Swap under pressure: merged pages of several processes are pushed out to zram and come
  * back, once and again, with the scanner running; contents and counters hold.

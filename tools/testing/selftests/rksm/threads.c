@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * scan_threads: what the file takes, that there are so many threads, that they merge what
  * one merges and count each page once, and that their number can change at any time.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Everything at once, for a chosen time: processes that write to, move, protect, lock,
  * fork, exec, swap, migrate and free their memory, and compare every byte of it with a copy

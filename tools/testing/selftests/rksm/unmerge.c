@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Every way back: MADV_UNMERGEABLE of a part, prctl, and run=2, also when a signal stops
  * it half-way.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * use_zero_pages: zero-filled pages become the zero page and are counted apart; the count
  * goes down with every write, unmap, unmerge and exit.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Usage (in a guest): guest.py [--builtin] [--seed SEED] [--seconds N] [GROUP]...
 
 stress-ng's memory and process stressors, all of whose memory is mergeable, while KSM scans

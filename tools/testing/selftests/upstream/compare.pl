@@ -1,5 +1,5 @@
 #!/usr/bin/perl
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 # Usage: compare.pl < output of guest.sh
 #
 # Compares what upstream's tests say of the built-in KSM and of rksm in the same boot, and

@@ -1,5 +1,5 @@
 #!/bin/sh
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 # Usage (in a guest): guest.sh DIRECTORY PART
 #
 # Runs upstream's KSM tests in DIRECTORY, first on the built-in KSM and then on rksm. Before

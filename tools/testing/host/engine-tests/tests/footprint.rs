@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! What page state and index take together for each unmerged page, in memory that a kernel would really give out.
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The steps on the registry, one thread at a time: what each reports, and what it leaves behind.
 

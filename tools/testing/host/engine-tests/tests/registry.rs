@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The registry against a model of it: order of the scan, life of a slot, and who holds which pin.
 

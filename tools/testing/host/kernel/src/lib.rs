@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Stand-in for the part of the kernel crate that `rust/engine` uses.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! What of the kernel's mm the protocols depend on: two counts, a lock, and memory that is gone.
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The simulated mm as the engine sees it. At each call that may sleep, something may happen beside it.
 

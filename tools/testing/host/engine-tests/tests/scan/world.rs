@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! A simulated mm: processes, vmas, page tables, pages with contents, and merged pages with their nodes and items.
 //!

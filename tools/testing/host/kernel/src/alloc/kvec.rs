@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The kernel's `Vec`, over the standard one. Capacities grow exactly as the kernel's do.
 
