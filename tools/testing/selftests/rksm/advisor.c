@@ -4,6 +4,8 @@
  * too long, and never above its limit. What it chooses follows from the scan time and the
  * CPU use that its trace event tells by the rule of Documentation/admin-guide/mm/ksm.rst,
  * worked out here again.
+ *
+ * runs: cloud-amd64 builtin
  */
 #define _GNU_SOURCE
 #include <errno.h>

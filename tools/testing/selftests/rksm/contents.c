@@ -3,6 +3,8 @@
  * Contents never change for anyone: processes with memory of every kind write to it, with
  * few different contents so that most of it is merged again and again, and compare every
  * byte with a copy that KSM never sees.
+ *
+ * runs: cloud-amd64 amd64 builtin
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -3,6 +3,8 @@
  * The counters against what is mapped: pages_shared + pages_sharing is the number of
  * mappings of KSM pages, in all processes together and in each, pages_shared the number
  * of pages; nothing is left after unmerging, nor after the processes are gone.
+ *
+ * runs: cloud-amd64 amd64 sanitizer builtin
  */
 #define _GNU_SOURCE
 #include <stdio.h>

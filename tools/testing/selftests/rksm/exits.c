@@ -3,6 +3,8 @@
  * Processes that go at every stage: registered only, scanned, candidate, merged, while
  * unmerging, in the middle of a fork tree, through exec, and at random times while the
  * scanner runs; and the memory of those that die while it is stopped.
+ *
+ * runs: cloud-amd64 amd64 sanitizer builtin
  */
 #define _GNU_SOURCE
 #include <errno.h>

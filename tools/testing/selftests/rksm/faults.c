@@ -3,6 +3,9 @@
  * Allocations that fail, at random and one after the other: every failure is a clean errno
  * or a page that is passed over, contents stay, and afterwards everything merges as if
  * nothing had been. Needs a kernel with fault injection, and loads the module itself.
+ *
+ * guest: --no-module
+ * runs: sanitizer
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -2,6 +2,8 @@
 /*
  * The freezers: tasks stop and go on while the scanner runs and while memory is unmerged,
  * and the scanner stops with the tasks where the whole system is frozen.
+ *
+ * runs: cloud-amd64 sanitizer
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -3,6 +3,13 @@
  * Memory hot-remove: blocks with merged pages go offline while KSM runs, and come back, also
  * while some of the kernel's allocations for it fail, where there is fault injection.
  * Needs movable memory (movablecore= on the kernel's command line).
+ *
+ * What cannot go offline is said page by page in the kernel's log, and so is what was tried
+ * in vain.
+ *
+ * guest: --append movablecore=512M
+ * guest: --allow 'page dumped because: (unmovable page|migration failure)'
+ * runs: cloud-amd64 builtin
  */
 #define _GNU_SOURCE
 #include <dirent.h>

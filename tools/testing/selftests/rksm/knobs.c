@@ -6,6 +6,8 @@
  * be the same. Differences are listed in knobs.allow with their reason.
  *
  * Without a module the built-in is compared with itself, which judges this test.
+ *
+ * runs: none
  */
 #define _GNU_SOURCE
 #include <ctype.h>

@@ -3,6 +3,9 @@
  * Exit latency: from kill -9 to the memory being free, for a process with merged pages and
  * candidates while the scanner works on it, the built-in KSM and rksm in turns. Loads the
  * module itself.
+ *
+ * guest: --no-module
+ * runs: cloud-amd64
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -2,6 +2,9 @@
 /*
  * Loading and unloading: what was there before is there afterwards, descriptors of the
  * files live through it, the module stays while merged pages exist, and nothing leaks.
+ *
+ * guest: --no-module --timeout 1200
+ * runs: cloud-amd64 amd64
  */
 #define _GNU_SOURCE
 #include <dirent.h>

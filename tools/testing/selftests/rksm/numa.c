@@ -3,6 +3,8 @@
  * merge_across_nodes: 1 merges equal pages of all nodes into one, 0 into one of each node,
  * and neither changes while pages are merged. Merged pages that are migrated are found
  * again. Needs a guest with two nodes.
+ *
+ * guest: --numa 2
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -3,6 +3,10 @@
  * Unmerging needs memory. When there is none, in a memory cgroup or at all, it ends with a
  * clean error or after the OOM killer has made room, waits for nobody who waits for it, and
  * what is killed is free at once. Needs a guest with little memory.
+ *
+ * guest: --mem 320M
+ * guest sanitizer: --mem 640M
+ * runs: cloud-amd64
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -4,6 +4,8 @@
  * and the others' contents stay. A process injects it for its own page by madvise, and then
  * for a frame through debugfs, as a machine check would. Needs CONFIG_MEMORY_FAILURE, and for
  * the frame CONFIG_HWPOISON_INJECT.
+ *
+ * runs: cloud-amd64 sanitizer
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -6,6 +6,9 @@
  * Loads the module itself.
  *
  * RACES_SECONDS=N in the environment says for how long each, RACES_ONLY=N that only the Nth is.
+ *
+ * guest: --no-module --numa 2
+ * runs: cloud-amd64 sanitizer
  */
 #define _GNU_SOURCE
 #include <errno.h>

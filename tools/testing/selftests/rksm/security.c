@@ -3,6 +3,8 @@
  * What a user without privileges can do: read the files, not write them; neither stop the
  * scanner nor grow its memory without bound, with contents made to collide, memory that is
  * sparse, or a userfaultfd that never answers.
+ *
+ * runs: cloud-amd64 builtin
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -2,6 +2,8 @@
 /*
  * scan_threads: what the file takes, that there are so many threads, that they merge what
  * one merges and count each page once, and that their number can change at any time.
+ *
+ * runs: cloud-amd64 sanitizer
  */
 #define _GNU_SOURCE
 #include <dirent.h>

@@ -9,6 +9,8 @@
  * before it. When they meet each other does not.
  *
  * TORTURE_SECONDS=N in the environment says for how long.
+ *
+ * runs: none
  */
 #define _GNU_SOURCE
 #include <errno.h>

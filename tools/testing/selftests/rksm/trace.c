@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * The nine ksm:* trace events fire, and say as much as happened.
+ *
+ * runs: cloud-amd64 builtin
  */
 #define _GNU_SOURCE
 #include <stdio.h>

@@ -2,6 +2,8 @@
 /*
  * use_zero_pages: zero-filled pages become the zero page and are counted apart; the count
  * goes down with every write, unmap, unmerge and exit.
+ *
+ * runs: cloud-amd64 amd64 sanitizer builtin
  */
 #define _GNU_SOURCE
 #include <string.h>
