@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Makes one mistake when it is loaded, which the sanitizer kernel must find. Its name is
+ * Does one thing wrong when it is loaded, which the sanitizer kernel must find. Its name is
  * the parameter.
  */
 #include <linux/delay.h>
@@ -12,8 +12,8 @@
 #include <linux/spinlock.h>
 #include <linux/vmalloc.h>
 
-static char *mistake = "";
-module_param(mistake, charp, 0444);
+static char *bug = "";
+module_param(bug, charp, 0444);
 
 static void use_after_free(void)
 {
@@ -87,7 +87,7 @@ static void page_reference(void)
 static const struct {
 	const char *name;
 	void (*make)(void);
-} mistakes[] = {
+} bugs[] = {
 	{ "use_after_free", use_after_free },
 	{ "vmalloc_out_of_bounds", vmalloc_out_of_bounds },
 	{ "sleep_in_atomic", sleep_in_atomic },
@@ -97,22 +97,22 @@ static const struct {
 	{ "page_reference", page_reference },
 };
 
-static int __init mistakes_init(void)
+static int __init bugs_init(void)
 {
-	for (int i = 0; i < ARRAY_SIZE(mistakes); i++) {
-		if (!strcmp(mistake, mistakes[i].name)) {
-			mistakes[i].make();
+	for (int i = 0; i < ARRAY_SIZE(bugs); i++) {
+		if (!strcmp(bug, bugs[i].name)) {
+			bugs[i].make();
 			return 0;
 		}
 	}
 	return -EINVAL;
 }
-module_init(mistakes_init);
+module_init(bugs_init);
 
-static void __exit mistakes_exit(void)
+static void __exit bugs_exit(void)
 {
 }
-module_exit(mistakes_exit);
+module_exit(bugs_exit);
 
 MODULE_DESCRIPTION("Mistakes that the sanitizer kernel must find");
 MODULE_LICENSE("GPL");

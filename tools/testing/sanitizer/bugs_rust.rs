@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The mistakes that need Rust code to be instrumented; see `mistakes.c`.
+//! The bugs that need Rust code to be instrumented; see `bugs.c`.
 
 use core::hint::black_box;
 use kernel::prelude::*;
 
 module! {
     type: Mistakes,
-    name: "mistakes_rust",
+    name: "bugs_rust",
     authors: ["rksm"],
     description: "Mistakes in Rust that the sanitizer kernel must find",
     license: "GPL",
