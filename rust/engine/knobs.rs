@@ -317,14 +317,14 @@ pub enum Action {
     /// The change is in effect. Wake the scanner if it sleeps between two batches, so that it
     /// does not sleep for the old time.
     WakeIter,
-    /// The change is in effect. Wake the scanner if it sleeps because it was stopped.
-    WakeScanner,
+    /// `run` was written, and there is nothing to unmerge. Wake the scanner if `run` is 1 now.
+    RunChanged,
     /// `run` shows 2 already. Unmerge everything, and call [`Knobs::unmerge_failed`] if that
     /// does not succeed.
     Unmerge,
     /// Nothing has changed yet. Remove all stable nodes: if that succeeds, give this to
     /// [`Knobs::commit`], and otherwise report `EBUSY`.
-    Empty(Pending),
+    RemoveNodes(Pending),
 }
 
 /// A change that takes effect only when nothing is merged, and was seen to be one.
@@ -418,7 +418,7 @@ impl Knobs {
             return Err(EBUSY);
         }
         if held {
-            return Ok(Action::Empty(Pending(change)));
+            return Ok(Action::RemoveNodes(Pending(change)));
         }
 
         let (run, mode) = (self.run, self.advisor_mode);
@@ -428,13 +428,13 @@ impl Knobs {
         }
         Ok(match change {
             Change::SleepMillisecs(_) => Action::WakeIter,
-            Change::Run(RunState::Merge) => Action::WakeScanner,
             Change::Run(RunState::Unmerge) if run != RunState::Unmerge => Action::Unmerge,
+            Change::Run(_) => Action::RunChanged,
             _ => Action::Done,
         })
     }
 
-    /// Puts a change into effect that [`Action::Empty`] had to wait for.
+    /// Puts a change into effect that [`Action::RemoveNodes`] had to wait for.
     pub fn commit(&mut self, pending: Pending) {
         self.set(pending.0);
     }

@@ -60,7 +60,7 @@ fn shown(knobs: &Knobs, file: File, stats: &Snapshot) -> String {
 /// Stores, and does what the caller of the engine does when all goes well.
 fn store(knobs: &mut Knobs, file: File, buf: &[u8], ctx: &StoreCtx) -> Result<Action> {
     let action = knobs.store(file, buf, ctx)?;
-    if let Action::Empty(pending) = action {
+    if let Action::RemoveNodes(pending) = action {
         knobs.commit(pending);
     }
     Ok(action)
@@ -493,12 +493,12 @@ fn a_wake_up_follows_where_the_built_in_gives_one() {
     let mut action = |file, text: &str| knobs.store(file, text.as_bytes(), &IDLE);
     // Even if nothing changes.
     assert_eq!(action(File::SleepMillisecs, "20"), Ok(Action::WakeIter));
-    assert_eq!(action(File::Run, "0"), Ok(Action::Done));
-    assert_eq!(action(File::Run, "1"), Ok(Action::WakeScanner));
-    assert_eq!(action(File::Run, "1"), Ok(Action::WakeScanner));
+    assert_eq!(action(File::Run, "0"), Ok(Action::RunChanged));
+    assert_eq!(action(File::Run, "1"), Ok(Action::RunChanged));
+    assert_eq!(action(File::Run, "1"), Ok(Action::RunChanged));
     assert_eq!(action(File::Run, "2"), Ok(Action::Unmerge));
-    assert_eq!(action(File::Run, "2"), Ok(Action::Done));
-    assert_eq!(action(File::Run, "0"), Ok(Action::Done));
+    assert_eq!(action(File::Run, "2"), Ok(Action::RunChanged));
+    assert_eq!(action(File::Run, "0"), Ok(Action::RunChanged));
     assert_eq!(action(File::Run, "2"), Ok(Action::Unmerge));
     assert_eq!(action(File::PagesToScan, "7"), Ok(Action::Done));
     assert_eq!(action(File::Run, "3"), Err(EINVAL));
@@ -548,7 +548,7 @@ fn some_knobs_change_only_while_nothing_is_merged() {
         );
 
         // It takes effect when the stable nodes are gone, and not before.
-        let Ok(Action::Empty(pending)) = write(&mut knobs, other, &IDLE) else {
+        let Ok(Action::RemoveNodes(pending)) = write(&mut knobs, other, &IDLE) else {
             panic!("{file:?} was changed at once");
         };
         assert_eq!(knobs, before);

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a write to `run`, `merge_across_nodes` or `max_page_sharing` does.
+
+use crate::{
+    engine::{
+        knobs::{
+            Action,
+            Change,
+            RunState,
+            StoreCtx, //
+        },
+        mmlist::{
+            MmList,
+            Progress,
+            Visited, //
+        }, //
+    },
+    ksm::unmerge,
+    service::{
+        Ksm,
+        ScanState, //
+    }, //
+};
+use kernel::prelude::*;
+
+impl Ksm {
+    /// Applies a change that needs the scanner to stand still.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` while pages are merged, or those of [`Self::unmerge_all`].
+    pub(super) fn change_excluding_scanner(&self, state: &mut ScanState, change: Change) -> Result {
+        let ctx = StoreCtx {
+            pages_shared: state.engine.counters.pages_shared,
+            cpus: 0,
+        };
+        let action = self.published.lock().knobs.apply(change, &ctx)?;
+        match action {
+            Action::Done => Ok(()),
+            Action::WakeIter => {
+                self.iter_wait.wake_up_interruptible();
+                Ok(())
+            }
+            Action::RunChanged => {
+                let run = self.knobs().run;
+                self.builtin.set_unmerging(run == RunState::Unmerge);
+                if run == RunState::Merge {
+                    self.thread_wait.wake_up_interruptible();
+                }
+                Ok(())
+            }
+            Action::Unmerge => {
+                self.builtin.set_unmerging(true);
+                self.unmerge_all(state).inspect_err(|_| {
+                    self.published.lock().knobs.unmerge_failed();
+                    self.builtin.set_unmerging(false);
+                })
+            }
+            Action::RemoveNodes(pending) => {
+                if !state.engine.remove_all_nodes() {
+                    return Err(EBUSY);
+                }
+                self.published.lock().knobs.commit(pending);
+                Ok(())
+            }
+        }
+    }
+
+    /// Unmerges all that is merged.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, `ERESTARTSYS` where a signal is pending.
+    fn unmerge_all(&self, state: &mut ScanState) -> Result {
+        let origin = unmerge::OomOrigin::new();
+        let mut result = self.unmerge_registered(state);
+        // Children that found no slot while their parents were unmerged have inherited merged pages.
+        while result.is_ok() && self.locked(|registry| registry.take_missed()) {
+            result = self
+                .register_all()
+                .and_then(|()| self.unmerge_registered(state));
+            if result.is_err() {
+                self.locked(|registry| registry.set_missed());
+            }
+        }
+        drop(origin);
+        self.reap(|slot, mm| state.engine.forget_mm(slot, mm));
+        result?;
+        // Nodes of pages that are just going, with their last process, are left to `prune`.
+        state.engine.remove_all_nodes();
+        state.engine.counters.full_scans = 0;
+        Ok(())
+    }
+
+    /// Unmerges the mms that are registered, or become so meanwhile.
+    fn unmerge_registered(&self, state: &mut ScanState) -> Result {
+        MmList::unmerge(self, |claim| {
+            unmerge::unmerge_mm(claim.mm())?;
+            state.engine.forget_mm(claim.id(), claim.mm());
+            self.publish(state);
+            self.refill(GFP_KERNEL)?;
+            Ok(Visited {
+                progress: Progress::Done,
+                tracked: false,
+            })
+        })
+    }
+}

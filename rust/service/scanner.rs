@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The thread `rksmd`: housekeeping, batches, full scans, and the search for stale stable nodes.
+
+use crate::{
+    engine::{
+        knobs::{
+            AdvisorMode,
+            RunState, //
+        },
+        mmlist::{
+            MmList,
+            Step,
+            Visited, //
+        },
+        scan::Policy, //
+    },
+    kernel_ext::{
+        kthread::Current,
+        race_window, //
+    },
+    ksm::collect,
+    service::{
+        partitions,
+        Ksm,
+        ScanState, //
+    }, //
+};
+use kernel::{
+    prelude::*,
+    sync::atomic::Relaxed,
+    time::{
+        msecs_to_jiffies,
+        Msecs, //
+    }, //
+};
+
+/// Most pages of each partition that are scanned before the counters are published again: a large
+/// `pages_to_scan` takes long.
+const SLICE: u32 = 1024;
+
+/// Fewest stable nodes that are checked for a page that is gone after each batch.
+const PRUNE_MIN: usize = 32;
+
+/// Most of them.
+const PRUNE_MAX: usize = 4096;
+
+/// Milliseconds between two attempts at what does not depend on `run` and is not done yet: stale
+/// nodes while the scanner is stopped, memory for slots that could not be allocated.
+const IDLE_MSECS: Msecs = 500;
+
+impl Ksm {
+    /// The body of `rksmd`.
+    pub(crate) fn scan_thread(&self, current: &Current) {
+        while !current.should_stop() {
+            let (settled, pause) = self.with_scan_state(|state| {
+                let settled = self.housekeeping(state);
+                self.prune(state);
+                if self.ksmd_should_run() {
+                    self.resize_worker_pool(state);
+                    self.do_scan(state, current);
+                }
+                // Read under the mutex: a user that stops the scanner, changes the pause and starts
+                // it again does not wait for the new pause.
+                let pause = self.ksmd_should_run().then(|| self.knobs().sleep_millisecs);
+                (settled && state.engine.nodes() == 0, pause)
+            });
+            let woken = || current.should_stop() || self.housekeeping_due.load(Relaxed);
+            // The result of a wait does not matter: the loop looks at everything again.
+            let _ = if let Some(msecs) = pause {
+                // The freezer needs a wait, and zero jiffies are none.
+                let jiffies = msecs_to_jiffies(msecs).max(current.freezing().into());
+                self.iter_wait.wait_freezable_timeout(jiffies, || {
+                    woken() || self.knobs().sleep_millisecs != msecs
+                })
+            } else if settled {
+                self.thread_wait
+                    .wait_freezable(|| woken() || self.ksmd_should_run())
+                    .map(|()| true)
+            } else {
+                self.thread_wait
+                    .wait_freezable_timeout(msecs_to_jiffies(IDLE_MSECS), || {
+                        woken() || self.ksmd_should_run()
+                    })
+            };
+        }
+    }
+
+    /// Does what must not wait for `run`: frees the slots of mms that have left, allocates slots
+    /// for new ones, registers mms that found no slot. Returns whether all of it is done.
+    fn housekeeping(&self, state: &mut ScanState) -> bool {
+        self.housekeeping_due.store(false, Relaxed);
+        self.reap(|slot, mm| state.engine.forget_mm(slot, mm));
+        if self.refill(GFP_KERNEL).is_err() {
+            return false;
+        }
+        if !self.locked(|registry| registry.take_missed()) {
+            return true;
+        }
+        let registered = self.register_all();
+        if registered.is_err() {
+            self.locked(|registry| registry.set_missed());
+        }
+        registered.is_ok()
+    }
+
+    /// Resizes the worker pool to `scan_threads`. Without memory for all of them the scan goes on
+    /// with fewer.
+    fn resize_worker_pool(&self, state: &mut ScanState) {
+        let threads = self.knobs().scan_threads;
+        if threads == state.threads {
+            return;
+        }
+        state.threads = threads;
+        let resized = partitions(threads).and_then(|partitions| {
+            state.partitions = partitions;
+            state.pool.resize(self.symbols, threads as usize)
+        });
+        if let Err(error) = resized {
+            pr_warn!("scan_threads={threads} cannot be had ({error:?}); fewer scan until it is written again\n");
+        }
+    }
+
+    /// Scans `pages_to_scan` pages, or until the full scan ends.
+    fn do_scan(&self, state: &mut ScanState, current: &Current) {
+        let knobs = self.knobs();
+        let policy = Policy {
+            smart_scan: knobs.smart_scan,
+            use_zero_pages: knobs.use_zero_pages,
+            merge_across_nodes: knobs.merge_across_nodes,
+            max_page_sharing: knobs.max_page_sharing,
+        };
+        let mut budget = knobs.pages_to_scan;
+        while budget > 0 && !current.freezing() && !current.should_stop() {
+            if !self.begin_full_scan(state) {
+                return;
+            }
+            let ScanState {
+                engine,
+                pool,
+                partitions,
+                ..
+            } = state;
+            let most = SLICE * partitions.count() as u32;
+            let slice = budget.min(most);
+            budget -= slice;
+            let mut left = slice;
+            let step = self.visit(|claim| {
+                let (id, mm) = (claim.id(), claim.mm());
+                let progress = engine.scan_mm(
+                    &policy,
+                    self,
+                    (id, mm),
+                    claim.address(),
+                    (pool, partitions),
+                    &mut left,
+                );
+                race_window::sleep();
+                Visited {
+                    progress,
+                    tracked: engine.tracks(id),
+                }
+            });
+            budget += left;
+            if slice == most {
+                self.publish(state);
+            }
+            match step {
+                Step::Visited { reap: true } => self.housekeeping_due.store(true, Relaxed),
+                Step::Visited { reap: false } => {}
+                Step::End => return self.end_full_scan(state, current),
+                Step::Idle => return,
+            }
+        }
+    }
+
+    /// Begins a full scan unless one is under way. False if there is no mm to scan.
+    fn begin_full_scan(&self, state: &mut ScanState) -> bool {
+        let (scanning, empty) = self.locked(|registry| (registry.scanning(), registry.is_empty()));
+        if scanning || empty {
+            return scanning;
+        }
+        let now = self.now();
+        self.published.lock().knobs.scan_started(now);
+        let counters = &state.engine.counters;
+        self.trace
+            .start_scan(counters.full_scans, counters.tracked as usize);
+        collect::lru_add_drain_all(self.symbols);
+        self.locked(|registry| registry.begin())
+    }
+
+    fn end_full_scan(&self, state: &mut ScanState, current: &Current) {
+        if self.knobs().advisor_mode != AdvisorMode::None {
+            let (now, cpu) = (self.now(), current.cpu_time() + state.pool.cpu_time());
+            let advice = self.published.lock().knobs.scan_ended(now, cpu);
+            if let Some(advice) = advice {
+                self.trace.advisor(
+                    advice.scan_time as i64,
+                    advice.pages_to_scan as usize,
+                    advice.cpu_percent,
+                );
+            }
+        }
+        let counters = &state.engine.counters;
+        self.trace
+            .stop_scan(counters.full_scans, counters.tracked as usize);
+        state.engine.end_full_scan();
+        self.check(state);
+        // At once, for those that wait for the end of a full scan: nothing that is written from now
+        // on has been seen by it.
+        self.publish(state);
+    }
+
+    /// Warns if an invariant does not hold, where the module was told to check them.
+    fn check(&self, state: &mut ScanState) {
+        if !self.check {
+            return;
+        }
+        let broken = self.locked(|registry| registry.check());
+        if let Err(what) = broken.and_then(|()| state.engine.check()) {
+            pr_err!("invariant broken: {what}\n");
+            kernel::warn_on!(true);
+        }
+    }
+
+    /// Drops stable nodes whose page is gone: checks a bounded number a batch, and all of them no
+    /// more often than once in `stable_node_chains_prune_millisecs`.
+    fn prune(&self, state: &mut ScanState) {
+        let (now, knobs) = (self.now(), self.knobs());
+        // A scanner that is stopped has time for nodes that keep the module from being unloaded.
+        let idle = knobs.run != RunState::Merge;
+        if now < state.prune_at && !idle {
+            return;
+        }
+        let count = if idle {
+            PRUNE_MAX
+        } else {
+            knobs.pages_to_scan as usize / 32
+        };
+        if state.engine.sweep(count.clamp(PRUNE_MIN, PRUNE_MAX)) && !idle {
+            let pause = i64::from(knobs.stable_node_chains_prune_millisecs) * 1_000_000;
+            state.prune_at = now.saturating_add(pause);
+        }
+    }
+}
