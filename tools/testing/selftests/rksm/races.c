@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The five races of Documentation/locking.md, provoked: rksm is loaded with delays where
+ * The five races of Documentation/developing/locking.md, provoked: rksm is loaded with delays where
  * each of them would happen, and processes do what it takes, again and again. What goes
  * wrong is for the kernel's own checks to say, and for invariants and contents to show.
  * Loads the module itself.
