@@ -3,13 +3,6 @@
 //! What the engine thinks of the pages that a walk comes by, without touching them.
 
 use super::{
-    ids::{
-        Fingerprint,
-        ItemId,
-        NodeId,
-        PageRef,
-        SlotId, //
-    },
     memory::{
         Interest,
         Look,
@@ -26,6 +19,13 @@ use super::{
         Walk, //
     },
     smart_scan::History,
+    types::{
+        Fingerprint,
+        ItemId,
+        NodeId,
+        PageId,
+        SlotId, //
+    },
 };
 use core::ops::Range;
 use kernel::{
@@ -64,18 +64,18 @@ impl Trust {
 /// The page states, as a walk uses them.
 pub(super) trait States {
     /// [`PageStates::at`].
-    fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)>;
+    fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageId, PageState)>;
 
     /// Whether a page of these addresses is tracked.
     fn any_in(&mut self, slot: SlotId, within: Range<usize>) -> bool;
 
     /// Changes the state of a page. Returns whether that was possible.
-    fn set(&mut self, page: PageRef, state: PageState) -> bool;
+    fn set(&mut self, page: PageId, state: PageState) -> bool;
 }
 
 /// For a walk that nobody else walks beside.
 impl States for &mut PageStates {
-    fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
+    fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageId, PageState)> {
         PageStates::at(self, slot, addr)
     }
 
@@ -83,7 +83,7 @@ impl States for &mut PageStates {
         self.first_in(slot, within).is_some()
     }
 
-    fn set(&mut self, page: PageRef, state: PageState) -> bool {
+    fn set(&mut self, page: PageId, state: PageState) -> bool {
         PageStates::set(self, page, state).is_some()
     }
 }
@@ -91,11 +91,11 @@ impl States for &mut PageStates {
 /// For walks beside each other: each keeps its changes until all are done.
 pub(super) struct Deferred<'a> {
     pub(super) reader: Reader<'a>,
-    pub(super) changes: &'a mut KVec<(PageRef, PageState)>,
+    pub(super) changes: &'a mut KVec<(PageId, PageState)>,
 }
 
 impl States for Deferred<'_> {
-    fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
+    fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageId, PageState)> {
         self.reader.at(slot, addr)
     }
 
@@ -103,7 +103,7 @@ impl States for Deferred<'_> {
         self.reader.first_in(slot, within).is_some()
     }
 
-    fn set(&mut self, page: PageRef, state: PageState) -> bool {
+    fn set(&mut self, page: PageId, state: PageState) -> bool {
         self.changes.push_within_capacity((page, state)).is_ok()
     }
 }
@@ -166,7 +166,7 @@ impl<'a, M: Memory, S: States> Glance<'a, M, S> {
     }
 
     /// Smart scan: whether the page is passed over this time.
-    fn skips(&mut self, page: PageRef, state: PageState) -> bool {
+    fn skips(&mut self, page: PageId, state: PageState) -> bool {
         let PageState::Tracked {
             fingerprint,
             age,

@@ -19,14 +19,14 @@
 //! that is wanted most to the front. Fingerprints must not be for others to choose: the caller hashes with a secret seed.
 
 use super::{
-    chunks::{
-        Chunks,
-        GFP_SHRINK, //
+    container::{
+        alloc_size::GFP_SHRINK,
+        paged_vec::PagedVec, //
     },
-    ids::{
+    types::{
         Fingerprint,
         NodeId,
-        PageRef, //
+        PageId, //
     },
 };
 
@@ -41,7 +41,7 @@ pub enum Entry {
     /// A merged page.
     Stable(NodeId),
     /// A page that is not merged, whose content held still.
-    Candidate(PageRef),
+    Candidate(PageId),
 }
 
 /// Number of words in a bucket, and of entries if it has no overflow line.
@@ -80,8 +80,8 @@ const KIND_STABLE: u64 = 1;
 const KIND_CANDIDATE: u64 = 2;
 const KIND_LINK: u64 = 3;
 const VALUE_SHIFT: u32 = 2;
-const VALUE_MASK: u64 = (1 << PageRef::BITS) - 1;
-const TAG_SHIFT: u32 = VALUE_SHIFT + PageRef::BITS;
+const VALUE_MASK: u64 = (1 << PageId::BITS) - 1;
+const TAG_SHIFT: u32 = VALUE_SHIFT + PageId::BITS;
 const BUCKET_SHIFT: u32 = VALUE_SHIFT + 31;
 
 /// The tag's lowest bit in the fingerprint.
@@ -147,7 +147,7 @@ impl Word {
         let value = self.0 >> VALUE_SHIFT & VALUE_MASK;
         match self.0 & KIND {
             KIND_STABLE => Some(Entry::Stable(NodeId(value as u32))),
-            KIND_CANDIDATE => Some(Entry::Candidate(PageRef::from_bits(value))),
+            KIND_CANDIDATE => Some(Entry::Candidate(PageId::from_bits(value))),
             _ => None,
         }
     }
@@ -229,8 +229,8 @@ fn pop(line: &mut [Word]) -> Option<Word> {
 /// 3. Every overflow line is in the chain of the bucket that its link names.
 /// 4. `len` is the number of entries.
 pub struct Index {
-    buckets: Chunks<Bucket>,
-    overflow: Chunks<Overflow>,
+    buckets: PagedVec<Bucket>,
+    overflow: PagedVec<Overflow>,
     len: usize,
 }
 
@@ -245,8 +245,8 @@ impl Index {
     pub const fn new() -> Self {
         // INVARIANT: 1. to 4. hold for no buckets.
         Self {
-            buckets: Chunks::new(),
-            overflow: Chunks::new(),
+            buckets: PagedVec::new(),
+            overflow: PagedVec::new(),
             len: 0,
         }
     }

@@ -22,12 +22,6 @@ use super::{
         Seen,
         LOOKS, //
     },
-    ids::{
-        Fingerprint,
-        NodeId,
-        PageRef,
-        RANGE_PAGES, //
-    },
     memory::{
         Collected,
         Memory,
@@ -41,6 +35,12 @@ use super::{
         Pending,
         Walk,
         BATCH, //
+    },
+    types::{
+        Fingerprint,
+        NodeId,
+        PageId,
+        RANGE_PAGES, //
     },
 };
 use core::ops::Range;
@@ -118,7 +118,7 @@ pub(super) enum Step {
 #[derive(Clone, Copy, Default)]
 pub(super) struct Work {
     pub(super) addr: usize,
-    pub(super) page: Option<PageRef>,
+    pub(super) page: Option<PageId>,
     pub(super) step: Step,
     pub(super) fingerprint: Fingerprint,
     /// NUMA node, or 0 where pages are merged across nodes.
@@ -148,7 +148,7 @@ pub(super) struct Lane<M: Memory> {
     pub(super) found: Collected,
     pub(super) seen: Seen,
     /// Changes of page states that wait until all lanes have been walked.
-    pub(super) changes: KVec<(PageRef, PageState)>,
+    pub(super) changes: KVec<(PageId, PageState)>,
     pub(super) works: KVec<Work>,
     /// Pages before this one need no attention in this round of merges.
     pub(super) next: usize,

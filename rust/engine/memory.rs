@@ -11,13 +11,13 @@
 //! the methods that take `&mut self`, which one thread calls while the others do nothing.
 
 use super::{
-    ids::{
+    registry::PinnedMm, //
+    types::{
         Fingerprint,
         ItemId,
         NodeId,
-        PageRef, //
+        PageId, //
     },
-    registry::PinnedMm, //
 };
 use core::ops::Range;
 
@@ -150,8 +150,8 @@ pub struct Released {
     pub remaining: u32,
     /// The node's page is unmapped or gone: [`Memory::remove_node`] is due.
     pub due: bool,
-    /// The owner of another item of the node, which has got the number of the one that is gone.
-    pub moved: Option<(PageRef, ItemId)>,
+    /// The tracked page of another item of the node, which has got the number of the one that is gone.
+    pub moved: Option<(PageId, ItemId)>,
 }
 
 /// A stable node made from two pages.
@@ -174,7 +174,7 @@ pub struct Place<'a, M> {
     /// Page-aligned address in it.
     pub addr: usize,
     /// The engine's name for this address; stored in the rmap item.
-    pub owner: PageRef,
+    pub page: PageId,
 }
 
 impl<M> Clone for Place<'_, M> {
@@ -356,13 +356,13 @@ pub trait Memory: Sync {
     fn mappings(&self, node: NodeId) -> u32;
     /// Whether the node's page still exists. Takes no lock that sleeps.
     fn state(&self, node: NodeId) -> NodeState;
-    /// Frees a node whose page is unmapped or gone, calling `orphan` with the owner of each rmap item that was
+    /// Frees a node whose page is unmapped or gone, calling `orphan` with the tracked page of each rmap item that was
     /// still on it. Returns whether it was freed: a node whose page is mapped is not.
-    fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef)) -> bool;
+    fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool;
     /// The first node after `after` whose page frame number lies in `frames`.
     fn next_node_in(&self, after: Option<NodeId>, frames: Range<usize>) -> Option<NodeId>;
     /// Frees a node without looking at its page.
-    fn forget_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef));
+    fn forget_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId));
     /// The first node after `after` in the order of their numbers; `None` at the end.
     fn next_node(&self, after: Option<NodeId>) -> Option<NodeId>;
     /// Nodes in existence.

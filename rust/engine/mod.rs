@@ -6,17 +6,17 @@
 //! files are compiled on the host by `tools/testing/host`, where the tests run.
 
 pub mod advisor;
-mod chunks;
+mod container;
 pub mod content_hash;
 mod glance;
-pub mod ids;
 pub mod index;
 pub mod knobs;
 pub mod lane;
 pub mod memory;
-pub mod mmlist;
+pub mod mm_list;
 pub mod page_state;
 pub mod registry;
 pub mod scan;
 pub mod smart_scan;
 pub mod stats;
+pub mod types;

@@ -4,7 +4,7 @@
 //!
 //! One 64-bit word for each tracked page. The pages of an mm are grouped in aligned ranges of [`RANGE_PAGES`] pages:
 //! a bitmap says which of them are tracked, and their words stand in a vector without gaps ([`range`]). The ranges of all
-//! mms live in one [`arena`], where they keep their place, so that a [`PageRef`] can name a page in 40 bits. For each mm a
+//! mms live in one [`arena`], where they keep their place, so that a [`PageId`] can name a page in 40 bits. For each mm a
 //! [`directory`] has its ranges in the order of their addresses.
 //!
 //! The scanner visits addresses in ascending order. A cursor remembers the range that was used last, and one that is not
@@ -18,11 +18,11 @@ mod directory;
 mod range;
 
 use super::{
-    chunks::Chunks,
-    ids::{
+    container::paged_vec::PagedVec,
+    types::{
         Fingerprint,
         ItemId,
-        PageRef,
+        PageId,
         RangeId,
         SlotId,
         RANGE_PAGES,
@@ -175,7 +175,7 @@ pub struct PageStates {
 /// The ranges, and where they are.
 struct Table {
     arena: Arena,
-    slots: Chunks<Directory>,
+    slots: PagedVec<Directory>,
 }
 
 /// Looks at states that do not change meanwhile; several threads can do so at once, each with a reader of its own.
@@ -187,7 +187,7 @@ pub struct Reader<'a> {
 impl Reader<'_> {
     /// As [`PageStates::at`].
     #[inline]
-    pub fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
+    pub fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageId, PageState)> {
         self.table.at(&mut self.near, slot, addr)
     }
 
@@ -196,7 +196,7 @@ impl Reader<'_> {
         &mut self,
         slot: SlotId,
         within: core::ops::Range<usize>,
-    ) -> Option<(PageRef, usize, PageState)> {
+    ) -> Option<(PageId, usize, PageState)> {
         self.table.first_in(&mut self.near.cursor, slot, within)
     }
 }
@@ -214,7 +214,7 @@ impl PageStates {
         Self {
             table: Table {
                 arena: Arena::new(),
-                slots: Chunks::new(),
+                slots: PagedVec::new(),
             },
             near: Near::NOTHING,
             tracked: 0,
@@ -239,19 +239,19 @@ impl PageStates {
 
     /// Returns the page at an address if it is tracked.
     #[inline]
-    pub fn lookup(&mut self, slot: SlotId, addr: usize) -> Option<PageRef> {
+    pub fn lookup(&mut self, slot: SlotId, addr: usize) -> Option<PageId> {
         let (number, offset) = split(addr);
         let id = self.table.find(&mut self.near, slot, number)?;
         self.table
             .arena
             .get(id)?
             .contains(offset)
-            .then_some(PageRef::new(id, offset))
+            .then_some(PageId::new(id, offset))
     }
 
     /// Returns the page at an address, if it is tracked, and its state.
     #[inline]
-    pub fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
+    pub fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageId, PageState)> {
         self.table.at(&mut self.near, slot, addr)
     }
 
@@ -268,7 +268,7 @@ impl PageStates {
     /// # Errors
     ///
     /// `ENOMEM` if there is no memory; nothing has changed then.
-    pub fn track(&mut self, slot: SlotId, addr: usize, flags: Flags) -> Result<PageRef> {
+    pub fn track(&mut self, slot: SlotId, addr: usize, flags: Flags) -> Result<PageId> {
         self.track_in_range(slot, addr..addr + PAGE_SIZE, flags);
         self.lookup(slot, addr).ok_or(ENOMEM)
     }
@@ -327,7 +327,7 @@ impl PageStates {
     /// Stops tracking a page and returns its last state, `None` if it was not tracked.
     ///
     /// The caller has released what the state refers to, or does so now.
-    pub fn untrack(&mut self, page: PageRef) -> Option<PageState> {
+    pub fn untrack(&mut self, page: PageId) -> Option<PageState> {
         let range = self.table.arena.get_mut(page.range())?;
         let before = range.value_bytes();
         let bits = range.remove(page.offset())?;
@@ -346,7 +346,7 @@ impl PageStates {
 
     /// Returns the state of a page, `None` if it is not tracked.
     #[inline]
-    pub fn get(&self, page: PageRef) -> Option<PageState> {
+    pub fn get(&self, page: PageId) -> Option<PageState> {
         self.table.get(page)
     }
 
@@ -354,7 +354,7 @@ impl PageStates {
     ///
     /// Ages and skips above [`MAX_AGE`] are taken as that.
     #[inline]
-    pub fn set(&mut self, page: PageRef, state: PageState) -> Option<PageState> {
+    pub fn set(&mut self, page: PageId, state: PageState) -> Option<PageState> {
         let range = self.table.arena.get_mut(page.range())?;
         let bits = core::mem::replace(range.get_mut(page.offset())?, state.to_bits());
         Some(PageState::from_bits(bits))
@@ -364,7 +364,7 @@ impl PageStates {
     ///
     /// This is what the index asks for when it moves the entry of a candidate.
     #[inline]
-    pub fn fingerprint(&self, page: PageRef) -> Option<Fingerprint> {
+    pub fn fingerprint(&self, page: PageId) -> Option<Fingerprint> {
         match self.get(page)? {
             PageState::Tracked { fingerprint, .. } => Some(fingerprint),
             PageState::Merged(_) => None,
@@ -373,7 +373,7 @@ impl PageStates {
 
     /// Returns the mm and the address of a page, `None` if it is not tracked.
     #[inline]
-    pub fn owner(&self, page: PageRef) -> Option<(SlotId, usize)> {
+    pub fn locate(&self, page: PageId) -> Option<(SlotId, usize)> {
         let range = self.table.arena.get(page.range())?;
         range
             .contains(page.offset())
@@ -387,7 +387,7 @@ impl PageStates {
         &mut self,
         slot: SlotId,
         within: core::ops::Range<usize>,
-    ) -> Option<(PageRef, usize, PageState)> {
+    ) -> Option<(PageId, usize, PageState)> {
         self.table.first_in(&mut self.near.cursor, slot, within)
     }
 
@@ -398,7 +398,7 @@ impl PageStates {
         &mut self,
         slot: SlotId,
         within: core::ops::Range<usize>,
-    ) -> Option<(PageRef, usize, PageState)> {
+    ) -> Option<(PageId, usize, PageState)> {
         let last = within.end.checked_sub(1)?;
         let (number, offset) = split(last);
         let floor = self.table.floor(self.near.cursor, slot, number)?;
@@ -423,17 +423,13 @@ impl PageStates {
             return None;
         }
         self.near.cursor = Some(cursor);
-        let page = PageRef::new(cursor.id, offset);
+        let page = PageId::new(cursor.id, offset);
         Some((page, addr, self.get(page)?))
     }
 
     /// Returns the first tracked page of an mm at or after `from` whose state refers to something: which is a candidate, or
     /// merged.
-    pub fn next_linked(
-        &mut self,
-        slot: SlotId,
-        from: usize,
-    ) -> Option<(PageRef, usize, PageState)> {
+    pub fn next_linked(&mut self, slot: SlotId, from: usize) -> Option<(PageId, usize, PageState)> {
         let (number, mut offset) = split(from.checked_next_multiple_of(PAGE_SIZE)?);
         let floor = self.table.floor(self.near.cursor, slot, number);
         let mut cursor = match floor {
@@ -453,7 +449,7 @@ impl PageStates {
                 .next_with(offset, MERGED | INDEXED);
             if let Some((offset, bits)) = found {
                 self.near.cursor = Some(cursor);
-                let page = PageRef::new(cursor.id, offset);
+                let page = PageId::new(cursor.id, offset);
                 return Some((
                     page,
                     join(cursor.number, offset),
@@ -614,15 +610,15 @@ impl PageStates {
 
 impl Table {
     #[inline]
-    fn at(&self, near: &mut Near, slot: SlotId, addr: usize) -> Option<(PageRef, PageState)> {
+    fn at(&self, near: &mut Near, slot: SlotId, addr: usize) -> Option<(PageId, PageState)> {
         let (number, offset) = split(addr);
         let id = self.find(near, slot, number)?;
         let bits = self.arena.get(id)?.get(offset)?;
-        Some((PageRef::new(id, offset), PageState::from_bits(bits)))
+        Some((PageId::new(id, offset), PageState::from_bits(bits)))
     }
 
     #[inline]
-    fn get(&self, page: PageRef) -> Option<PageState> {
+    fn get(&self, page: PageId) -> Option<PageState> {
         let bits = self.arena.get(page.range())?.get(page.offset())?;
         Some(PageState::from_bits(bits))
     }
@@ -632,7 +628,7 @@ impl Table {
         hint: &mut Option<Cursor>,
         slot: SlotId,
         within: core::ops::Range<usize>,
-    ) -> Option<(PageRef, usize, PageState)> {
+    ) -> Option<(PageId, usize, PageState)> {
         // A page belongs to `within` by the address of its start.
         let start = within.start.checked_next_multiple_of(PAGE_SIZE)?;
         let (number, offset) = split(start);
@@ -659,7 +655,7 @@ impl Table {
             return None;
         }
         *hint = Some(cursor);
-        let page = PageRef::new(cursor.id, offset);
+        let page = PageId::new(cursor.id, offset);
         Some((page, addr, self.get(page)?))
     }
 

@@ -36,7 +36,7 @@
 //! Only a `Live` slot is on the scan list and in the hash. A slot with claims is never freed, so
 //! an id stays good for as long as the claim on it is held.
 
-use super::ids::SlotId;
+use super::types::SlotId;
 
 use kernel::{
     alloc::{

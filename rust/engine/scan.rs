@@ -21,13 +21,6 @@
 
 use super::{
     glance::Trust,
-    ids::{
-        Fingerprint,
-        ItemId,
-        NodeId,
-        PageRef,
-        SlotId, //
-    },
     index::{
         Entry,
         Index, //
@@ -55,12 +48,19 @@ use super::{
         Place,
         Refusal, //
     },
-    mmlist::Progress,
+    mm_list::Progress,
     page_state::{
         PageState,
         PageStates, //
     },
     stats::Counters,
+    types::{
+        Fingerprint,
+        ItemId,
+        NodeId,
+        PageId,
+        SlotId, //
+    },
 };
 use core::{
     cell::Cell,
@@ -134,7 +134,7 @@ impl<Mm> Walk<'_, Mm> {
 enum With {
     Zero,
     Node(NodeId),
-    Candidate(PageRef),
+    Candidate(PageId),
 }
 
 /// A merge that is ready, of a page of a batch.
@@ -169,7 +169,7 @@ pub type Refusals = [u64; Refusal::COUNT];
 ///
 /// 1. A page is in the index as a candidate if and only if its state is tracked and `indexed`, under its state's
 ///    fingerprint.
-/// 2. A page's state is `Merged(item)` if and only if `item` exists with the page as its owner.
+/// 2. A page's state is `Merged(item)` if and only if `item` exists and names the page.
 /// 3. Nodes with one fingerprint form rings, each with exactly one head, which is in the index under that
 ///    fingerprint. (A node for which the index had no memory is a ring of its own without a head.)
 /// 4. `counters` count what is there.
@@ -641,11 +641,7 @@ impl<M: Memory> Engine<M> {
             }
         };
         work.page = Some(page);
-        let at = Place {
-            mm,
-            addr,
-            owner: page,
-        };
+        let at = Place { mm, addr, page };
         match self.memory.kind(batch, i) {
             PageKind::Ksm(node) => {
                 self.visit_merged(policy, at, state, batch, i, node);
@@ -779,7 +775,7 @@ impl<M: Memory> Engine<M> {
         let at = Place {
             mm: walk.mm,
             addr: work.addr,
-            owner: page,
+            page,
         };
         let nid = (!policy.merge_across_nodes).then_some(work.domain);
         let pending = |with, merge| Pending {
@@ -860,7 +856,7 @@ impl<M: Memory> Engine<M> {
             let Some((other, _)) = self.candidate(now, page, work.nth) else {
                 break;
             };
-            let Some((slot, addr)) = self.states.owner(other) else {
+            let Some((slot, addr)) = self.states.locate(other) else {
                 break;
             };
             work.tries += 1;
@@ -875,14 +871,14 @@ impl<M: Memory> Engine<M> {
                 other: Place {
                     mm: &mm,
                     addr,
-                    owner: other,
+                    page: other,
                 },
                 nid,
             };
             let at = Place {
                 mm: walk.mm,
                 addr: work.addr,
-                owner: page,
+                page,
             };
             let Some(lane) = lanes.get(l) else {
                 return Next::Done;
@@ -929,7 +925,7 @@ impl<M: Memory> Engine<M> {
     }
 
     /// Has others find a page, if there is memory for that.
-    fn become_candidate(&mut self, page: PageRef, work: &Work) {
+    fn become_candidate(&mut self, page: PageId, work: &Work) {
         let Some(PageState::Tracked {
             age,
             skips,
@@ -998,8 +994,8 @@ impl<M: Memory> Engine<M> {
     /// Two pages have become one merged page.
     fn paired(
         &mut self,
-        page: PageRef,
-        other: PageRef,
+        page: PageId,
+        other: PageId,
         pair: &Pair,
         work: &Work,
         (batch, i): (&M::Batch, usize),
@@ -1023,7 +1019,7 @@ impl<M: Memory> Engine<M> {
     /// A page was not merged with a node. Returns whether it needs no more attention.
     fn node_refused(
         &mut self,
-        page: PageRef,
+        page: PageId,
         node: NodeId,
         refusal: Refusal,
         work: &mut Work,
@@ -1047,7 +1043,7 @@ impl<M: Memory> Engine<M> {
     }
 
     /// A page was not merged with a candidate.
-    fn candidate_refused(&mut self, other: PageRef, refusal: Refusal, work: &mut Work) {
+    fn candidate_refused(&mut self, other: PageId, refusal: Refusal, work: &mut Work) {
         self.refuse(refusal);
         match refusal {
             Refusal::Same => {
@@ -1071,7 +1067,7 @@ impl<M: Memory> Engine<M> {
         i: usize,
         node: NodeId,
     ) {
-        let page = at.owner;
+        let page = at.page;
         if !policy.merge_across_nodes {
             self.follow_migration(batch, i, node);
         }
@@ -1156,9 +1152,9 @@ impl<M: Memory> Engine<M> {
     fn candidate(
         &self,
         fingerprint: Fingerprint,
-        but: PageRef,
+        but: PageId,
         nth: u8,
-    ) -> Option<(PageRef, PageState)> {
+    ) -> Option<(PageId, PageState)> {
         self.index
             .find(fingerprint)
             .filter_map(|entry| match entry {
@@ -1180,7 +1176,7 @@ impl<M: Memory> Engine<M> {
     }
 
     /// Takes note that a page is merged, by an item that is on its node already.
-    fn merged(&mut self, page: PageRef, item: ItemId) {
+    fn merged(&mut self, page: PageId, item: ItemId) {
         self.states.set(page, PageState::Merged(item));
         let mappings = self
             .memory
@@ -1201,7 +1197,7 @@ impl<M: Memory> Engine<M> {
         }
     }
 
-    fn untrack(&mut self, mm: &M::Mm, page: PageRef, state: PageState) {
+    fn untrack(&mut self, mm: &M::Mm, page: PageId, state: PageState) {
         self.release_state(page, state);
         self.states.untrack(page);
         self.counters.tracked = self.counters.tracked.wrapping_sub(1);
@@ -1209,7 +1205,7 @@ impl<M: Memory> Engine<M> {
     }
 
     /// Lets go of what a page's state refers to, and leaves the page tracked with nothing known.
-    fn release_state(&mut self, page: PageRef, state: PageState) {
+    fn release_state(&mut self, page: PageId, state: PageState) {
         match state {
             PageState::Tracked { .. } => self.unindex(page, state),
             PageState::Merged(item) => {
@@ -1217,8 +1213,8 @@ impl<M: Memory> Engine<M> {
                 let Some(released) = self.memory.release_item(item) else {
                     return;
                 };
-                if let Some((owner, item)) = released.moved {
-                    self.states.set(owner, PageState::Merged(item));
+                if let Some((page, item)) = released.moved {
+                    self.states.set(page, PageState::Merged(item));
                 }
                 self.counters.mapping_removed(released.remaining == 0);
                 if released.due {
@@ -1233,7 +1229,7 @@ impl<M: Memory> Engine<M> {
     }
 
     /// Takes a page out of the candidates, if it is one.
-    fn unindex(&mut self, page: PageRef, state: PageState) {
+    fn unindex(&mut self, page: PageId, state: PageState) {
         if let PageState::Tracked {
             fingerprint,
             age,
@@ -1256,14 +1252,14 @@ impl<M: Memory> Engine<M> {
     }
 
     /// The same, whatever its state has become.
-    fn unindex_now(&mut self, page: PageRef) {
+    fn unindex_now(&mut self, page: PageId) {
         if let Some(state) = self.states.get(page) {
             self.unindex(page, state);
         }
     }
 
     /// Has the contents of a page be read again before it is merged.
-    fn mistrust(&mut self, page: PageRef) {
+    fn mistrust(&mut self, page: PageId) {
         self.unindex_now(page);
         if let Some(PageState::Tracked { age, skips, .. }) = self.states.get(page) {
             self.states.set(
@@ -1403,17 +1399,17 @@ impl<M: Memory> Engine<M> {
     fn drop_node(
         &mut self,
         node: NodeId,
-        remove: impl FnOnce(&mut M, NodeId, &mut dyn FnMut(PageRef)) -> bool,
+        remove: impl FnOnce(&mut M, NodeId, &mut dyn FnMut(PageId)) -> bool,
     ) -> bool {
         let Some(meta) = self.memory.meta(node) else {
             return true;
         };
         let mut left = self.memory.mappings(node);
         let (states, counters) = (&mut self.states, &mut self.counters);
-        let removed = remove(&mut self.memory, node, &mut |owner| {
+        let removed = remove(&mut self.memory, node, &mut |page| {
             left = left.saturating_sub(1);
             counters.mapping_removed(left == 0);
-            states.set(owner, PageState::NEW);
+            states.set(page, PageState::NEW);
         });
         if removed {
             self.unlink_node(node, meta);

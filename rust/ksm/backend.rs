@@ -21,13 +21,6 @@
 
 use crate::engine::{
     content_hash::ContentKey,
-    ids::{
-        Fingerprint,
-        ItemId,
-        NodeId,
-        PageRef,
-        RangeId, //
-    },
     memory::{
         Collected,
         HugeId,
@@ -44,6 +37,13 @@ use crate::engine::{
         Released, //
     },
     registry::PinnedMm as _, //
+    types::{
+        Fingerprint,
+        ItemId,
+        NodeId,
+        PageId,
+        RangeId, //
+    },
 };
 use crate::{
     bindings::raw,
@@ -125,7 +125,7 @@ const HEAD: u64 = 1 << 63;
 
 /// A mapping of a merged page: `struct ksm_rmap_item` from its second word to `hlist.next`.
 ///
-/// In the place of `head`, by which the built-in finds the node, are the numbers of node and owner.
+/// In the place of `head`, by which the built-in finds the node, are the numbers of the node and of the range that tracks the page.
 #[repr(C)]
 pub(crate) struct RmapItem {
     /// Owns a reference, taken under the mmap lock before the item could be found; `None` before.
@@ -134,7 +134,7 @@ pub(crate) struct RmapItem {
     address: c_ulong,
     linear_page_index: c_ulong,
     node: NodeId,
-    /// The range of the owner, whose place in it follows from the address.
+    /// The range that tracks the page, whose place in it follows from the address.
     range: RangeId,
     /// Where the next item has its own `next`.
     next: *mut raw::hlist_node,
@@ -245,8 +245,8 @@ impl StableNode {
 }
 
 impl RmapItem {
-    fn owner(&self) -> PageRef {
-        PageRef::new(self.range, self.address / PAGE_SIZE)
+    fn page(&self) -> PageId {
+        PageId::new(self.range, self.address / PAGE_SIZE)
     }
 }
 
@@ -400,7 +400,7 @@ impl StableNodes {
             address: at.addr,
             linear_page_index: 0,
             node: NodeId(0),
-            range: at.owner.range(),
+            range: at.page.range(),
             next: core::ptr::null_mut(),
         };
         let (_, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
@@ -470,15 +470,15 @@ impl StableNodes {
     }
 
     /// Frees a node that no folio names.
-    fn free_node(&mut self, node: NonNull<StableNode>, orphan: &mut dyn FnMut(PageRef)) {
+    fn free_node(&mut self, node: NonNull<StableNode>, orphan: &mut dyn FnMut(PageId)) {
         // SAFETY: The node is in the arena.
         let (id, kpfn) = unsafe { ((*node.as_ptr()).id, (*node.as_ptr()).kpfn) };
         // SAFETY: No folio names the node, so nobody else looks at its list; items are freed after they left it.
         while let Some(item) = unsafe { StableNode::pop(node) } {
             // SAFETY: The item is in the arena still.
-            let (id, owner, more) = unsafe {
+            let (id, page, more) = unsafe {
                 let more = !(*node.as_ptr()).hlist.first.is_null();
-                (Arena::number_of(item), (*item.as_ptr()).owner(), more)
+                (Arena::number_of(item), (*item.as_ptr()).page(), more)
             };
             if more {
                 // SAFETY: As above.
@@ -487,7 +487,7 @@ impl StableNodes {
                     .remove_rmap_item(kpfn, item.as_ptr() as usize, mm);
             }
             self.free_item(ItemId(id));
-            orphan(owner);
+            orphan(page);
         }
         self.trace.remove_ksm_page(kpfn);
         self.discard_node(id);
@@ -1129,7 +1129,7 @@ impl Memory for StableNodes {
             },
             moved: (gone != item).then(|| {
                 // SAFETY: Another item has come to this place, which is in the arena.
-                (unsafe { (*item.as_ptr()).owner() }, id)
+                (unsafe { (*item.as_ptr()).page() }, id)
             }),
         })
     }
@@ -1185,7 +1185,7 @@ impl Memory for StableNodes {
         }
     }
 
-    fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef)) -> bool {
+    fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool {
         let Some(node) = self.node(node) else {
             return true;
         };
@@ -1216,7 +1216,7 @@ impl Memory for StableNodes {
         None
     }
 
-    fn forget_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef)) {
+    fn forget_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) {
         if let Some(node) = self.node(node) {
             self.free_node(node, orphan);
         }

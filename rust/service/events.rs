@@ -4,10 +4,10 @@
 
 use crate::{
     engine::{
-        ids::SlotId,
-        mmlist::MmList,
+        mm_list::MmList,
         registry::Registry,
         scan::Pins, //
+        types::SlotId,
     },
     kernel_ext::{
         memory_notifier::MemoryEvents,

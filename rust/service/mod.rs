@@ -44,7 +44,7 @@ use crate::{
             RunState, //
         },
         lane::Lanes,
-        mmlist::MmList,
+        mm_list::MmList,
         registry::Registry,
         scan::Engine,
         stats::Snapshot, //

@@ -10,7 +10,7 @@ use crate::{
             RunState,
             StoreCtx, //
         },
-        mmlist::{
+        mm_list::{
             MmList,
             Progress,
             Visited, //

@@ -8,7 +8,7 @@ use crate::{
             AdvisorMode,
             RunState, //
         },
-        mmlist::{
+        mm_list::{
             MmList,
             Step,
             Visited, //

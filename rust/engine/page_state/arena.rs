@@ -4,11 +4,11 @@
 
 use super::{
     super::{
-        chunks::{
+        container::alloc_size::{
             allocated_bytes,
             vec_bytes, //
         },
-        ids::RangeId,
+        types::RangeId,
     },
     range::Range, //
 };

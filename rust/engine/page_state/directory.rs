@@ -4,11 +4,11 @@
 
 use super::{
     super::{
-        chunks::{
+        container::alloc_size::{
             shrink,
             vec_bytes, //
         },
-        ids::RangeId,
+        types::RangeId,
     },
     arena::Arena, //
 };

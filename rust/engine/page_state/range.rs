@@ -3,11 +3,11 @@
 //! The tracked pages of one aligned piece of an address space.
 
 use super::super::{
-    chunks::{
+    container::alloc_size::{
         shrink,
         vec_bytes, //
     },
-    ids::{
+    types::{
         SlotId,
         RANGE_PAGES, //
     },

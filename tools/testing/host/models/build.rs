@@ -13,7 +13,13 @@ use std::{
 };
 
 /// The engine's files that the models run, and the threads that run them.
-const ENGINE: [&str; 3] = ["ids", "registry", "mmlist"];
+const ENGINE: [&str; 5] = [
+    "types/mod",
+    "types/fingerprint",
+    "types/id",
+    "registry",
+    "mm_list",
+];
 const THREADS: &str = "threads";
 
 /// A piece of text in one of the files, and what takes its place.
@@ -86,7 +92,7 @@ const BREAKS: &[Break] = &[
                 to: "    /// Finds a slot.\n    pub fn find(&self, key: usize) -> Option<u32> {",
             },
             Edit {
-                file: "mmlist",
+                file: "mm_list",
                 from: "match self.locked(|registry| registry.exit(key)) {",
                 to: "let Some(id) = self.locked(|registry| registry.find(key)) else {\n            return false;\n        };\n        match self.locked(|registry| registry.exit(id)) {",
             },
@@ -97,12 +103,12 @@ const BREAKS: &[Break] = &[
         doc: "Lesson 4: exit waits until the scanner is done with the mm.",
         edits: &[
             Edit {
-                file: "mmlist",
+                file: "mm_list",
                 from: "    type Mm: PinnedMm;",
                 to: "    type Mm: PinnedMm;\n\n    /// Waits.\n    fn wait(&self);",
             },
             Edit {
-                file: "mmlist",
+                file: "mm_list",
                 from: "Exit::Deferred { reap } => reap,",
                 to: "Exit::Deferred { reap } => {\n                self.wait();\n                reap\n            }",
             },
@@ -153,7 +159,7 @@ const BREAKS: &[Break] = &[
         name: "drop_under_lock",
         doc: "An mm is dropped under the registry's lock.",
         edits: &[Edit {
-            file: "mmlist",
+            file: "mm_list",
             from: "drop(self.locked(|registry| registry.free(dead)));",
             to: "self.locked(|registry| drop(registry.free(dead)));",
         }],
@@ -219,8 +225,13 @@ fn write_variant(out: &Path, variant: &Break, files: &[(&str, String)], modules:
             text = text.replace(edit.from, edit.to);
         }
         let path = dir.join(name).with_extension("rs");
+        fs::create_dir_all(path.parent().unwrap()).expect("OUT_DIR can be written to");
         fs::write(&path, text).expect("OUT_DIR can be written to");
-        writeln!(modules, "    #[path = {path:?}]\n    pub mod {name};").unwrap();
+        // A folder's files are found by its `mod.rs`.
+        let module = name.strip_suffix("/mod").unwrap_or(name);
+        if !module.contains('/') {
+            writeln!(modules, "    #[path = {path:?}]\n    pub mod {module};").unwrap();
+        }
     }
     modules.push_str("}\n\n");
 }

@@ -10,11 +10,6 @@
 //! a candidate takes an mmap lock and a page table walk besides.
 
 use engine_tests::engine::{
-    ids::{
-        Fingerprint,
-        PageRef,
-        SlotId, //
-    },
     index::{
         Entry,
         Index, //
@@ -23,6 +18,11 @@ use engine_tests::engine::{
         PageState,
         PageStates, //
     }, //
+    types::{
+        Fingerprint,
+        PageId,
+        SlotId, //
+    },
 };
 
 use kernel::{
@@ -72,7 +72,7 @@ fn fingerprint_of(states: &PageStates) -> impl Fn(Entry) -> Option<Fingerprint> 
 struct Engine {
     states: PageStates,
     index: Index,
-    pages: Vec<PageRef>,
+    pages: Vec<PageId>,
 }
 
 impl Engine {
@@ -91,7 +91,7 @@ impl Engine {
         engine
     }
 
-    fn insert(&mut self, page: PageRef, content: u64) {
+    fn insert(&mut self, page: PageId, content: u64) {
         let fingerprint = fingerprint(content);
         let state = PageState::Tracked {
             fingerprint,

@@ -3,11 +3,6 @@
 //! What page state and index take together for each unmerged page, in memory that a kernel would really give out.
 
 use engine_tests::engine::{
-    ids::{
-        Fingerprint,
-        SlotId,
-        RANGE_PAGES, //
-    },
     index::{
         Entry,
         Index, //
@@ -16,6 +11,11 @@ use engine_tests::engine::{
         PageState,
         PageStates, //
     }, //
+    types::{
+        Fingerprint,
+        SlotId,
+        RANGE_PAGES, //
+    },
 };
 
 use kernel::{

@@ -5,16 +5,16 @@
 mod common;
 
 use engine_tests::engine::{
-    ids::{
-        Fingerprint,
-        NodeId,
-        PageRef,
-        RangeId, //
-    },
     index::{
         Entry,
         Index, //
     }, //
+    types::{
+        Fingerprint,
+        NodeId,
+        PageId,
+        RangeId, //
+    },
 };
 
 use kernel::{
@@ -200,7 +200,7 @@ enum Op {
 
 fn page(number: u32) -> Entry {
     let range = RangeId::new(number >> 9).unwrap();
-    Entry::Candidate(PageRef::new(range, number as usize))
+    Entry::Candidate(PageId::new(range, number as usize))
 }
 
 /// A spread of fingerprints that any number may be asked of.

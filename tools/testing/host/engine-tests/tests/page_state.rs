@@ -5,19 +5,19 @@
 mod common;
 
 use engine_tests::engine::{
-    ids::{
-        Fingerprint,
-        ItemId,
-        PageRef,
-        RangeId,
-        SlotId,
-        RANGE_PAGES, //
-    },
     page_state::{
         PageState,
         PageStates,
         MAX_AGE, //
     }, //
+    types::{
+        Fingerprint,
+        ItemId,
+        PageId,
+        RangeId,
+        SlotId,
+        RANGE_PAGES, //
+    },
 };
 
 use kernel::{
@@ -47,7 +47,7 @@ const RANGE_BYTES: usize = RANGE_PAGES * PAGE_SIZE;
 /// The table and its model, which does every operation too and compares the answers.
 struct Checked {
     states: PageStates,
-    model: BTreeMap<(SlotId, usize), (PageRef, PageState)>,
+    model: BTreeMap<(SlotId, usize), (PageId, PageState)>,
     bytes_before: isize,
 }
 
@@ -122,7 +122,7 @@ impl Checked {
             assert_eq!(self.states.untrack(page), Some(known));
             assert_eq!(self.states.untrack(page), None);
             assert_eq!(self.states.get(page), None);
-            assert_eq!(self.states.owner(page), None);
+            assert_eq!(self.states.locate(page), None);
             assert_eq!(self.states.set(page, PageState::NEW), None);
         }
     }
@@ -159,7 +159,7 @@ impl Checked {
         for (&(slot, addr), &(page, state)) in &self.model {
             assert_eq!(self.states.lookup(slot, addr), Some(page));
             assert_eq!(self.states.get(page), Some(state));
-            assert_eq!(self.states.owner(page), Some((slot, addr)));
+            assert_eq!(self.states.locate(page), Some((slot, addr)));
         }
         for slot in (0..4).map(SlotId) {
             let of_slot: Vec<_> = self
@@ -434,14 +434,11 @@ fn handles_survive_packing() {
     let ranges = [0, 1, 0x5555_5555, RangeId::LIMIT - 1];
     for range in ranges.map(|range| RangeId::new(range).unwrap()) {
         for offset in [0, 1, 255, 511] {
-            let page = PageRef::new(range, offset);
+            let page = PageId::new(range, offset);
             assert_eq!((page.range(), page.offset()), (range, offset));
-            assert!(page.to_bits() < 1 << PageRef::BITS);
-            assert_eq!(PageRef::from_bits(page.to_bits()), page);
-            assert_eq!(
-                PageRef::from_bits(page.to_bits() | !0 << PageRef::BITS),
-                page
-            );
+            assert!(page.to_bits() < 1 << PageId::BITS);
+            assert_eq!(PageId::from_bits(page.to_bits()), page);
+            assert_eq!(PageId::from_bits(page.to_bits() | !0 << PageId::BITS), page);
         }
     }
 }
@@ -540,7 +537,7 @@ fn a_scan_in_ascending_order() {
             assert_eq!(found.is_some(), round > 0 && page % 7 != round - 1);
             let tracked = checked.states.track(SLOT, addr, GFP_KERNEL).unwrap();
             assert_eq!(found.unwrap_or(tracked), tracked);
-            assert_eq!(checked.states.owner(tracked), Some((SLOT, addr)));
+            assert_eq!(checked.states.locate(tracked), Some((SLOT, addr)));
             from = addr + PAGE_SIZE;
         }
         checked.states.check().unwrap();

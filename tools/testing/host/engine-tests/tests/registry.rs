@@ -3,7 +3,6 @@
 //! The registry against a model of it: order of the scan, life of a slot, and who holds which pin.
 
 use engine_tests::engine::{
-    ids::SlotId,
     registry::{
         Chunk,
         Claim,
@@ -15,6 +14,7 @@ use engine_tests::engine::{
         Registry,
         Released, //
     }, //
+    types::SlotId,
 };
 
 use kernel::{

@@ -3,8 +3,7 @@
 //! The threads that meet in the registry, and what they may never do to each other.
 
 use super::{
-    ids::SlotId,
-    mmlist::{
+    mm_list::{
         MmList,
         Progress,
         Step,
@@ -17,6 +16,7 @@ use super::{
         PinnedMm,
         Registry, //
     },
+    types::SlotId,
 };
 
 use crate::sim::{

@@ -20,17 +20,13 @@ use crate::{
 };
 
 use engine_tests::engine::{
-    ids::{
-        Fingerprint,
-        NodeId, //
-    },
     lane::{
         Crew,
         Lanes,
         Leader, //
     },
     memory::Refusal,
-    mmlist::{
+    mm_list::{
         MmList,
         Progress,
         Step,
@@ -42,6 +38,10 @@ use engine_tests::engine::{
         Policy, //
     },
     stats::Counters, //
+    types::{
+        Fingerprint,
+        NodeId, //
+    },
 };
 
 use kernel::{

@@ -12,12 +12,6 @@ use crate::world::{
 };
 
 use engine_tests::engine::{
-    ids::{
-        Fingerprint,
-        ItemId,
-        NodeId,
-        PageRef, //
-    },
     memory::{
         self,
         Collected,
@@ -36,6 +30,12 @@ use engine_tests::engine::{
         Released, //
     },
     registry::PinnedMm, //
+    types::{
+        Fingerprint,
+        ItemId,
+        NodeId,
+        PageId, //
+    },
 };
 
 use std::{
@@ -63,7 +63,7 @@ pub(crate) struct Merge {
     memory: SimMemory,
     key: usize,
     addr: usize,
-    owner: PageRef,
+    page: PageId,
     frame: usize,
     with: With,
     outcome: Result<Merged, Refusal>,
@@ -77,7 +77,7 @@ enum With {
     Page {
         key: usize,
         addr: usize,
-        owner: PageRef,
+        page: PageId,
         nid: Option<u32>,
     },
 }
@@ -255,7 +255,7 @@ impl Memory for SimMemory {
             Partner::Page { other, nid } => With::Page {
                 key: other.mm.key(),
                 addr: other.addr,
-                owner: other.owner,
+                page: other.page,
                 nid,
             },
         };
@@ -263,7 +263,7 @@ impl Memory for SimMemory {
             memory: self.clone(),
             key: at.mm.key(),
             addr: at.addr,
-            owner: at.owner,
+            page: at.page,
             frame: batch.pages[i].1,
             with,
             outcome: Err(Refusal::Gone),
@@ -286,7 +286,7 @@ impl Memory for SimMemory {
         node: NodeId,
     ) -> Result<ItemId, Refusal> {
         let mut world = self.sleep_at(&at, batch, i);
-        let result = world.adopt((at.addr, at.owner), batch, i, node);
+        let result = world.adopt((at.addr, at.page), batch, i, node);
         drop(world);
         self.count(result)
     }
@@ -337,7 +337,7 @@ impl Memory for SimMemory {
         }
     }
 
-    fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef)) -> bool {
+    fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool {
         let mut world = self.sleep();
         world.nodes.get(node.0).is_none() || world.remove_node(node, orphan)
     }
@@ -350,7 +350,7 @@ impl Memory for SimMemory {
             .map(|(id, _)| NodeId(id))
     }
 
-    fn forget_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef)) {
+    fn forget_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) {
         self.0.borrow_mut().free_node(node, orphan);
     }
 
@@ -424,7 +424,7 @@ impl SimMemory {
     ) -> Result<ItemId, Refusal> {
         let mut world = self.0.borrow_mut();
         let kpage = world.node_partner(merge.frame, node, on)?;
-        let item = world.new_item(merge.key, merge.addr, merge.owner, node)?;
+        let item = world.new_item(merge.key, merge.addr, merge.page, node)?;
         let far = nid(kpage) != nid(merge.frame);
         drop(world);
         self.share(merge, &Target::Frame(kpage), before_split)
@@ -438,7 +438,7 @@ impl SimMemory {
         let With::Page {
             key,
             addr,
-            owner,
+            page,
             nid,
         } = merge.with
         else {
@@ -452,7 +452,7 @@ impl SimMemory {
         };
         let mut world = self.0.borrow_mut();
         let node = world.new_node(merge.frame, (key, addr), nid, meta)?;
-        let item = world.new_item(merge.key, merge.addr, merge.owner, node);
+        let item = world.new_item(merge.key, merge.addr, merge.page, node);
         drop(world);
         let first = item.and_then(|item| {
             self.share(merge, &Target::Itself(node), before_split)
@@ -463,7 +463,7 @@ impl SimMemory {
         let touched = self.0.borrow().touched(merge.key, merge.addr);
         let second = self
             .sleep()
-            .merge_second((key, addr, owner), node, merge.frame, nid);
+            .merge_second((key, addr, page), node, merge.frame, nid);
         match second {
             Ok(second) => Ok(Pair {
                 node,

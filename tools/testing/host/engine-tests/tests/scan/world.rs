@@ -6,23 +6,23 @@
 //! what it has to read.
 
 use engine_tests::engine::{
-    ids::{
-        ItemId,
-        NodeId,
-        PageRef, //
-    },
     memory::{
         HugeId,
         NodeMeta,
         Refusal,
         Released, //
     },
-    mmlist::MmList,
+    mm_list::MmList,
     registry::{
         PinnedMm,
         Registry, //
     },
     scan::Pins, //
+    types::{
+        ItemId,
+        NodeId,
+        PageId, //
+    },
 };
 
 use kernel::testing;
@@ -130,7 +130,7 @@ impl MmList for List {
 }
 
 impl Pins<Mm> for List {
-    fn pin(&self, slot: engine_tests::engine::ids::SlotId) -> Option<Mm> {
+    fn pin(&self, slot: engine_tests::engine::types::SlotId) -> Option<Mm> {
         self.locked(|registry| registry.pin(slot))
     }
 }
@@ -203,7 +203,7 @@ pub(crate) struct Node {
 }
 
 pub(crate) struct Item {
-    owner: PageRef,
+    page: PageId,
     pub(crate) mm: Mm,
     pub(crate) addr: usize,
     pub(crate) node: NodeId,
@@ -1021,7 +1021,7 @@ impl World {
         &mut self,
         key: usize,
         addr: usize,
-        owner: PageRef,
+        page: PageId,
         node: NodeId,
     ) -> Result<ItemId, Refusal> {
         self.may_refuse(&[Refusal::NoMemory])?;
@@ -1030,7 +1030,7 @@ impl World {
             "a second item for one address"
         );
         let item = Item {
-            owner,
+            page,
             mm: self.space(key).mm.clone_pin(),
             addr,
             node,
@@ -1205,7 +1205,7 @@ impl World {
 
     pub(crate) fn merge_second(
         &mut self,
-        (key, addr, owner): (usize, usize, PageRef),
+        (key, addr, page): (usize, usize, PageId),
         node: NodeId,
         kpage: usize,
         on: Option<u32>,
@@ -1221,7 +1221,7 @@ impl World {
             return Err(Refusal::Pinned);
         }
         let far = nid(kpage) != nid(frame);
-        let item = self.new_item(key, addr, owner, node)?;
+        let item = self.new_item(key, addr, page, node)?;
         let target = Target::Frame(kpage);
         let shared = self.check_share(key, addr, frame, &target);
         match shared.and_then(|huge| self.share(key, addr, frame, &target, huge)) {
@@ -1250,7 +1250,7 @@ impl World {
 
     pub(crate) fn adopt(
         &mut self,
-        (addr, owner): (usize, PageRef),
+        (addr, page): (usize, PageId),
         batch: &Batch,
         i: usize,
         node: NodeId,
@@ -1261,7 +1261,7 @@ impl World {
         } else if self.page(frame).mapping != Mapping::Ksm(node) {
             Err(Refusal::Stale)
         } else {
-            self.new_item(key, addr, owner, node)
+            self.new_item(key, addr, page, node)
         };
         if result.is_err() {
             self.excused.insert((key, addr));
@@ -1286,7 +1286,7 @@ impl World {
             self.items.0.swap(last.0 as usize, id.0 as usize);
         }
         self.free_item(last);
-        let moved = self.items.get(id.0).map(|item| (item.owner, id));
+        let moved = self.items.get(id.0).map(|item| (item.page, id));
         let remaining = self.nodes.get(node.0).unwrap().items.len() as u32;
         let mapped = self.node_frame(node).map(|frame| self.page(frame).maps > 0);
         Some(Released {
@@ -1300,7 +1300,7 @@ impl World {
         })
     }
 
-    pub(crate) fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef)) -> bool {
+    pub(crate) fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool {
         if let Some(frame) = self.node_frame(node) {
             let page = self.page_mut(frame);
             if page.maps > 0 {
@@ -1312,7 +1312,7 @@ impl World {
         true
     }
 
-    pub(crate) fn free_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageRef)) {
+    pub(crate) fn free_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) {
         let named = self
             .frames
             .values()
@@ -1320,7 +1320,7 @@ impl World {
         assert!(!named, "a node is freed that its page names");
         while let Some(&item) = self.nodes.get(node.0).unwrap().items.last() {
             let item = self.free_item(item);
-            orphan(item.owner);
+            orphan(item.page);
         }
         self.nodes.remove(node.0);
     }

@@ -3,7 +3,7 @@
 //! The steps on the registry, one thread at a time: what each reports, and what it leaves behind.
 
 use engine_tests::engine::{
-    mmlist::{
+    mm_list::{
         Entered,
         MmList,
         Progress,

@@ -7,7 +7,6 @@
 //! lock is gone before its claim is, and exit waits for nobody.
 
 use super::{
-    ids::SlotId,
     registry::{
         Chunk,
         Claim,
@@ -18,6 +17,7 @@ use super::{
         PinnedMm,
         Registry, //
     },
+    types::SlotId,
 };
 
 use kernel::{

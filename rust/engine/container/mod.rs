@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Containers for the metadata of millions of pages, and what they cost.
+
+pub(super) mod alloc_size;
+pub(super) mod paged_vec;
