@@ -1,9 +1,52 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! References to folios and their lock.
+//! References to folios, their lock, and their `mapping` word.
 
-use crate::bindings::raw;
+use crate::{
+    bindings::raw,
+    kernel_ext::symbols::Symbols, //
+};
 use core::ptr::NonNull;
+
+const FOLIO_MAPPING_ANON: usize = raw::FOLIO_MAPPING_ANON as usize;
+
+/// Both bits are set for a merged page.
+const FOLIO_MAPPING_KSM: usize = FOLIO_MAPPING_ANON | raw::FOLIO_MAPPING_ANON_KSM as usize;
+
+/// The `mapping` word of a folio: a pointer and the `FOLIO_MAPPING_*` bits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FolioMapping(usize);
+
+impl FolioMapping {
+    /// The word of a merged page that belongs to no stable node.
+    pub(crate) const KSM_WITHOUT_NODE: Self = Self::ksm(0);
+
+    /// A word that was read from a folio.
+    pub(crate) const fn from_raw(word: usize) -> Self {
+        Self(word)
+    }
+
+    /// The word of the merged page of the `struct ksm_stable_node` at this address.
+    pub(crate) const fn ksm(stable_node: usize) -> Self {
+        Self(stable_node | FOLIO_MAPPING_KSM)
+    }
+
+    /// The word as the folio has it.
+    pub(crate) const fn as_raw(self) -> usize {
+        self.0
+    }
+
+    /// Whether the page is anonymous, and not merged.
+    pub(crate) const fn is_plain_anon(self) -> bool {
+        self.0 & FOLIO_MAPPING_KSM == FOLIO_MAPPING_ANON
+    }
+
+    /// The address of the stable node of a merged page: 0 for [`Self::KSM_WITHOUT_NODE`],
+    /// `None` for other pages.
+    pub(crate) fn stable_node(self) -> Option<usize> {
+        (self.0 & FOLIO_MAPPING_KSM == FOLIO_MAPPING_KSM).then_some(self.0 & !FOLIO_MAPPING_KSM)
+    }
+}
 
 /// A counted reference to a folio.
 ///
@@ -46,8 +89,8 @@ impl FolioRef {
         self.0.cast()
     }
 
-    /// The raw `mapping` word: pointer and `FOLIO_MAPPING_*` bits.
-    pub(crate) fn mapping(&self) -> usize {
+    /// The `mapping` word, as it is now.
+    pub(crate) fn mapping(&self) -> FolioMapping {
         mapping(self.0)
     }
 
@@ -103,7 +146,15 @@ impl Drop for FolioLock<'_> {
 
 /// The `mapping` word of a folio that need not be referenced: it may change any time.
 #[inline]
-pub(crate) fn mapping(folio: NonNull<raw::folio>) -> usize {
+pub(crate) fn mapping(folio: NonNull<raw::folio>) -> FolioMapping {
     // SAFETY: The memory map is always readable; this is `READ_ONCE`.
-    unsafe { raw::rksm_folio_mapping(folio.as_ptr()) }
+    FolioMapping(unsafe { raw::rksm_folio_mapping(folio.as_ptr()) })
+}
+
+/// Has all CPUs put the pages of their LRU caches on the lists, where they no longer hold a reference.
+///
+/// Sleeps.
+pub(crate) fn lru_add_drain_all(_symbols: Symbols) {
+    // SAFETY: May sleep here; the function has been resolved.
+    unsafe { raw::rksm_lru_add_drain_all() };
 }

@@ -4,11 +4,12 @@
 //!
 //! C header: `include/linux/kthread.h`
 
-use crate::bindings as ours;
-use crate::kernel_ext::symbols::Symbols;
+use crate::{
+    bindings::raw,
+    kernel_ext::symbols::Symbols, //
+};
 use core::ptr::NonNull;
 use kernel::{
-    bindings,
     error::from_err_ptr,
     prelude::*,
     types::NotThreadSafe, //
@@ -24,7 +25,7 @@ use kernel::{
 /// `task` is the thread, of which this holds a reference. `body` is the box it was created with,
 /// which is the thread's as soon as it runs, and `free` frees it.
 pub(crate) struct Kthread {
-    task: NonNull<bindings::task_struct>,
+    task: NonNull<raw::task_struct>,
     body: *mut c_void,
     free: unsafe fn(*mut c_void),
 }
@@ -47,20 +48,20 @@ impl Current {
     /// Whether somebody waits for this thread to end.
     pub(crate) fn should_stop(&self) -> bool {
         // SAFETY: The current thread is a kthread, which this type shows.
-        unsafe { bindings::kthread_should_stop() }
+        unsafe { raw::kthread_should_stop() }
     }
 
     /// The CPU time this thread has used, in nanoseconds.
     pub(crate) fn cpu_time(&self) -> u64 {
         // SAFETY: The current task is there.
-        unsafe { ours::task_sched_runtime(kernel::task::Task::current_raw()) }
+        unsafe { raw::task_sched_runtime(kernel::task::Task::current_raw()) }
     }
 
     /// Whether the freezer wants this thread to stop for a while, which it does in its next
     /// freezable wait.
     pub(crate) fn freezing(&self) -> bool {
         // SAFETY: The current task is there.
-        unsafe { ours::rksm_freezing(kernel::task::Task::current_raw()) }
+        unsafe { raw::rksm_freezing(kernel::task::Task::current_raw()) }
     }
 }
 
@@ -80,10 +81,10 @@ impl Kthread {
         let body = KBox::into_raw(KBox::new(Body { nice, run }, GFP_KERNEL)?).cast();
         // SAFETY: `main` takes over the box that it is given. The format takes one string.
         let task = unsafe {
-            bindings::kthread_create_on_node(
+            raw::kthread_create_on_node(
                 Some(main::<T>),
                 body,
-                bindings::NUMA_NO_NODE,
+                raw::NUMA_NO_NODE,
                 c"%s".as_char_ptr(),
                 name.as_char_ptr(),
             )
@@ -99,8 +100,8 @@ impl Kthread {
         // SAFETY: The new thread is there until somebody stops it or its body returns, and it does
         // not run before it is woken.
         unsafe {
-            bindings::get_task_struct(task.as_ptr());
-            bindings::wake_up_process(task.as_ptr());
+            raw::get_task_struct(task.as_ptr());
+            raw::wake_up_process(task.as_ptr());
         }
         // INVARIANT: As just made.
         Ok(Self {
@@ -115,27 +116,27 @@ impl Kthread {
     /// The CPU time it has used, in nanoseconds.
     pub(crate) fn cpu_time(&self) -> u64 {
         // SAFETY: By the type invariant there is a reference to the task.
-        unsafe { ours::task_sched_runtime(self.task.as_ptr()) }
+        unsafe { raw::task_sched_runtime(self.task.as_ptr()) }
     }
 }
 
 /// How many CPUs are online.
 pub(crate) fn online_cpus() -> u32 {
     // SAFETY: Has no preconditions.
-    unsafe { ours::rksm_num_online_cpus() }
+    unsafe { raw::rksm_num_online_cpus() }
 }
 
 impl Drop for Kthread {
     fn drop(&mut self) {
         // SAFETY: By the type invariant there is a reference to the task, also if it has ended.
-        let ended = unsafe { bindings::kthread_stop(self.task.as_ptr()) };
+        let ended = unsafe { raw::kthread_stop(self.task.as_ptr()) };
         if ended == EINTR.to_errno() {
             // SAFETY: The thread was stopped before it ran (`main` returns 0), so the box is
             // still ours.
             unsafe { (self.free)(self.body) };
         }
         // SAFETY: Gives up the reference of the type invariant.
-        unsafe { bindings::put_task_struct(self.task.as_ptr()) };
+        unsafe { raw::put_task_struct(self.task.as_ptr()) };
     }
 }
 
@@ -161,8 +162,8 @@ unsafe extern "C" fn main<T: FnOnce(&Current) + Send + 'static>(data: *mut c_voi
     let Body { nice, run } = KBox::into_inner(body);
     // SAFETY: The current task is a kthread that is just starting.
     unsafe {
-        bindings::set_freezable();
-        bindings::set_user_nice(kernel::task::Task::current_raw(), nice);
+        raw::set_freezable();
+        raw::set_user_nice(kernel::task::Task::current_raw(), nice);
     }
     run(&Current(NotThreadSafe));
     0

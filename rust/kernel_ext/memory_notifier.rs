@@ -4,10 +4,9 @@
 //!
 //! C header: `include/linux/memory.h`
 
-use crate::bindings as ours;
+use crate::bindings::raw;
 use core::marker::PhantomPinned;
 use kernel::{
-    bindings,
     error::to_result,
     prelude::*,
     sync::Arc,
@@ -32,7 +31,7 @@ pub(crate) trait MemoryEvents: Send + Sync + 'static {
 #[pin_data(PinnedDrop)]
 pub(crate) struct MemoryNotifier<T: MemoryEvents> {
     #[pin]
-    block: Opaque<bindings::notifier_block>,
+    block: Opaque<raw::notifier_block>,
     events: Arc<T>,
     #[pin]
     _pin: PhantomPinned,
@@ -61,7 +60,7 @@ impl<T: MemoryEvents> MemoryNotifier<T> {
         // SAFETY: The block is pinned, and is unregistered before it goes. Where this fails, that
         // finds nothing to do.
         to_result(unsafe {
-            ours::rksm_register_memory_notifier(notifier.block.get(), Some(notify::<T>))
+            raw::rksm_register_memory_notifier(notifier.block.get(), Some(notify::<T>))
         })?;
         Ok(notifier)
     }
@@ -71,7 +70,7 @@ impl<T: MemoryEvents> MemoryNotifier<T> {
 impl<T: MemoryEvents> PinnedDrop for MemoryNotifier<T> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: Registered in `register()`. Afterwards nobody is in `notify`.
-        unsafe { ours::rksm_unregister_memory_notifier(self.block.get()) };
+        unsafe { raw::rksm_unregister_memory_notifier(self.block.get()) };
     }
 }
 
@@ -81,7 +80,7 @@ impl<T: MemoryEvents> PinnedDrop for MemoryNotifier<T> {
 ///
 /// To be called by the memory notifier chain only, for the block of a `MemoryNotifier<T>`.
 unsafe extern "C" fn notify<T: MemoryEvents>(
-    block: *mut bindings::notifier_block,
+    block: *mut raw::notifier_block,
     action: c_ulong,
     arg: *mut c_void,
 ) -> c_int {
@@ -91,19 +90,19 @@ unsafe extern "C" fn notify<T: MemoryEvents>(
     // SAFETY: `arg` is a `struct memory_notify` for every action of this chain.
     let (start_pfn, nr_pages) = unsafe {
         (
-            ours::rksm_memory_notify_start_pfn(arg),
-            ours::rksm_memory_notify_nr_pages(arg),
+            raw::rksm_memory_notify_start_pfn(arg),
+            raw::rksm_memory_notify_nr_pages(arg),
         )
     };
     match action as u32 {
-        ours::memory_block_state_MEM_GOING_OFFLINE => {
+        raw::memory_block_state_MEM_GOING_OFFLINE => {
             notifier.events.going_offline(start_pfn, nr_pages)
         }
-        ours::memory_block_state_MEM_OFFLINE => notifier.events.offline(start_pfn, nr_pages),
-        ours::memory_block_state_MEM_CANCEL_OFFLINE => {
+        raw::memory_block_state_MEM_OFFLINE => notifier.events.offline(start_pfn, nr_pages),
+        raw::memory_block_state_MEM_CANCEL_OFFLINE => {
             notifier.events.cancel_offline(start_pfn, nr_pages)
         }
         _ => (),
     }
-    bindings::NOTIFY_OK as c_int
+    raw::NOTIFY_OK as c_int
 }

@@ -7,20 +7,17 @@
 //! which only [`MmapReadGuard::live`] hands out, after `ksm_test_exit` under the mmap lock.
 
 use crate::bindings::raw;
-use crate::engine::registry;
 use kernel::{
     mm::{
-        virt::{
-            flags as vm,
-            VmaRef, //
-        },
+        virt::VmaRef,
         Mm, //
     },
     sync::aref::ARef,
     types::NotThreadSafe,
 };
 
-/// An mm pinned by `mm_count`. Dropping it is `mmdrop`.
+/// An mm pinned by `mm_count`. A clone is another pin; dropping it is `mmdrop`.
+#[derive(Clone)]
 pub(crate) struct PinnedMm(ARef<Mm>);
 
 impl PinnedMm {
@@ -50,7 +47,7 @@ impl PinnedMm {
     /// Takes the mmap lock for reading. May sleep.
     pub(crate) fn mmap_read_lock(&self) -> MmapReadGuard<'_> {
         // SAFETY: The mm is pinned.
-        unsafe { kernel::bindings::mmap_read_lock(self.0.as_raw()) };
+        unsafe { raw::mmap_read_lock(self.0.as_raw()) };
         MmapReadGuard {
             mm: self,
             _nts: NotThreadSafe,
@@ -69,21 +66,7 @@ impl PinnedMm {
     /// the caller holds.
     pub(crate) fn mmget_not_zero(&self) -> Option<MmUser<'_>> {
         // SAFETY: The mm is pinned.
-        unsafe { kernel::bindings::mmget_not_zero(self.0.as_raw()) }.then(|| MmUser(self))
-    }
-}
-
-impl registry::PinnedMm for PinnedMm {
-    fn key(&self) -> usize {
-        self.as_ptr() as usize
-    }
-
-    fn exiting(&self) -> bool {
-        self.ksm_test_exit()
-    }
-
-    fn clone_pin(&self) -> Self {
-        Self(self.0.clone())
+        unsafe { raw::mmget_not_zero(self.0.as_raw()) }.then(|| MmUser(self))
     }
 }
 
@@ -97,7 +80,7 @@ pub(crate) struct MmUser<'a>(&'a PinnedMm);
 impl Drop for MmUser<'_> {
     fn drop(&mut self) {
         // SAFETY: By the invariant there is a reference to give up.
-        unsafe { kernel::bindings::mmput_async(self.0 .0.as_raw()) };
+        unsafe { raw::mmput_async(self.0 .0.as_raw()) };
     }
 }
 
@@ -121,7 +104,7 @@ impl MmapReadGuard<'_> {
 impl Drop for MmapReadGuard<'_> {
     fn drop(&mut self) {
         // SAFETY: The guard holds the lock.
-        unsafe { kernel::bindings::mmap_read_unlock(self.mm.0.as_raw()) };
+        unsafe { raw::mmap_read_unlock(self.mm.0.as_raw()) };
     }
 }
 
@@ -142,31 +125,12 @@ impl<'g> LiveMm<'g> {
     }
 
     /// The first vma that ends above `addr`.
-    fn find_vma(self, addr: usize) -> Option<&'g VmaRef> {
+    pub(crate) fn find_vma(self, addr: usize) -> Option<&'g VmaRef> {
         // SAFETY: The mmap lock is held and the maple tree exists by the type's invariant.
-        let vma = unsafe { kernel::bindings::find_vma(self.mm.0.as_raw(), addr) };
+        let vma = unsafe { raw::find_vma(self.mm.0.as_raw(), addr) };
         // SAFETY: A vma found under the mmap lock stays as long as the lock is held.
         (!vma.is_null()).then(|| unsafe { VmaRef::from_raw(vma) })
     }
-
-    /// The first vma that ends above `addr` and may hold mergeable pages: `VM_MERGEABLE`, with an `anon_vma`.
-    pub(crate) fn mergeable_from(self, addr: usize) -> Option<&'g VmaRef> {
-        let mut vma = self.find_vma(addr)?;
-        while !mergeable(vma) {
-            vma = self.find_vma(vma.end())?;
-        }
-        Some(vma)
-    }
-
-    /// The mergeable vma at `addr`.
-    pub(crate) fn mergeable_at(self, addr: usize) -> Option<&'g VmaRef> {
-        self.find_vma(addr)
-            .filter(|vma| vma.start() <= addr && mergeable(vma))
-    }
-}
-
-fn mergeable(vma: &VmaRef) -> bool {
-    vma.flags() & vm::MERGEABLE != 0 && !anon_vma(vma).is_null()
 }
 
 /// The vma's `anon_vma`; null before its first anonymous page. Stable under the mmap lock.

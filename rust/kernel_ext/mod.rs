@@ -7,6 +7,8 @@ pub(crate) mod kthread;
 pub(crate) mod memory_notifier;
 pub(crate) mod mm;
 pub(crate) mod module_ref;
+pub(crate) mod oom;
+pub(crate) mod pte;
 pub(crate) mod race_window;
 pub(crate) mod symbols;
 pub(crate) mod sysfs;

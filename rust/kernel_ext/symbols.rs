@@ -6,20 +6,9 @@
 //! used: whoever calls one of these functions, or asks where one of these objects is, must be
 //! able to show a [`Symbols`].
 
-use crate::bindings;
+use crate::bindings::raw;
 use core::ptr;
-use kernel::{
-    bindings::{
-        attribute_group,
-        kobject,
-        list_head,
-        mutex,
-        rb_root,
-        spinlock_t, //
-    },
-    fmt,
-    prelude::*,
-};
+use kernel::{fmt, prelude::*};
 
 /// Proof that every symbol of the list is resolved.
 #[derive(Clone, Copy)]
@@ -66,17 +55,17 @@ impl Symbols {
         const LOOKUP: &CStr = c"kallsyms_on_each_match_symbol";
 
         // SAFETY: `LOOKUP` is a C string.
-        let lookup = unsafe { bindings::rksm_kprobe_address(LOOKUP.as_char_ptr()) };
+        let lookup = unsafe { raw::rksm_kprobe_address(LOOKUP.as_char_ptr()) };
         if lookup == 0 {
             pr_err!("cannot load: no {LOOKUP:?} in this kernel, or no kprobes\n");
             return Err(ENOENT);
         }
         // SAFETY: The kernel has that function there, or just past the ENDBR at its start, which a
         // direct call may skip.
-        unsafe { bindings::rksm_kallsyms_set(lookup) };
+        unsafe { raw::rksm_kallsyms_set(lookup) };
 
         // SAFETY: Only reads the size of an array.
-        let count = unsafe { bindings::rksm_symbol_count() };
+        let count = unsafe { raw::rksm_symbol_count() };
         let mut found = KVec::with_capacity(count, GFP_KERNEL)?;
         for i in 0..count {
             found.push(matches(name(i)), GFP_KERNEL)?;
@@ -91,65 +80,65 @@ impl Symbols {
         for (i, matches) in found.iter().enumerate() {
             // SAFETY: `i` is below the count, and the address is that of the one symbol of vmlinux
             // that has this name. The list's prototypes are checked against the kernel's headers.
-            unsafe { bindings::rksm_symbol_set(i, matches.address) };
+            unsafe { raw::rksm_symbol_set(i, matches.address) };
         }
         Ok(Self(()))
     }
 
     /// `mm_kobj`, `/sys/kernel/mm`.
-    pub(crate) fn mm_kobj(self) -> *mut kobject {
+    pub(crate) fn mm_kobj(self) -> *mut raw::kobject {
         // SAFETY: By the type invariant the pointer is resolved; set once at boot.
-        unsafe { ptr::read(bindings::rksm_data_mm_kobj()) }
+        unsafe { ptr::read(raw::rksm_data_mm_kobj()) }
     }
 
     /// `ksm_attr_group`, the files of `/sys/kernel/mm/ksm`.
-    pub(crate) fn ksm_attr_group(self) -> *const attribute_group {
+    pub(crate) fn ksm_attr_group(self) -> *const raw::attribute_group {
         // SAFETY: Only reads a pointer that is resolved.
-        unsafe { bindings::rksm_data_ksm_attr_group() }
+        unsafe { raw::rksm_data_ksm_attr_group() }
     }
 
     /// `ksm_run`, written under [`Self::ksm_thread_mutex`].
     pub(crate) fn ksm_run(self) -> *mut c_ulong {
         // SAFETY: Only reads a pointer that is resolved.
-        unsafe { bindings::rksm_data_ksm_run() }
+        unsafe { raw::rksm_data_ksm_run() }
     }
 
     /// `ksm_thread_mutex`, which serializes the built-in's scanner and its users.
-    pub(crate) fn ksm_thread_mutex(self) -> *mut mutex {
+    pub(crate) fn ksm_thread_mutex(self) -> *mut raw::mutex {
         // SAFETY: Only reads a pointer that is resolved.
-        unsafe { bindings::rksm_data_ksm_thread_mutex() }
+        unsafe { raw::rksm_data_ksm_thread_mutex() }
     }
 
     /// `ksm_mmlist_lock`, which protects the list at [`Self::ksm_mm_head`].
-    pub(crate) fn ksm_mmlist_lock(self) -> *mut spinlock_t {
+    pub(crate) fn ksm_mmlist_lock(self) -> *mut raw::spinlock_t {
         // SAFETY: Only reads a pointer that is resolved.
-        unsafe { bindings::rksm_data_ksm_mmlist_lock() }
+        unsafe { raw::rksm_data_ksm_mmlist_lock() }
     }
 
     /// `ksm_mm_head`, the slot that heads the built-in's list of mms.
-    pub(crate) fn ksm_mm_head(self) -> *mut bindings::layout::ksm_mm_slot {
+    pub(crate) fn ksm_mm_head(self) -> *mut raw::layout::ksm_mm_slot {
         // SAFETY: Only reads a pointer that is resolved.
-        unsafe { bindings::rksm_data_ksm_mm_head() }.cast()
+        unsafe { raw::rksm_data_ksm_mm_head() }.cast()
     }
 
     /// `migrate_nodes`, protected by [`Self::ksm_thread_mutex`].
-    pub(crate) fn migrate_nodes(self) -> *mut list_head {
+    pub(crate) fn migrate_nodes(self) -> *mut raw::list_head {
         // SAFETY: Only reads a pointer that is resolved.
-        unsafe { bindings::rksm_data_migrate_nodes() }
+        unsafe { raw::rksm_data_migrate_nodes() }
     }
 
     /// `root_stable_tree`, protected by [`Self::ksm_thread_mutex`]: a pointer to
     /// [`Self::ksm_nr_node_ids`] roots.
-    pub(crate) fn root_stable_tree(self) -> *mut *mut rb_root {
+    pub(crate) fn root_stable_tree(self) -> *mut *mut raw::rb_root {
         // SAFETY: Only reads a pointer that is resolved.
-        unsafe { bindings::rksm_data_root_stable_tree() }
+        unsafe { raw::rksm_data_root_stable_tree() }
     }
 
     /// `ksm_nr_node_ids`, protected by [`Self::ksm_thread_mutex`]; null without `CONFIG_NUMA`.
     pub(crate) fn ksm_nr_node_ids(self) -> *mut c_int {
         #[cfg(CONFIG_NUMA)]
         // SAFETY: Only reads a pointer that is resolved.
-        return unsafe { bindings::rksm_data_ksm_nr_node_ids() };
+        return unsafe { raw::rksm_data_ksm_nr_node_ids() };
         #[cfg(not(CONFIG_NUMA))]
         ptr::null_mut()
     }
@@ -157,13 +146,13 @@ impl Symbols {
     /// `ksm_pages_shared`, protected by [`Self::ksm_thread_mutex`].
     pub(crate) fn ksm_pages_shared(self) -> *mut c_ulong {
         // SAFETY: Only reads a pointer that is resolved.
-        unsafe { bindings::rksm_data_ksm_pages_shared() }
+        unsafe { raw::rksm_data_ksm_pages_shared() }
     }
 
     /// `ksm_rmap_items`, protected by [`Self::ksm_thread_mutex`].
     pub(crate) fn ksm_rmap_items(self) -> *mut c_ulong {
         // SAFETY: Only reads a pointer that is resolved.
-        unsafe { bindings::rksm_data_ksm_rmap_items() }
+        unsafe { raw::rksm_data_ksm_rmap_items() }
     }
 }
 
@@ -171,7 +160,7 @@ impl Symbols {
 fn name(i: usize) -> &'static CStr {
     // SAFETY: Every entry of the list has a name, which is a string constant. The callers' `i` are
     // below `rksm_symbol_count()`.
-    unsafe { CStr::from_char_ptr(bindings::rksm_symbol_name(i)) }
+    unsafe { CStr::from_char_ptr(raw::rksm_symbol_name(i)) }
 }
 
 /// Looks up all symbols of vmlinux with the name `name`.
@@ -193,7 +182,7 @@ fn matches(name: &CStr) -> Matches {
     // SAFETY: `resolve()`, the only way here, has set the function that this calls. `count` gets
     // nothing but `found`, which outlives the call.
     unsafe {
-        bindings::rksm_kallsyms_on_each_match_symbol(
+        raw::rksm_kallsyms_on_each_match_symbol(
             Some(count),
             name.as_char_ptr(),
             (&raw mut found).cast(),

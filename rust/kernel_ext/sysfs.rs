@@ -2,8 +2,8 @@
 
 //! Files of our own in `/sys/kernel/mm/ksm`.
 
-use crate::bindings as ours;
 use crate::{
+    bindings::raw,
     kernel_ext::symbols::Symbols,
     takeover::attributes::{
         to_errno, //
@@ -12,7 +12,6 @@ use crate::{
 };
 use core::slice;
 use kernel::{
-    bindings,
     error::to_result,
     page::PAGE_SIZE,
     prelude::*,
@@ -35,8 +34,8 @@ use kernel::{
 #[pin_data(PinnedDrop)]
 pub(crate) struct ExtraFile<F: Files> {
     #[pin]
-    attr: Opaque<bindings::kobj_attribute>,
-    kobj: *mut bindings::kobject,
+    attr: Opaque<raw::kobj_attribute>,
+    kobj: *mut raw::kobject,
     group: *const c_char,
     file: usize,
     handler: Arc<F>,
@@ -83,9 +82,9 @@ impl<F: Files> ExtraFile<F> {
         to_result(unsafe {
             (*attr).attr.name = name.as_char_ptr();
             (*attr).attr.mode = mode;
-            ours::rksm_sysfs_attr_init(&raw mut (*attr).attr);
-            ours::rksm_kobj_attribute_set(attr, Some(extra_show::<F>), Some(extra_store::<F>));
-            bindings::sysfs_add_file_to_group(kobj, &raw const (*attr).attr, group)
+            raw::rksm_sysfs_attr_init(&raw mut (*attr).attr);
+            raw::rksm_kobj_attribute_set(attr, Some(extra_show::<F>), Some(extra_store::<F>));
+            raw::sysfs_add_file_to_group(kobj, &raw const (*attr).attr, group)
         })?;
         // INVARIANT: It is there now.
         added.added.store(true, Relaxed);
@@ -101,7 +100,7 @@ impl<F: Files> PinnedDrop for ExtraFile<F> {
         }
         // SAFETY: By the type invariant. Waits until nobody is in its functions.
         unsafe {
-            bindings::sysfs_remove_file_from_group(
+            raw::sysfs_remove_file_from_group(
                 self.kobj,
                 &raw const (*self.attr.get()).attr,
                 self.group,
@@ -115,7 +114,7 @@ impl<F: Files> PinnedDrop for ExtraFile<F> {
 /// # Safety
 ///
 /// `attr` is that of an `ExtraFile<F>` which is not dropped meanwhile.
-unsafe fn extra<'a, F: Files>(attr: *mut bindings::kobj_attribute) -> &'a ExtraFile<F> {
+unsafe fn extra<'a, F: Files>(attr: *mut raw::kobj_attribute) -> &'a ExtraFile<F> {
     // SAFETY: By the contract.
     unsafe { &*kernel::container_of!(Opaque::cast_from(attr), ExtraFile<F>, attr) }
 }
@@ -126,8 +125,8 @@ unsafe fn extra<'a, F: Files>(attr: *mut bindings::kobj_attribute) -> &'a ExtraF
 ///
 /// To be called by sysfs only, as `show` of the attribute of an `ExtraFile<F>`.
 unsafe extern "C" fn extra_show<F: Files>(
-    _kobj: *mut bindings::kobject,
-    attr: *mut bindings::kobj_attribute,
+    _kobj: *mut raw::kobject,
+    attr: *mut raw::kobj_attribute,
     text: *mut c_char,
 ) -> isize {
     // SAFETY: sysfs gives the attribute that this is a function of, whose removal waits for us.
@@ -150,8 +149,8 @@ unsafe extern "C" fn extra_show<F: Files>(
 ///
 /// To be called by sysfs only, as `store` of the attribute of an `ExtraFile<F>`.
 unsafe extern "C" fn extra_store<F: Files>(
-    _kobj: *mut bindings::kobject,
-    attr: *mut bindings::kobj_attribute,
+    _kobj: *mut raw::kobject,
+    attr: *mut raw::kobj_attribute,
     data: *const c_char,
     len: usize,
 ) -> isize {

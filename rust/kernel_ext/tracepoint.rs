@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Probes on the tracepoints `ksm_enter` and `ksm_exit`, and firing the other `ksm` events.
+//! Probes on the tracepoints `ksm_enter` and `ksm_exit`.
 //!
 //! The built-in KSM goes on registering mms, and fires those two from wherever it is called
 //! (madvise, prctl, fork, exec, exit). A probe on each tells of every mm that comes and goes.
 
-use crate::bindings as ours;
-use crate::kernel_ext::symbols::Symbols;
+use crate::bindings::raw;
 use core::ptr;
 use kernel::{
-    bindings,
     error::to_result,
     mm::Mm,
     prelude::*,
@@ -42,7 +40,7 @@ pub(crate) struct Probes<T: MmEvents> {
 }
 
 /// The two tracepoints, in the order enter, exit.
-struct Points([*mut bindings::tracepoint; 2]);
+struct Points([*mut raw::tracepoint; 2]);
 
 // SAFETY: The kernel's own tracepoints are there for ever, and may be used from every thread.
 unsafe impl Send for Points {}
@@ -60,7 +58,7 @@ impl<T: MmEvents> Probes<T> {
     pub(crate) fn register(events: Arc<T>) -> Result<Self> {
         let mut points = Points([ptr::null_mut(); 2]);
         // SAFETY: `find` gets nothing but `points`, which outlives the call.
-        unsafe { bindings::for_each_kernel_tracepoint(Some(find), (&raw mut points).cast()) };
+        unsafe { raw::for_each_kernel_tracepoint(Some(find), (&raw mut points).cast()) };
         if points.0.iter().any(|point| point.is_null()) {
             pr_err!("cannot load: no tracepoints ksm_enter and ksm_exit in this kernel\n");
             return Err(ENOENT);
@@ -76,11 +74,7 @@ impl<T: MmEvents> Probes<T> {
             // SAFETY: The tracepoint passes the data and an mm to its probes, which is what they
             // take. The data is there until the probe is unregistered and nobody runs it.
             to_result(unsafe {
-                bindings::tracepoint_probe_register(
-                    probes.points.0[i],
-                    Self::probe(i),
-                    probes.data(),
-                )
+                raw::tracepoint_probe_register(probes.points.0[i], Self::probe(i), probes.data())
             })?;
             // INVARIANT: It is registered now.
             probes.registered[i] = true;
@@ -107,16 +101,12 @@ impl<T: MmEvents> Drop for Probes<T> {
             if self.registered[i] {
                 // SAFETY: By the type invariant this very probe is registered.
                 unsafe {
-                    bindings::tracepoint_probe_unregister(
-                        self.points.0[i],
-                        Self::probe(i),
-                        self.data(),
-                    )
+                    raw::tracepoint_probe_unregister(self.points.0[i], Self::probe(i), self.data())
                 };
             }
         }
         // SAFETY: Called from a context that may sleep. Afterwards nobody is in a probe.
-        unsafe { ours::rksm_tracepoint_synchronize_unregister() };
+        unsafe { raw::rksm_tracepoint_synchronize_unregister() };
     }
 }
 
@@ -126,7 +116,7 @@ impl<T: MmEvents> Drop for Probes<T> {
 ///
 /// `point` is one of the kernel's tracepoints, and `data` a `Points` that nothing else refers to
 /// during the call.
-unsafe extern "C" fn find(point: *mut bindings::tracepoint, data: *mut c_void) {
+unsafe extern "C" fn find(point: *mut raw::tracepoint, data: *mut c_void) {
     // SAFETY: By the contract; every tracepoint has a name, which is a string.
     let (points, name) = unsafe {
         (
@@ -160,87 +150,4 @@ unsafe extern "C" fn enter<T: MmEvents>(data: *mut c_void, mm: *mut c_void) {
 unsafe extern "C" fn exit<T: MmEvents>(data: *mut c_void, mm: *mut c_void) {
     // SAFETY: As in `enter`; __mmput() has a reference to the mm until its end.
     unsafe { (*data.cast::<T>()).exit(Mm::from_raw(mm.cast())) }
-}
-
-/// A `ksm` trace event of ours, fired as the built-in KSM fires it. Costs one load while nobody
-/// traces it.
-#[derive(Clone, Copy)]
-pub(crate) struct Trace(());
-
-impl Trace {
-    /// For which the tracepoints must have been resolved.
-    pub(crate) fn new(_symbols: Symbols) -> Self {
-        Self(())
-    }
-
-    /// A full scan begins: how many were completed, and how many pages are tracked.
-    pub(crate) fn start_scan(self, seq: u64, rmap_entries: usize) {
-        // SAFETY: The tracepoint is resolved, and only reads its arguments.
-        unsafe { ours::rksm_trace_ksm_start_scan(seq as c_int, rmap_entries as u32) }
-    }
-
-    /// A full scan ends.
-    pub(crate) fn stop_scan(self, seq: u64, rmap_entries: usize) {
-        // SAFETY: As in `start_scan`.
-        unsafe { ours::rksm_trace_ksm_stop_scan(seq as c_int, rmap_entries as u32) }
-    }
-
-    /// A page was tried to be merged with a page that is not a KSM page yet, or a zero page. The
-    /// rmap item is only an address to print.
-    pub(crate) fn merge_one_page(self, pfn: usize, rmap_item: usize, mm: &Mm, err: Result) {
-        // SAFETY: As in `start_scan`; the pointers are printed, not followed.
-        unsafe {
-            ours::rksm_trace_ksm_merge_one_page(
-                pfn,
-                rmap_item as *mut c_void,
-                mm.as_raw().cast(),
-                errno(err),
-            )
-        }
-    }
-
-    /// A page was tried to be merged with a KSM page (whose `struct page` is at `ksm_page`).
-    pub(crate) fn merge_with_ksm_page(
-        self,
-        ksm_page: usize,
-        pfn: usize,
-        rmap_item: usize,
-        mm: &Mm,
-        err: Result,
-    ) {
-        // SAFETY: As in `merge_one_page`.
-        unsafe {
-            ours::rksm_trace_ksm_merge_with_ksm_page(
-                ksm_page as *mut c_void,
-                pfn,
-                rmap_item as *mut c_void,
-                mm.as_raw().cast(),
-                errno(err),
-            )
-        }
-    }
-
-    /// A stable node is removed.
-    pub(crate) fn remove_ksm_page(self, pfn: usize) {
-        // SAFETY: As in `start_scan`.
-        unsafe { ours::rksm_trace_ksm_remove_ksm_page(pfn) }
-    }
-
-    /// An rmap item leaves its stable node.
-    pub(crate) fn remove_rmap_item(self, pfn: usize, rmap_item: usize, mm: &Mm) {
-        // SAFETY: As in `merge_one_page`.
-        unsafe {
-            ours::rksm_trace_ksm_remove_rmap_item(pfn, rmap_item as *mut c_void, mm.as_raw().cast())
-        }
-    }
-
-    /// The advisor has set `pages_to_scan`: the last full scan took `scan_time` seconds.
-    pub(crate) fn advisor(self, scan_time: i64, pages_to_scan: usize, cpu_percent: u32) {
-        // SAFETY: As in `start_scan`.
-        unsafe { ours::rksm_trace_ksm_advisor(scan_time, pages_to_scan, cpu_percent) }
-    }
-}
-
-fn errno(result: Result) -> c_int {
-    result.map_or_else(|error| error.to_errno(), |()| 0)
 }

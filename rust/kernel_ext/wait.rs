@@ -4,12 +4,12 @@
 //!
 //! C header: `include/linux/wait.h`
 
+use crate::bindings::raw;
 use core::{
     marker::PhantomPinned,
     ptr, //
 };
 use kernel::{
-    bindings,
     error::to_result,
     prelude::*,
     sync::LockClassKey,
@@ -34,7 +34,7 @@ pub(crate) use new_wait_queue;
 #[pin_data]
 pub(crate) struct WaitQueue {
     #[pin]
-    head: Opaque<bindings::wait_queue_head>,
+    head: Opaque<raw::wait_queue_head>,
     /// The head is a list that refers to itself.
     #[pin]
     _pin: PhantomPinned,
@@ -51,7 +51,7 @@ impl WaitQueue {
         pin_init!(Self {
             // SAFETY: `slot` may be written to; name and key live for ever.
             head <- Opaque::ffi_init(|slot| unsafe {
-                bindings::__init_waitqueue_head(
+                raw::__init_waitqueue_head(
                     slot,
                     name.as_char_ptr(),
                     key.as_ptr(),
@@ -67,7 +67,7 @@ impl WaitQueue {
     ///
     /// `ERESTARTSYS` when a signal came; kernel threads get none.
     pub(crate) fn wait_freezable(&self, condition: impl FnMut() -> bool) -> Result {
-        let state = bindings::TASK_INTERRUPTIBLE | bindings::TASK_FREEZABLE;
+        let state = raw::TASK_INTERRUPTIBLE | raw::TASK_FREEZABLE;
         self.wait(state, MAX_SCHEDULE_TIMEOUT, condition)
             .map(|_| ())
     }
@@ -84,7 +84,7 @@ impl WaitQueue {
         timeout: Jiffies,
         condition: impl FnMut() -> bool,
     ) -> Result<bool> {
-        let state = bindings::TASK_INTERRUPTIBLE | bindings::TASK_FREEZABLE;
+        let state = raw::TASK_INTERRUPTIBLE | raw::TASK_FREEZABLE;
         let timeout = c_long::try_from(timeout).unwrap_or(MAX_SCHEDULE_TIMEOUT);
         self.wait(state, timeout, condition)
     }
@@ -92,25 +92,22 @@ impl WaitQueue {
     /// `wait_event_idle`: sleeps until `condition`, whatever happens, and is no load.
     pub(crate) fn wait_idle(&self, condition: impl FnMut() -> bool) {
         // No signal ends this one, so there is no error.
-        let _ = self.wait(bindings::TASK_IDLE, MAX_SCHEDULE_TIMEOUT, condition);
+        let _ = self.wait(raw::TASK_IDLE, MAX_SCHEDULE_TIMEOUT, condition);
     }
 
     /// `wake_up_interruptible`.
     pub(crate) fn wake_up_interruptible(&self) {
-        self.wake(bindings::TASK_INTERRUPTIBLE, 1);
+        self.wake(raw::TASK_INTERRUPTIBLE, 1);
     }
 
     /// `wake_up_all`: wakes every sleeper, of whatever kind.
     pub(crate) fn wake_up_all(&self) {
-        self.wake(
-            bindings::TASK_INTERRUPTIBLE | bindings::TASK_UNINTERRUPTIBLE,
-            0,
-        );
+        self.wake(raw::TASK_INTERRUPTIBLE | raw::TASK_UNINTERRUPTIBLE, 0);
     }
 
     fn wake(&self, mode: c_uint, count: c_int) {
         // SAFETY: The head is initialised.
-        unsafe { bindings::__wake_up(self.head.get(), mode, count, ptr::null_mut()) };
+        unsafe { raw::__wake_up(self.head.get(), mode, count, ptr::null_mut()) };
     }
 
     /// Sleeps until `condition` or for `timeout` jiffies; says whether the condition was true.
@@ -125,14 +122,13 @@ impl WaitQueue {
             return Ok(true);
         }
 
-        let entry = Opaque::<bindings::wait_queue_entry>::uninit();
+        let entry = Opaque::<raw::wait_queue_entry>::uninit();
         // SAFETY: `entry` is on this stack, and leaves the queue before it goes.
-        unsafe { bindings::init_wait_entry(entry.get(), 0) };
+        unsafe { raw::init_wait_entry(entry.get(), 0) };
         let outcome = loop {
             // SAFETY: Head and entry are initialised. The state is one for sleeping.
-            let signal = unsafe {
-                bindings::prepare_to_wait_event(self.head.get(), entry.get(), state as c_int)
-            };
+            let signal =
+                unsafe { raw::prepare_to_wait_event(self.head.get(), entry.get(), state as c_int) };
             if condition() {
                 break Ok(true);
             }
@@ -144,10 +140,10 @@ impl WaitQueue {
                 break Ok(false);
             }
             // SAFETY: Called from a context that may sleep.
-            timeout = unsafe { bindings::schedule_timeout(timeout) };
+            timeout = unsafe { raw::schedule_timeout(timeout) };
         };
         // SAFETY: Takes `entry` off the queue if it is still there, and marks the task as running.
-        unsafe { bindings::finish_wait(self.head.get(), entry.get()) };
+        unsafe { raw::finish_wait(self.head.get(), entry.get()) };
         outcome
     }
 }

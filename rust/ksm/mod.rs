@@ -4,7 +4,13 @@
 
 mod arena;
 pub(crate) mod backend;
-pub(crate) mod collect;
+pub(crate) mod batch;
+mod collect;
+mod merge;
+mod node;
+mod page;
 mod replace_pte;
+pub(crate) mod stable_nodes;
+pub(crate) mod trace;
 pub(crate) mod unmerge;
 pub(crate) mod worker_pool;

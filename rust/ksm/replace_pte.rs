@@ -17,17 +17,21 @@ use crate::engine::memory::Refusal;
 use crate::{
     bindings::raw,
     kernel_ext::{
-        folio::FolioRef,
+        folio::{
+            FolioMapping,
+            FolioRef, //
+        },
         mm::{
             LiveMm,
             MmapReadGuard, //
         },
+        pte::{
+            Invalidate,
+            PteGuard, //
+        },
         race_window, //
     },
-    ksm::{
-        backend::StableNode,
-        collect, //
-    },
+    ksm::page,
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -36,91 +40,13 @@ use kernel::{
 };
 
 /// What a page is to be replaced by.
-pub(crate) enum Target<'a> {
-    /// Itself, as the merged page of this node.
-    Itself(NonNull<StableNode>),
+pub(crate) enum PteReplacement<'a> {
     /// The merged page that another folio is.
-    Page(&'a FolioRef),
+    KsmPage(&'a FolioRef),
     /// The zero page.
-    Zero,
-}
-
-/// A page table entry, locked.
-///
-/// # Invariants
-///
-/// `ptep` is the entry of `addr` in `vma`'s page table, whose lock `ptl` is held.
-struct PteGuard<'v> {
-    vma: &'v VmaRef,
-    addr: usize,
-    ptep: *mut raw::pte_t,
-    ptl: *mut raw::spinlock_t,
-}
-
-impl<'v> PteGuard<'v> {
-    /// Locks the entry of `addr`; `None` where there is no page table of small pages.
-    fn lock(vma: &'v VmaRef, addr: usize) -> Option<Self> {
-        let mut ptl = core::ptr::null_mut();
-        // SAFETY: The vma is valid and its mm's lock is held, as for every `VmaRef`; `addr` lies in it.
-        let ptep = unsafe { raw::rksm_lock_pte(vma.as_ptr().cast(), addr, &mut ptl) };
-        // INVARIANT: The shim has locked the entry if it returns one.
-        (!ptep.is_null()).then(|| Self {
-            vma,
-            addr,
-            ptep,
-            ptl,
-        })
-    }
-
-    fn vma(&self) -> *mut raw::vm_area_struct {
-        self.vma.as_ptr().cast()
-    }
-
-    fn get(&self) -> raw::pte_t {
-        // SAFETY: The entry is locked by the invariant.
-        unsafe { raw::rksm_ptep_get(self.ptep) }
-    }
-
-    /// Clears the entry and flushes its translation on all CPUs.
-    fn clear_flush(&self) -> raw::pte_t {
-        // SAFETY: The entry is locked by the invariant.
-        unsafe { raw::rksm_ptep_clear_flush(self.vma(), self.addr, self.ptep) }
-    }
-
-    /// Sets an entry that is clear.
-    fn set(&self, pte: raw::pte_t) {
-        // SAFETY: The entry is locked by the invariant.
-        unsafe { raw::rksm_set_pte_at(self.vma(), self.addr, self.ptep, pte) };
-    }
-}
-
-impl Drop for PteGuard<'_> {
-    fn drop(&mut self) {
-        // SAFETY: By the invariant the lock is held.
-        unsafe { raw::rksm_pte_unmap_unlock(self.ptep, self.ptl) };
-    }
-}
-
-/// The bracket in which secondary MMUs may not use the mapping of one page.
-struct Invalidate(raw::mmu_notifier_range);
-
-impl Invalidate {
-    /// Calls the mmu notifiers. May sleep.
-    fn new(mm: LiveMm<'_>, addr: usize) -> Self {
-        let mut range = raw::mmu_notifier_range::default();
-        // SAFETY: The mm is live, and `range` is ours.
-        unsafe {
-            raw::rksm_mmu_notifier_invalidate_page_start(&mut range, mm.mm().as_ptr(), addr);
-        }
-        Self(range)
-    }
-}
-
-impl Drop for Invalidate {
-    fn drop(&mut self) {
-        // SAFETY: Begun in `new`; the mm is live for as long as the mmap lock is held, which outlives this.
-        unsafe { raw::rksm_mmu_notifier_invalidate_page_end(&mut self.0) };
-    }
+    ZeroPage,
+    /// Itself, as a merged page with this `mapping`.
+    InPlace(FolioMapping),
 }
 
 /// Whether two referenced pages have the same contents, now.
@@ -130,12 +56,12 @@ pub(crate) fn pages_identical(a: NonNull<raw::page>, b: NonNull<raw::page>) -> b
 }
 
 /// Whether a referenced page has the contents that it is to be replaced by, now.
-fn matches_target(page: NonNull<raw::page>, target: &Target<'_>) -> bool {
+fn matches_target(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
     match target {
-        Target::Itself(_) => true,
-        Target::Page(kfolio) => pages_identical(page, kfolio.page()),
+        PteReplacement::InPlace(_) => true,
+        PteReplacement::KsmPage(kfolio) => pages_identical(page, kfolio.page()),
         // SAFETY: The page is referenced.
-        Target::Zero => unsafe { raw::rksm_page_is_zero(page.as_ptr()) },
+        PteReplacement::ZeroPage => unsafe { raw::rksm_page_is_zero(page.as_ptr()) },
     }
 }
 
@@ -154,7 +80,7 @@ pub(crate) fn share(
     vma: &VmaRef,
     addr: usize,
     page: NonNull<raw::page>,
-    target: &Target<'_>,
+    target: &PteReplacement<'_>,
     before_split: impl FnOnce(),
 ) -> Result<bool, Refusal> {
     // SAFETY: The page is referenced.
@@ -196,7 +122,7 @@ fn share_locked(
     vma: &VmaRef,
     addr: usize,
     page: NonNull<raw::page>,
-    target: &Target<'_>,
+    target: &PteReplacement<'_>,
 ) -> Result<bool, Refusal> {
     // SAFETY: The page is referenced, and small.
     let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
@@ -249,20 +175,20 @@ fn share_locked(
             raw::rksm_folio_mark_dirty(folio);
         }
         match target {
-            Target::Itself(node) => {
+            PteReplacement::InPlace(mapping) => {
                 pte.set(raw::rksm_pte_wrprotect_clean(entry));
-                raw::rksm_folio_set_mapping(folio, StableNode::mapping(*node));
+                raw::rksm_folio_set_mapping(folio, mapping.as_raw());
                 raw::rksm_folio_mark_accessed(folio);
                 // Reclaim frees a clean folio without writing it out: this one must reach swap.
                 raw::rksm_folio_mark_dirty(folio);
             }
-            Target::Page(kfolio) => {
+            PteReplacement::KsmPage(kfolio) => {
                 raw::rksm_folio_get(kfolio.as_ptr());
                 let new = raw::rksm_map_ksm_page(kfolio.as_ptr(), pte.vma(), addr);
                 pte.set(new);
                 raw::rksm_unmap_anon_page(folio, page.as_ptr(), pte.vma());
             }
-            Target::Zero => {
+            PteReplacement::ZeroPage => {
                 let new = raw::rksm_map_ksm_zero_page(pte.vma(), addr);
                 pte.set(new);
                 raw::rksm_unmap_anon_page(folio, page.as_ptr(), pte.vma());
@@ -292,7 +218,7 @@ pub(crate) fn break_ksm(
         if at >= end {
             return Ok(None);
         }
-        let Some(addr) = collect::find_merged(vma, at, end)? else {
+        let Some(addr) = page::find_merged(vma, at, end)? else {
             return Ok(None);
         };
         // SAFETY: The vma is valid and its mm's lock is held.
@@ -318,7 +244,7 @@ pub(crate) fn break_ksm(
 ///
 /// Best effort: what cannot be unshared now stays a merged page with one mapping.
 pub(crate) fn break_one(guard: &MmapReadGuard<'_>, addr: usize) {
-    let Some(vma) = guard.live().and_then(|live| live.mergeable_at(addr)) else {
+    let Some(vma) = guard.live().and_then(|live| page::mergeable_at(live, addr)) else {
         return;
     };
     let end = addr + PAGE_SIZE;

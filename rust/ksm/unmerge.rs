@@ -3,17 +3,19 @@
 //! Unmerging: giving every mapping of a merged page a page of its own.
 
 use crate::{
-    bindings::raw,
     kernel_ext::{
         mm::PinnedMm,
         race_window, //
     },
-    ksm::replace_pte, //
+    ksm::{
+        page::{
+            self,
+            WALK_SPAN, //
+        },
+        replace_pte, //
+    }, //
 };
 use kernel::prelude::*;
-
-/// Most bytes of address space that are walked under one mmap lock.
-const SPAN: usize = 1 << 30;
 
 /// Most faults under one mmap lock.
 const FAULTS: usize = 64;
@@ -34,32 +36,13 @@ pub(crate) fn unmerge_mm(mm: &PinnedMm) -> Result {
         let Some(live) = guard.live() else {
             break;
         };
-        let Some(vma) = live.mergeable_from(at) else {
+        let Some(vma) = page::mergeable_from(live, at) else {
             break;
         };
         let start = at.max(vma.start());
-        let end = vma.end().min(start.saturating_add(SPAN));
+        let end = vma.end().min(start.saturating_add(WALK_SPAN));
         at = replace_pte::break_ksm(vma, start, end, FAULTS)?.unwrap_or(end);
         race_window::sleep();
     }
     Ok(())
-}
-
-/// Marks the current task as the one to kill if memory runs out while it unmerges, until this is dropped.
-pub(crate) struct OomOrigin(());
-
-impl OomOrigin {
-    /// Marks the task.
-    pub(crate) fn new() -> Self {
-        // SAFETY: Sets a flag of the current task's signal struct.
-        unsafe { raw::rksm_set_current_oom_origin() };
-        Self(())
-    }
-}
-
-impl Drop for OomOrigin {
-    fn drop(&mut self) {
-        // SAFETY: As above.
-        unsafe { raw::rksm_clear_current_oom_origin() };
-    }
 }

@@ -52,18 +52,18 @@ use crate::{
     kernel_ext::{
         mm::PinnedMm,
         symbols::Symbols,
-        tracepoint::Trace,
         wait::{
             new_wait_queue, //
             WaitQueue,
         }, //
     },
     ksm::{
-        backend::StableNodes,
-        collect::Batch,
+        batch::Batch,
+        stable_nodes::StableNodes,
+        trace::Trace,
         worker_pool::Team, //
     },
-    takeover::Builtin, //
+    takeover::builtin::Builtin, //
 };
 use kernel::{
     mm::Mm,

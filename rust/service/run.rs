@@ -16,6 +16,7 @@ use crate::{
             Visited, //
         }, //
     },
+    kernel_ext::oom::OomOrigin,
     ksm::unmerge,
     service::{
         Ksm,
@@ -73,7 +74,7 @@ impl Ksm {
     ///
     /// `ENOMEM`, `ERESTARTSYS` where a signal is pending.
     fn unmerge_all(&self, state: &mut ScanState) -> Result {
-        let origin = unmerge::OomOrigin::new();
+        let origin = OomOrigin::new();
         let mut result = self.unmerge_registered(state);
         // Children that found no slot while their parents were unmerged have inherited merged pages.
         while result.is_ok() && self.locked(|registry| registry.take_missed()) {

@@ -16,10 +16,10 @@ use crate::{
         scan::Policy, //
     },
     kernel_ext::{
+        folio,
         kthread::Current,
         race_window, //
     },
-    ksm::collect,
     service::{
         partitions,
         Ksm,
@@ -185,7 +185,7 @@ impl Ksm {
         let counters = &state.engine.counters;
         self.trace
             .start_scan(counters.full_scans, counters.tracked as usize);
-        collect::lru_add_drain_all(self.symbols);
+        folio::lru_add_drain_all(self.symbols);
         self.locked(|registry| registry.begin())
     }
 

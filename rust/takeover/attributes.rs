@@ -21,8 +21,8 @@
 //! built-in answers. So a user sees neither an error nor a wrong answer at `insmod` and `rmmod`,
 //! at worst a delay.
 
-use crate::bindings as ours;
 use crate::{
+    bindings::raw,
     kernel_ext::{
         symbols::Symbols,
         wait::{
@@ -30,7 +30,7 @@ use crate::{
             WaitQueue,
         }, //
     },
-    takeover::ThreadMutex, //
+    takeover::builtin::ThreadMutex, //
 };
 use core::{
     ops::Deref,
@@ -38,7 +38,6 @@ use core::{
     slice, //
 };
 use kernel::{
-    bindings,
     error::to_result,
     page::PAGE_SIZE,
     prelude::*,
@@ -88,11 +87,11 @@ static INSTANCE: Atomic<*mut c_void> = Atomic::new(ptr::null_mut());
 
 /// A built-in attribute, and what it was.
 struct File {
-    attr: *mut bindings::kobj_attribute,
-    show: ours::rksm_show_t,
-    store: ours::rksm_store_t,
+    attr: *mut raw::kobj_attribute,
+    show: raw::rksm_show_t,
+    store: raw::rksm_store_t,
     /// The file's node, with a reference.
-    node: *mut bindings::kernfs_node,
+    node: *mut raw::kernfs_node,
     /// Threads in our functions for this file.
     inside: Atomic<i32>,
 }
@@ -100,13 +99,13 @@ struct File {
 impl Drop for File {
     fn drop(&mut self) {
         // SAFETY: The reference is ours.
-        unsafe { bindings::kernfs_put(self.node) };
+        unsafe { raw::kernfs_put(self.node) };
     }
 }
 
 #[pin_data]
 struct Inner<F: Files> {
-    kobj: *mut bindings::kobject,
+    kobj: *mut raw::kobject,
     files: KVec<File>,
     phase: Atomic<Phase>,
     /// Threads that our functions answer, as opposed to those that wait.
@@ -209,11 +208,11 @@ impl<F: Files> Attrs<F> {
         }
         // INVARIANT: Holds from after this loop on; from here on `drop` undoes it.
         let attrs = Self { inner, symbols };
-        let our_store: ours::rksm_store_t = Some(store::<F>);
+        let our_store: raw::rksm_store_t = Some(store::<F>);
         for file in &attrs.inner.files {
             let store = file.store.and(our_store);
             // SAFETY: The attribute is there for ever, and is not constant.
-            unsafe { ours::rksm_kobj_attribute_set(file.attr, Some(show::<F>), store) };
+            unsafe { raw::rksm_kobj_attribute_set(file.attr, Some(show::<F>), store) };
         }
         attrs.wait_for_builtin()?;
         Ok(attrs)
@@ -230,12 +229,12 @@ impl<F: Files> Attrs<F> {
                 // who comes in between is then only counted below.
                 let inside = file.inside.load(Acquire);
                 // SAFETY: `file` has a reference to the node.
-                let active = unsafe { ours::rksm_kernfs_active(file.node) };
+                let active = unsafe { raw::rksm_kernfs_active(file.node) };
                 if active == inside {
                     break;
                 }
                 // SAFETY: May sleep here. Returns what is left when a signal came.
-                if unsafe { bindings::msleep_interruptible(1) } != 0 {
+                if unsafe { raw::msleep_interruptible(1) } != 0 {
                     return Err(EINTR);
                 }
             }
@@ -305,7 +304,7 @@ impl<F: Files> Drop for Attrs<F> {
         }
         for file in &self.inner.files {
             // SAFETY: The attribute is there for ever; these are its own functions.
-            unsafe { ours::rksm_kobj_attribute_set(file.attr, file.show, file.store) };
+            unsafe { raw::rksm_kobj_attribute_set(file.attr, file.show, file.store) };
         }
         self.inner.set_phase(FORWARD);
 
@@ -332,7 +331,7 @@ impl<F: Files> Drop for Attrs<F> {
 fn synchronize_rcu_tasks(symbols: Symbols) {
     let _mutex = ThreadMutex::lock(symbols);
     // SAFETY: May sleep here.
-    unsafe { bindings::synchronize_rcu_tasks() };
+    unsafe { raw::synchronize_rcu_tasks() };
 }
 
 impl<F: Files> Inner<F> {
@@ -345,7 +344,7 @@ impl<F: Files> Inner<F> {
     /// that came with `attr`. Waits while the files are held.
     fn enter(
         &self,
-        attr: *mut bindings::kobj_attribute,
+        attr: *mut raw::kobj_attribute,
         answer: impl FnOnce(&F, usize) -> isize,
         forward: impl FnOnce(&File) -> isize,
     ) -> isize {
@@ -409,23 +408,23 @@ pub(crate) fn to_errno(error: Error) -> isize {
 }
 
 /// Finds the attributes `names` of the built-in, in that order.
-fn find(symbols: Symbols, kobj: *mut bindings::kobject, names: &[&CStr]) -> Result<KVec<File>> {
+fn find(symbols: Symbols, kobj: *mut raw::kobject, names: &[&CStr]) -> Result<KVec<File>> {
     let group = symbols.ksm_attr_group();
     // SAFETY: The group and the kobject are the kernel's and constant; the name is a string.
-    let dir = unsafe { ours::rksm_kernfs_find_and_get((*kobj).sd, (*group).name) };
+    let dir = unsafe { raw::rksm_kernfs_find_and_get((*kobj).sd, (*group).name) };
     if dir.is_null() {
         pr_err!("cannot load: no /sys/kernel/mm/ksm\n");
         return Err(ENODEV);
     }
     let found = find_in(group, dir, names);
     // SAFETY: The reference is ours.
-    unsafe { bindings::kernfs_put(dir) };
+    unsafe { raw::kernfs_put(dir) };
     found
 }
 
 fn find_in(
-    group: *const bindings::attribute_group,
-    dir: *mut bindings::kernfs_node,
+    group: *const raw::attribute_group,
+    dir: *mut raw::kernfs_node,
     names: &[&CStr],
 ) -> Result<KVec<File>> {
     let mut files = KVec::with_capacity(names.len(), GFP_KERNEL)?;
@@ -438,14 +437,14 @@ fn find_in(
             return Err(ENODEV);
         };
         // SAFETY: `dir` has a reference, and the name is a string.
-        let node = unsafe { ours::rksm_kernfs_find_and_get(dir, name.as_char_ptr()) };
+        let node = unsafe { raw::rksm_kernfs_find_and_get(dir, name.as_char_ptr()) };
         // SAFETY: Every attribute of this group is in a `kobj_attribute`.
         let file = unsafe {
-            let attr = ours::rksm_kobj_attribute(attr.0);
+            let attr = raw::rksm_kobj_attribute(attr.0);
             File {
                 attr,
-                show: ours::rksm_kobj_attribute_show(attr),
-                store: ours::rksm_kobj_attribute_store(attr),
+                show: raw::rksm_kobj_attribute_show(attr),
+                store: raw::rksm_kobj_attribute_store(attr),
                 node,
                 inside: Atomic::new(0),
             }
@@ -453,7 +452,7 @@ fn find_in(
         let show = file.show.map_or(0, |show| show as usize);
         let store = file.store.map_or(show, |store| store as usize);
         // SAFETY: Only looks at the number.
-        let foreign = |&text: &usize| unsafe { ours::core_kernel_text(text) } == 0;
+        let foreign = |&text: &usize| unsafe { raw::core_kernel_text(text) } == 0;
         if [show, store].iter().any(foreign) {
             pr_err!("cannot load: another module has taken over /sys/kernel/mm/ksm\n");
             return Err(EBUSY);
@@ -473,8 +472,8 @@ fn find_in(
 
 /// The attributes of the group, with their names.
 fn attributes(
-    group: *const bindings::attribute_group,
-) -> impl Iterator<Item = (*mut bindings::attribute, &'static CStr)> {
+    group: *const raw::attribute_group,
+) -> impl Iterator<Item = (*mut raw::attribute, &'static CStr)> {
     // SAFETY: The kernel's group is constant; of the union this is the member it was made with.
     let mut next = unsafe { (*group).__bindgen_anon_2.attrs };
     core::iter::from_fn(move || {
@@ -508,8 +507,8 @@ unsafe fn instance<'a, F: Files>() -> &'a Inner<F> {
 ///
 /// To be called by sysfs only, as `show` of an attribute of the current `Attrs<F>`.
 unsafe extern "C" fn show<F: Files>(
-    _kobj: *mut bindings::kobject,
-    attr: *mut bindings::kobj_attribute,
+    _kobj: *mut raw::kobject,
+    attr: *mut raw::kobj_attribute,
     text: *mut c_char,
 ) -> isize {
     // SAFETY: This is `show` of `F`.
@@ -533,8 +532,8 @@ unsafe extern "C" fn show<F: Files>(
 ///
 /// To be called by sysfs only, as `store` of an attribute of the current `Attrs<F>`.
 unsafe extern "C" fn store<F: Files>(
-    _kobj: *mut bindings::kobject,
-    attr: *mut bindings::kobj_attribute,
+    _kobj: *mut raw::kobject,
+    attr: *mut raw::kobj_attribute,
     data: *const c_char,
     len: usize,
 ) -> isize {

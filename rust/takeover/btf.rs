@@ -6,16 +6,18 @@
 //! layouts come from the target's BTF at build time; [`check_layouts`] compares them with the BTF
 //! of the kernel that runs.
 
-use crate::bindings::{
-    self,
-    layout, //
+use crate::{
+    bindings::raw::{
+        self,
+        layout, //
+    },
+    kernel_ext::symbols::Symbols, //
 };
-use crate::kernel_ext::symbols::Symbols;
 use core::{
     mem::offset_of,
     ptr, //
 };
-use kernel::{bindings as raw, prelude::*};
+use kernel::prelude::*;
 
 /// How deep anonymous structs and unions may nest.
 const MAX_DEPTH: u32 = 8;
@@ -80,12 +82,11 @@ impl Struct {
     fn find(symbols: Symbols, name: &CStr) -> Option<Self> {
         let mut btf = ptr::null_mut();
         // SAFETY: `name` is a C string, and `btf` may be written to.
-        let id = unsafe {
-            bindings::bpf_find_btf_id(name.as_char_ptr(), raw::BTF_KIND_STRUCT, &mut btf)
-        };
+        let id =
+            unsafe { raw::bpf_find_btf_id(name.as_char_ptr(), raw::BTF_KIND_STRUCT, &mut btf) };
         let id = u32::try_from(id).ok().filter(|&id| id != 0)?;
         // SAFETY: A positive id comes with a reference to the BTF that has it.
-        let ty = unsafe { bindings::btf_type_by_id(btf, id) };
+        let ty = unsafe { raw::btf_type_by_id(btf, id) };
         // INVARIANT: As just said; only structs were looked for.
         Some(Self { btf, ty, symbols })
     }
@@ -106,18 +107,18 @@ impl Struct {
             return None;
         }
         // SAFETY: `ty` is a type of `self.btf`.
-        let kind = unsafe { bindings::rksm_btf_kind(ty) };
+        let kind = unsafe { raw::rksm_btf_kind(ty) };
         if kind != raw::BTF_KIND_STRUCT && kind != raw::BTF_KIND_UNION {
             return None;
         }
         // SAFETY: As before.
-        for i in 0..unsafe { bindings::rksm_btf_vlen(ty) } {
+        for i in 0..unsafe { raw::rksm_btf_vlen(ty) } {
             // SAFETY: A struct or union has that many members.
             let (member, offset) = unsafe {
-                let member = bindings::rksm_btf_member(ty, i);
+                let member = raw::rksm_btf_member(ty, i);
                 (
                     &*member,
-                    bindings::rksm_btf_member_bit_offset(ty, member) as usize,
+                    raw::rksm_btf_member_bit_offset(ty, member) as usize,
                 )
             };
             if self.name(member.name_off) == Some(name) {
@@ -128,7 +129,7 @@ impl Struct {
                 .is_none_or(|name| name.is_empty())
             {
                 // SAFETY: `self` holds a reference to the BTF.
-                let inner = unsafe { bindings::btf_type_by_id(self.btf, member.type_) };
+                let inner = unsafe { raw::btf_type_by_id(self.btf, member.type_) };
                 if let Some(rest) = self.bit_offset_of(inner, name, depth - 1) {
                     return Some(offset + rest);
                 }
@@ -140,7 +141,7 @@ impl Struct {
     fn name(&self, offset: u32) -> Option<&CStr> {
         let _ = self.symbols;
         // SAFETY: The symbol is resolved, and `self` holds a reference to the BTF.
-        let name = unsafe { bindings::btf_name_by_offset(self.btf, offset) };
+        let name = unsafe { raw::btf_name_by_offset(self.btf, offset) };
         // SAFETY: The BTF's strings end with a NUL, and live as long as it.
         (!name.is_null()).then(|| unsafe { CStr::from_char_ptr(name) })
     }
@@ -149,7 +150,7 @@ impl Struct {
 impl Drop for Struct {
     fn drop(&mut self) {
         // SAFETY: The symbol is resolved, and by the type invariant the reference is ours.
-        unsafe { bindings::btf_put(self.btf) };
+        unsafe { raw::btf_put(self.btf) };
     }
 }
 

@@ -8,201 +8,41 @@
 
 pub(crate) mod attributes;
 pub(crate) mod btf;
+pub(crate) mod builtin;
 
 use crate::{
+    bindings::raw,
     kernel_ext::symbols::Symbols,
-    takeover::attributes::{
-        Attrs,
-        Files,
-        Text, //
+    takeover::{
+        attributes::{
+            Attrs,
+            Files,
+            Text, //
+        },
+        builtin::{
+            Builtin,
+            RUN_OFFLINE,
+            RUN_STOP,
+            RUN_UNMERGE, //
+        }, //
     }, //
 };
-use core::{
-    ptr,
-    str, //
-};
+use core::str;
 use kernel::{
-    bindings,
-    mm::Mm,
     prelude::*,
     sync::{
-        aref::ARef,
         atomic::{
             Atomic,
             Relaxed, //
         },
         Arc, //
     },
-    task::might_sleep, //
 };
-
-/// `KSM_RUN_STOP`, `KSM_RUN_MERGE`, `KSM_RUN_UNMERGE` and `KSM_RUN_OFFLINE`: values of `run`.
-const RUN_STOP: u8 = 0;
-const RUN_UNMERGE: u8 = 2;
-const RUN_OFFLINE: c_ulong = 4;
 
 /// How often and how long (ms) the built-in is given time to get rid of its last merged pages,
 /// which may belong to processes that are just exiting.
 const DRAIN_TRIES: u32 = 100;
 const DRAIN_PAUSE: c_uint = 100;
-
-/// How many mms are pinned in one go.
-const BATCH: usize = 128;
-
-/// What of the built-in KSM can be used beside its files, from anywhere.
-#[derive(Clone, Copy)]
-pub(crate) struct Builtin(Symbols);
-
-/// `ksm_thread_mutex`, held.
-pub(crate) struct ThreadMutex(Symbols);
-
-impl ThreadMutex {
-    /// Takes it. Sleeps, for as long as a batch of the built-in takes.
-    pub(crate) fn lock(symbols: Symbols) -> Self {
-        // SAFETY: The kernel's own mutex; may sleep here.
-        unsafe { bindings::mutex_lock(symbols.ksm_thread_mutex()) };
-        Self(symbols)
-    }
-}
-
-impl Drop for ThreadMutex {
-    fn drop(&mut self) {
-        // SAFETY: Taken in `lock()`.
-        unsafe { bindings::mutex_unlock(self.0.ksm_thread_mutex()) };
-    }
-}
-
-/// `ksm_mmlist_lock`, held.
-struct MmlistLock(Symbols);
-
-impl MmlistLock {
-    fn lock(symbols: Symbols) -> Self {
-        // SAFETY: The kernel's own spinlock, initialised at build time.
-        unsafe { bindings::spin_lock(symbols.ksm_mmlist_lock()) };
-        Self(symbols)
-    }
-
-    /// The mms on the built-in's list, in its order.
-    fn mms(&self) -> impl Iterator<Item = &Mm> {
-        let head = self.0.ksm_mm_head();
-        // SAFETY: `head` is the built-in's, whose layout has been checked.
-        let head = unsafe { &raw mut (*head).slot.mm_node };
-        // SAFETY: The list does not change while the lock is held, and its end is the head.
-        let mut node = unsafe { (*head).next };
-        core::iter::from_fn(move || {
-            if node == head {
-                return None;
-            }
-            // SAFETY: Every other node is in an `mm_slot`. Its mm has been grabbed, or is about to
-            // be by its user, who keeps it meanwhile; whoever drops it takes the slot off before.
-            unsafe {
-                let slot = kernel::container_of!(node, crate::bindings::layout::mm_slot, mm_node);
-                node = (*node).next;
-                Some(Mm::from_raw((*slot).mm))
-            }
-        })
-    }
-}
-
-impl Drop for MmlistLock {
-    fn drop(&mut self) {
-        // SAFETY: Taken in `lock()`.
-        unsafe { bindings::spin_unlock(self.0.ksm_mmlist_lock()) };
-    }
-}
-
-impl Builtin {
-    /// For which the layouts must have been checked.
-    pub(crate) fn new(symbols: Symbols) -> Self {
-        Self(symbols)
-    }
-
-    /// Calls `visit` for every mm on the built-in's list; those that come or go meanwhile may be
-    /// visited or not, and an mm may be visited twice.
-    ///
-    /// The mm is pinned by `mm_count` during the call; it may be exiting. Neither the list's lock
-    /// nor any other is held then. Sleeps.
-    ///
-    /// # Errors
-    ///
-    /// `ENOMEM`, and whatever `visit` returns, which ends it.
-    pub(crate) fn for_each_mm(self, mut visit: impl FnMut(&Mm) -> Result) -> Result {
-        might_sleep();
-        let mut batch: KVec<ARef<Mm>> = KVec::with_capacity(BATCH, GFP_KERNEL | __GFP_NOWARN)?;
-        let mut last: Option<ARef<Mm>> = None;
-        loop {
-            self.pin_batch(last.as_deref(), &mut batch);
-            for mm in &batch {
-                visit(mm)?;
-            }
-            let more = batch.len() == BATCH;
-            last = batch.pop();
-            // Drops the pins outside of the lock: the last one may sleep.
-            batch.clear();
-            if !more {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Fills `batch` with the mms that come after `last`, or with the first ones if that has left.
-    fn pin_batch(self, last: Option<&Mm>, batch: &mut KVec<ARef<Mm>>) {
-        let list = MmlistLock::lock(self.0);
-        let known = last.is_some_and(|last| list.mms().any(|mm| ptr::eq(mm, last)));
-        let mut mms = list.mms();
-        if known {
-            mms.by_ref()
-                .find(|mm| last.is_some_and(|last| ptr::eq(*mm, last)));
-        }
-        for mm in mms {
-            // The capacity is that of a batch: nothing is allocated under the lock.
-            if batch.push_within_capacity(mm.into()).is_err() {
-                break;
-            }
-        }
-    }
-
-    /// Lets the built-in's `ksm_run` show that memory is being unmerged, or that it is stopped.
-    ///
-    /// The core of mm then copies a KSM page that it swaps in, instead of mapping it. Must be on
-    /// from before the first page is unmerged until the user ends that state. Sleeps.
-    pub(crate) fn set_unmerging(self, unmerging: bool) {
-        let _mutex = ThreadMutex::lock(self.0);
-        let run = if unmerging { RUN_UNMERGE } else { RUN_STOP };
-        let ksm_run = self.0.ksm_run();
-        // Its memory notifier keeps a bit there, which stays. The bit that lets its scanner run is
-        // never set.
-        // SAFETY: Only written under the mutex. Others read it with no lock, so whole.
-        unsafe {
-            let offline = ptr::read_volatile(ksm_run) & RUN_OFFLINE;
-            ptr::write_volatile(ksm_run, offline | c_ulong::from(run));
-        }
-    }
-
-    /// Whether the built-in has neither merged pages nor rmap items.
-    ///
-    /// Its cursor is at rest once it has unmerged, whether that succeeded or not. (Nor could it be looked at
-    /// everywhere: Clang makes several objects of `ksm_scan`.)
-    fn is_drained(self) -> bool {
-        let _mutex = ThreadMutex::lock(self.0);
-        let symbols = self.0;
-        // SAFETY: The objects do not change while the mutex is held, and are initialised.
-        unsafe {
-            let nodes = symbols.migrate_nodes();
-            let roots = ptr::read(symbols.root_stable_tree());
-            let nids = symbols.ksm_nr_node_ids();
-            let nids = if nids.is_null() {
-                1
-            } else {
-                ptr::read(nids) as usize
-            };
-            ptr::read(symbols.ksm_pages_shared()) == 0
-                && ptr::read(symbols.ksm_rmap_items()) == 0
-                && ptr::eq((*nodes).next, nodes)
-                && (0..nids).all(|nid| (*roots.add(nid)).rb_node.is_null())
-        }
-    }
-}
 
 /// The built-in KSM, drained and stopped, with its files in our hands.
 ///
@@ -240,7 +80,7 @@ impl<F: Files> Takeover<F> {
         let takeover = Self {
             builtin: Builtin::new(symbols),
             run_file,
-            final_run: Atomic::new(i32::from(before & !(RUN_OFFLINE as u8))),
+            final_run: Atomic::new(i32::from(before & !(RUN_OFFLINE))),
             attrs,
         };
         takeover.drain()?;
@@ -258,7 +98,7 @@ impl<F: Files> Takeover<F> {
                 return Ok(());
             }
             // SAFETY: May sleep here.
-            if unsafe { bindings::msleep_interruptible(DRAIN_PAUSE) } != 0 {
+            if unsafe { raw::msleep_interruptible(DRAIN_PAUSE) } != 0 {
                 return Err(EINTR);
             }
         }

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Page table entries, and the bracket in which secondary MMUs learn that one changes.
+
+use crate::{
+    bindings::raw,
+    kernel_ext::mm::LiveMm, //
+};
+use kernel::mm::virt::VmaRef;
+
+/// A page table entry, locked.
+///
+/// # Invariants
+///
+/// `ptep` is the entry of `addr` in `vma`'s page table, whose lock `ptl` is held.
+pub(crate) struct PteGuard<'v> {
+    vma: &'v VmaRef,
+    addr: usize,
+    ptep: *mut raw::pte_t,
+    ptl: *mut raw::spinlock_t,
+}
+
+impl<'v> PteGuard<'v> {
+    /// Locks the entry of `addr`; `None` where there is no page table of small pages.
+    pub(crate) fn lock(vma: &'v VmaRef, addr: usize) -> Option<Self> {
+        let mut ptl = core::ptr::null_mut();
+        // SAFETY: The vma is valid and its mm's lock is held, as for every `VmaRef`; `addr` lies in it.
+        let ptep = unsafe { raw::rksm_lock_pte(vma.as_ptr().cast(), addr, &mut ptl) };
+        // INVARIANT: The shim has locked the entry if it returns one.
+        (!ptep.is_null()).then(|| Self {
+            vma,
+            addr,
+            ptep,
+            ptl,
+        })
+    }
+
+    /// The vma that the entry belongs to.
+    pub(crate) fn vma(&self) -> *mut raw::vm_area_struct {
+        self.vma.as_ptr().cast()
+    }
+
+    /// The entry.
+    pub(crate) fn get(&self) -> raw::pte_t {
+        // SAFETY: The entry is locked by the invariant.
+        unsafe { raw::rksm_ptep_get(self.ptep) }
+    }
+
+    /// Clears the entry and flushes its translation on all CPUs.
+    pub(crate) fn clear_flush(&self) -> raw::pte_t {
+        // SAFETY: The entry is locked by the invariant.
+        unsafe { raw::rksm_ptep_clear_flush(self.vma(), self.addr, self.ptep) }
+    }
+
+    /// Sets an entry that is clear.
+    pub(crate) fn set(&self, pte: raw::pte_t) {
+        // SAFETY: The entry is locked by the invariant.
+        unsafe { raw::rksm_set_pte_at(self.vma(), self.addr, self.ptep, pte) };
+    }
+}
+
+impl Drop for PteGuard<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the invariant the lock is held.
+        unsafe { raw::rksm_pte_unmap_unlock(self.ptep, self.ptl) };
+    }
+}
+
+/// The bracket in which secondary MMUs may not use the mapping of one page.
+pub(crate) struct Invalidate(raw::mmu_notifier_range);
+
+impl Invalidate {
+    /// Calls the mmu notifiers. May sleep.
+    pub(crate) fn new(mm: LiveMm<'_>, addr: usize) -> Self {
+        let mut range = raw::mmu_notifier_range::default();
+        // SAFETY: The mm is live, and `range` is ours.
+        unsafe {
+            raw::rksm_mmu_notifier_invalidate_page_start(&mut range, mm.mm().as_ptr(), addr);
+        }
+        Self(range)
+    }
+}
+
+impl Drop for Invalidate {
+    fn drop(&mut self) {
+        // SAFETY: Begun in `new`; the mm is live for as long as the mmap lock is held, which outlives this.
+        unsafe { raw::rksm_mmu_notifier_invalidate_page_end(&mut self.0) };
+    }
+}

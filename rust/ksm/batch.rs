@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pages that a walk has collected, and the references to them.
+
+use crate::{
+    bindings::raw,
+    ksm::page::HeldPage, //
+};
+use core::{
+    ops::Range,
+    ptr::NonNull, //
+};
+use kernel::prelude::*;
+
+/// Folios that are freed at a time.
+const FOLIOS: usize = 64;
+
+#[derive(Clone, Copy)]
+struct Collected {
+    addr: usize,
+    /// `None` once it has been given up.
+    page: Option<NonNull<raw::page>>,
+    /// This entry owns a reference to the page's folio.
+    owns: bool,
+    /// The page was given up for a huge page to be split.
+    lost: bool,
+    /// The page may have been touched since a walk last took it.
+    touched: bool,
+}
+
+/// A huge page of which the mark that it was touched has been taken away, for all of its pages but before all were
+/// collected. The others count as touched until the next walk that comes from below.
+pub(super) struct Huge {
+    pub(super) mm: usize,
+    pub(super) pages: Range<usize>,
+}
+
+/// Pages found by a walk, in ascending order of their addresses.
+///
+/// # Invariants
+///
+/// For every entry that has a page, the batch owns a reference to its folio: the entry itself owns it, or the next entry
+/// after it that has a page and owns one, and that is of the same folio. So a huge page costs one reference a batch.
+pub(crate) struct Batch {
+    entries: KVec<Collected>,
+    /// The batch is full with so many entries.
+    limit: usize,
+    /// Entries before this one have no page any more.
+    released: usize,
+    /// Addresses where nobody collects pages of the same mm beside this batch.
+    pub(super) own: Range<usize>,
+    pub(super) huge: Option<Huge>,
+    /// References to folios that nobody else refers to, to be given up together.
+    last_refs: KVec<*mut raw::folio>,
+}
+
+// SAFETY: References to folios may be given up on any CPU.
+unsafe impl Send for Batch {}
+// SAFETY: With a shared reference pages are only looked at.
+unsafe impl Sync for Batch {}
+
+impl Batch {
+    /// An empty batch with room for so many pages.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(pages: usize) -> Result<Self> {
+        Ok(Self {
+            entries: KVec::with_capacity(pages, GFP_KERNEL)?,
+            limit: 0,
+            released: 0,
+            own: 0..0,
+            huge: None,
+            last_refs: KVec::with_capacity(pages, GFP_KERNEL)?,
+        })
+    }
+
+    /// Has the batch be full with `limit` pages more, of an mm that other threads walk too, but not at the addresses of
+    /// its `own`.
+    pub(crate) fn set_limit(&mut self, limit: usize, own: &Range<usize>) {
+        self.limit = (self.len() + limit).min(self.entries.capacity());
+        self.own = own.clone();
+    }
+
+    /// Pages in the batch.
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(super) fn full(&self) -> bool {
+        self.len() >= self.limit
+    }
+
+    /// Address of the `i`th page.
+    pub(crate) fn addr(&self, i: usize) -> usize {
+        self.entry(i).map_or(0, |e| e.addr)
+    }
+
+    /// Whether the `i`th page may have been touched since a walk last took it.
+    pub(crate) fn touched(&self, i: usize) -> bool {
+        self.entry(i).is_none_or(|e| e.touched)
+    }
+
+    fn entry(&self, i: usize) -> Option<&Collected> {
+        self.entries.get(i)
+    }
+
+    /// The `i`th page, if it has not been given up.
+    pub(crate) fn page(&self, i: usize) -> Option<NonNull<raw::page>> {
+        self.entry(i)?.page
+    }
+
+    /// The folio of the `i`th page, if that is a huge page.
+    pub(crate) fn huge_folio(&self, i: usize) -> Option<*mut raw::folio> {
+        let page = self.page(i)?;
+        // SAFETY: The page is referenced by the invariant.
+        unsafe {
+            let folio = raw::rksm_page_folio(page.as_ptr());
+            raw::rksm_folio_test_large(folio).then_some(folio)
+        }
+    }
+
+    /// Adds a page that the caller holds the page table lock for.
+    ///
+    /// # Safety
+    ///
+    /// `mapped` is what a page table maps whose lock the caller holds.
+    pub(super) unsafe fn push(&mut self, addr: usize, mapped: &raw::rksm_mapped) {
+        let (Some(page), Some(folio)) = (NonNull::new(mapped.page), NonNull::new(mapped.folio))
+        else {
+            return;
+        };
+        let last = self.entries.last_mut();
+        // SAFETY: The page in `last` is referenced by the invariant.
+        let same = |last: &Collected| unsafe {
+            last.page
+                .is_some_and(|page| raw::rksm_page_folio(page.as_ptr()) == folio.as_ptr())
+        };
+        let shares = match last {
+            Some(last) if last.owns && same(last) => {
+                last.owns = false;
+                true
+            }
+            _ => false,
+        };
+        if !shares {
+            // SAFETY: The folio is mapped by the contract, so its count is not zero.
+            unsafe { raw::rksm_folio_get(folio.as_ptr()) };
+        }
+        // INVARIANT: The new entry owns the reference just taken, or the one the entry before it had.
+        // There is room, as the batch is not full.
+        let _ = self.entries.push_within_capacity(Collected {
+            addr,
+            page: Some(page),
+            owns: true,
+            lost: false,
+            touched: mapped.touched,
+        });
+    }
+
+    /// Gives up the `i`th page.
+    pub(crate) fn release(&mut self, i: usize) {
+        let Some(entry) = self.entries.get_mut(i) else {
+            return;
+        };
+        let (page, owns) = (entry.page.take(), core::mem::take(&mut entry.owns));
+        if let (Some(page), true) = (page, owns) {
+            let mut before = self.entries[self.released.min(i)..i].iter_mut().rev();
+            match before.find(|entry| entry.page.is_some()) {
+                // INVARIANT: It has relied on this entry, and is of the same folio.
+                Some(before) if !before.owns => before.owns = true,
+                _ => self.put(page),
+            }
+        }
+        if self.released == i {
+            self.released += 1;
+        }
+    }
+
+    /// Gives up a reference to the folio that a page is part of now: at once, or if it is the last one, when the batch
+    /// is cleared. Freeing many folios at a time takes the locks of LRU lists and of free lists once.
+    ///
+    /// The caller owns the reference.
+    fn put(&mut self, page: NonNull<raw::page>) {
+        // SAFETY: The page is referenced, so its folio does not change meanwhile.
+        let (folio, last) = unsafe {
+            let folio = raw::rksm_page_folio(page.as_ptr());
+            (folio, raw::rksm_folio_last_ref(folio))
+        };
+        if !last || self.last_refs.push_within_capacity(folio).is_err() {
+            // SAFETY: The reference is the caller's to give.
+            unsafe { raw::rksm_folio_put(folio) };
+        }
+    }
+
+    /// Gives up all references to a huge page, but one for the page `keep`.
+    pub(crate) fn make_way(&mut self, huge: *mut raw::folio, keep: Option<usize>) {
+        let mut references = 0;
+        for (i, entry) in self.entries.iter_mut().enumerate() {
+            let Some(page) = entry.page else { continue };
+            // SAFETY: The page is referenced by the invariant: references are given up below only.
+            if unsafe { raw::rksm_page_folio(page.as_ptr()) } != huge {
+                continue;
+            }
+            references += usize::from(core::mem::take(&mut entry.owns));
+            if Some(i) == keep {
+                // INVARIANT: The page had a reference, of this entry or of one after it.
+                entry.owns = true;
+            } else {
+                (entry.page, entry.lost) = (None, true);
+            }
+        }
+        let kept = keep.is_some_and(|i| self.page(i).is_some());
+        for _ in usize::from(kept)..references {
+            // SAFETY: No entry owns these references any more.
+            unsafe { raw::rksm_folio_put(huge) };
+        }
+    }
+
+    /// Whether the `i`th page was given up by [`Batch::make_way`].
+    pub(crate) fn lost(&self, i: usize) -> bool {
+        self.entry(i).is_some_and(|entry| entry.lost)
+    }
+
+    /// Has the batch have an `i`th page again.
+    pub(crate) fn regain(&mut self, i: usize, held: HeldPage) {
+        if let Some(entry) = self.entries.get_mut(i) {
+            // INVARIANT: The entry takes over the reference.
+            (entry.page, entry.owns, entry.lost) = (Some(held.into_page()), true, false);
+            self.released = self.released.min(i);
+        }
+    }
+
+    /// Gives up all pages.
+    pub(crate) fn clear(&mut self) {
+        for i in self.released..self.len() {
+            self.release(i);
+        }
+        for folios in self.last_refs.chunks_mut(FOLIOS) {
+            // SAFETY: Each is a folio of which a reference is ours to give.
+            unsafe { raw::rksm_folios_put(folios.as_mut_ptr(), folios.len() as c_int) };
+        }
+        self.last_refs.clear();
+        self.entries.clear();
+        self.released = 0;
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}

@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Merging: a page joins a node, or two pages become the merged page of a new one.
+
+use crate::engine::memory::{
+    self,
+    Memory as _,
+    Refusal, //
+};
+use crate::{
+    bindings::raw,
+    kernel_ext::{
+        folio::FolioRef,
+        mm::{
+            LiveMm,
+            MmapReadGuard,
+            PinnedMm, //
+        },
+        race_window, //
+    },
+    ksm::{
+        node::{
+            OwnItem,
+            StableNode, //
+        },
+        page::{
+            self,
+            mergeable_at,
+            page_nid, //
+        },
+        replace_pte::{
+            self,
+            PteReplacement, //
+        },
+        stable_nodes::StableNodes,
+        trace::Trace, //
+    }, //
+};
+use core::ptr::NonNull;
+use kernel::{
+    mm::virt::VmaRef,
+    prelude::*, //
+};
+
+/// Finds the mergeable vma at an address and calls `f` with it, under the mmap lock.
+pub(super) fn in_vma<R>(
+    mm: &PinnedMm,
+    addr: usize,
+    f: impl FnOnce(LiveMm<'_>, &VmaRef) -> Result<R, Refusal>,
+) -> Result<R, Refusal> {
+    let guard = mm.mmap_read_lock();
+    let live = guard.live().ok_or(Refusal::Gone)?;
+    let vma = mergeable_at(live, addr).ok_or(Refusal::Gone)?;
+    f(live, vma)
+}
+
+/// A merge that is ready, and what has come of it.
+///
+/// # Invariants
+///
+/// The batch of which `page` is keeps its reference until the merge is finished, and the engine's lock is held for as long.
+/// Until then neither the items are freed, nor the node.
+pub(crate) struct Merge {
+    pub(super) trace: Trace,
+    pub(super) page: NonNull<raw::page>,
+    pub(super) with: With,
+    pub(super) outcome: Result<(), Refusal>,
+}
+
+// SAFETY: All pointers are to objects of the kernel that any thread may use.
+unsafe impl Send for Merge {}
+
+pub(super) enum With {
+    Zero {
+        mm: PinnedMm,
+        addr: usize,
+    },
+    Node {
+        node: NonNull<StableNode>,
+        kfolio: FolioRef,
+        item: OwnItem,
+    },
+    Page(Couple),
+}
+
+/// The vmas of an mm whose mmap lock is held for several merges.
+struct Vmas<'g> {
+    live: Option<LiveMm<'g>>,
+    last: Option<&'g VmaRef>,
+}
+
+impl<'g> Vmas<'g> {
+    fn new(guard: &'g MmapReadGuard<'_>) -> Self {
+        Self {
+            live: guard.live(),
+            last: None,
+        }
+    }
+
+    /// The mergeable vma at an address.
+    fn at(&mut self, addr: usize) -> Result<(LiveMm<'g>, &'g VmaRef), Refusal> {
+        let live = self.live.ok_or(Refusal::Gone)?;
+        let near = |vma: &&VmaRef| (vma.start()..vma.end()).contains(&addr);
+        if !self.last.as_ref().is_some_and(near) {
+            self.last = mergeable_at(live, addr);
+        }
+        Ok((live, self.last.ok_or(Refusal::Gone)?))
+    }
+}
+
+impl Merge {
+    /// The mm whose mmap lock is the only one that the merge needs.
+    fn only_mm(&self) -> Option<&PinnedMm> {
+        match &self.with {
+            With::Zero { mm, .. } => Some(mm),
+            With::Node { item, .. } => Some(item.mm()),
+            With::Page(_) => None,
+        }
+    }
+
+    /// Does a merge that needs the mmap lock of one mm only, which is held.
+    fn run_in(&mut self, vmas: &mut Vmas<'_>, before_split: impl FnOnce()) {
+        let (trace, page) = (self.trace, self.page);
+        match &self.with {
+            With::Zero { mm, addr } => {
+                self.outcome = vmas.at(*addr).and_then(|(live, vma)| {
+                    replace_pte::share(
+                        live,
+                        vma,
+                        *addr,
+                        page,
+                        &PteReplacement::ZeroPage,
+                        before_split,
+                    )
+                    .map(|_| ())
+                });
+                // SAFETY: The zero page is always there.
+                let pfn = unsafe { raw::rksm_zero_pfn() };
+                trace.merge_one_page(pfn, 0, mm.as_mm(), outcome(&self.outcome));
+            }
+            With::Node { node, kfolio, item } => {
+                self.outcome = vmas
+                    .at(item.addr())
+                    .and_then(|place| share_with(place, page, (*node, kfolio), item, before_split));
+                let kpage = kfolio.page().as_ptr();
+                trace_merge(trace, page, kpage, item, &self.outcome);
+            }
+            With::Page(_) => {}
+        }
+    }
+
+    /// Merges two pages, neither of which is a merged page yet.
+    fn run_couple(&mut self, before_split: impl FnOnce()) {
+        let (trace, page) = (self.trace, self.page);
+        let With::Page(couple) = &mut self.with else {
+            return;
+        };
+        let first = couple
+            .look(page)
+            // A huge page is split by this, and the first page's frame stays.
+            .and_then(|()| couple.share_first(page, before_split));
+        let kpage = core::ptr::null_mut();
+        trace_merge(trace, page, kpage, &couple.first, &first);
+        self.outcome = first.and_then(|()| {
+            // SAFETY: The batch's reference keeps the page; it is a small folio now.
+            let kfolio = unsafe {
+                let folio = raw::rksm_page_folio(page.as_ptr());
+                raw::rksm_folio_get(folio);
+                FolioRef::from_raw(NonNull::new_unchecked(folio))
+            };
+            race_window::sleep();
+            couple.share_second(&kfolio, trace)
+        });
+    }
+}
+
+impl memory::Merge for Merge {
+    fn run(&mut self, before_split: impl FnOnce()) {
+        match self.only_mm().map(|mm| mm.clone()) {
+            Some(mm) => {
+                let guard = mm.mmap_read_lock();
+                self.run_in(&mut Vmas::new(&guard), before_split);
+            }
+            None => self.run_couple(before_split),
+        }
+    }
+
+    /// Takes the mmap lock once for merges of one mm that follow each other, unless somebody waits for it.
+    fn run_all<'a>(merges: impl Iterator<Item = &'a mut Self>) {
+        let mut merges = merges.peekable();
+        while let Some(first) = merges.next() {
+            let Some(mm) = first.only_mm().map(|mm| mm.clone()) else {
+                first.run_couple(|| ());
+                continue;
+            };
+            let guard = mm.mmap_read_lock();
+            let mut vmas = Vmas::new(&guard);
+            first.run_in(&mut vmas, || ());
+            let same = |merge: &&'a mut Self| {
+                let other = merge.only_mm().map(PinnedMm::as_ptr);
+                other == Some(mm.as_ptr()) && !mm.mmap_lock_is_contended()
+            };
+            while let Some(next) = merges.next_if(same) {
+                // SAFETY: May sleep: no spinlock is held.
+                unsafe { raw::rksm_cond_resched() };
+                next.run_in(&mut vmas, || ());
+            }
+        }
+    }
+}
+
+/// Two pages that are to become the merged page of a node that no folio names yet.
+pub(super) struct Couple {
+    pub(super) node: NonNull<StableNode>,
+    pub(super) first: OwnItem,
+    pub(super) second: OwnItem,
+    pub(super) nid: Option<u32>,
+    /// The first page has become the merged page: whether it may have been touched until then.
+    pub(super) shared: Option<bool>,
+}
+
+/// Replaces the page at an address by the merged page of `node`, whose folio is `kfolio`.
+fn share_with(
+    (live, vma): (LiveMm<'_>, &VmaRef),
+    page: NonNull<raw::page>,
+    (node, kfolio): (NonNull<StableNode>, &FolioRef),
+    item: &OwnItem,
+    before_split: impl FnOnce(),
+) -> Result<(), Refusal> {
+    if kfolio.page() == page {
+        return Err(Refusal::Same);
+    }
+    // Both folios are locked at once, but neither is waited for.
+    let lock = kfolio.trylock().ok_or(Refusal::Busy)?;
+    // Until it was locked, the page may have been migrated.
+    if kfolio.mapping() != StableNode::mapping(node) {
+        return Err(Refusal::Busy);
+    }
+    item.place_in(vma)?;
+    race_window::sleep();
+    let target = PteReplacement::KsmPage(kfolio);
+    replace_pte::share(live, vma, item.addr(), page, &target, before_split)?;
+    race_window::sleep();
+    // SAFETY: The node's folio is locked, and names it, so that the node is there.
+    unsafe { item.append(node, Some(&lock)) };
+    Ok(())
+}
+
+impl Couple {
+    /// Looks at the other page: most refusals show here, before anything has been touched.
+    fn look(&self, page: NonNull<raw::page>) -> Result<(), Refusal> {
+        let addr = self.second.addr();
+        in_vma(self.second.mm(), addr, |_, vma| {
+            let held = page::page_at(vma, addr).ok_or(Refusal::Gone)?;
+            let second = held.page();
+            if second == page {
+                return Err(Refusal::Same);
+            }
+            if held.is_ksm() {
+                return Err(Refusal::Gone);
+            }
+            if self.nid.is_some_and(|nid| nid != page_nid(second)) {
+                return Err(Refusal::FarNode);
+            }
+            // Nor is a page worth a merge that is to be taken back.
+            if held.is_pinned() {
+                return Err(Refusal::Pinned);
+            }
+            // One that nothing has touched is still what it was when it became a candidate.
+            if held.touched() && !replace_pte::pages_identical(page, second) {
+                return Err(Refusal::Differs);
+            }
+            Ok(())
+        })
+    }
+
+    /// Makes the first page the merged page.
+    fn share_first(
+        &mut self,
+        page: NonNull<raw::page>,
+        before_split: impl FnOnce(),
+    ) -> Result<(), Refusal> {
+        let (node, addr) = (self.node, self.first.addr());
+        let touched = in_vma(self.first.mm(), addr, |live, vma| {
+            self.first.place_in(vma)?;
+            race_window::sleep();
+            // The page becomes findable with its item on the node.
+            // SAFETY: The node is in its arena, and no folio names it.
+            unsafe { self.first.append(node, None) };
+            let target = PteReplacement::InPlace(StableNode::mapping(node));
+            replace_pte::share(live, vma, addr, page, &target, before_split).inspect_err(|_| {
+                // SAFETY: Both are in their arenas, and no folio names the node.
+                let _ = unsafe { StableNode::pop(node) };
+            })
+        })?;
+        self.shared = Some(touched);
+        Ok(())
+    }
+
+    /// Puts the merged page, which is `kfolio`, in the place of the second page.
+    fn share_second(&self, kfolio: &FolioRef, trace: Trace) -> Result<(), Refusal> {
+        let (node, addr) = (self.node, self.second.addr());
+        in_vma(self.second.mm(), addr, |live, vma| {
+            // Referenced only now, so that a huge page of which both are part could be split for the first.
+            let held = page::page_at(vma, addr).ok_or(Refusal::Gone)?;
+            let page = held.page();
+            // It may have migrated since it was looked at.
+            if self.nid.is_some_and(|nid| nid != page_nid(page)) {
+                return Err(Refusal::FarNode);
+            }
+            let result = share_with((live, vma), page, (node, kfolio), &self.second, || {});
+            let kpage = kfolio.page().as_ptr();
+            trace_merge(trace, page, kpage, &self.second, &result);
+            result
+        })
+    }
+}
+
+fn trace_merge(
+    trace: Trace,
+    page: NonNull<raw::page>,
+    kpage: *mut raw::page,
+    item: &OwnItem,
+    result: &Result<(), Refusal>,
+) {
+    // SAFETY: Both pages are referenced.
+    let pfn = unsafe {
+        raw::rksm_page_to_pfn(if kpage.is_null() {
+            page.as_ptr()
+        } else {
+            kpage
+        })
+    };
+    let (mm, item) = (item.mm().as_mm(), item.0.as_ptr() as usize);
+    let item = result.map_or(0, |()| item);
+    trace.merge_with_ksm_page(kpage as usize, pfn, item, mm, outcome(result));
+}
+
+/// What the trace events show for a refusal.
+fn outcome<T>(result: &Result<T, Refusal>) -> Result {
+    result.as_ref().map(|_| ()).map_err(|_| EFAULT)
+}
+
+impl StableNodes {
+    /// Unshares a page that has just become a merged page alone.
+    pub(super) fn undo_first(&mut self, first: &OwnItem) {
+        let (mm, addr, first) = (first.mm(), first.addr(), first.id());
+        let node = self.node_of(first);
+        if let Some(_user) = mm.mmget_not_zero() {
+            race_window::sleep();
+            replace_pte::break_one(&mm.mmap_read_lock(), addr);
+        }
+        let _ = self.release_item(first);
+        if let Some(node) = node {
+            let _ = self.remove_node(node, &mut |_| {});
+        }
+    }
+}

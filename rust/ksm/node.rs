@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Stable nodes and rmap items: merged pages as the core of mm knows them.
+//!
+//! A merged folio's `mapping` is a pointer to its stable node, marked `FOLIO_MAPPING_KSM`; `rmap_walk_ksm`,
+//! `folio_migrate_ksm` and `collect_procs_ksm` follow it to the node's `hlist` of rmap items. So both structs have
+//! the fields these functions use where the built-in KSM has them ([`crate::takeover::btf`] compares the layouts with the
+//! running kernel's), and use the rest for their own ends. What comes before the first and after the last such field
+//! is left out: a pointer that the core has to either points to where the whole struct would begin.
+//!
+//! Of an `hlist_node` the core uses `next` only. So the list is singly linked here, and an item is taken off by moving
+//! the first item of the list to its place.
+//!
+//! A node holds no reference to its page, which can so be freed at once. [`StableNodes::get_folio`](super::stable_nodes::StableNodes::get_folio) finds out
+//! whether the page is still the node's.
+//!
+//! # Locks
+//!
+//! A node's `hlist` changes only under its folio's lock. All else here belongs to the engine's lock, the
+//! `thread_mutex`. The folio lock nests inside the `mmap_lock`; neither is held on return.
+
+use crate::engine::{
+    memory::Refusal, //
+    types::{
+        Fingerprint,
+        ItemId,
+        NodeId,
+        PageId,
+        RangeId, //
+    },
+};
+use crate::{
+    bindings::raw,
+    kernel_ext::{
+        folio::{
+            FolioLock,
+            FolioMapping, //
+        },
+        mm::{
+            self,
+            PinnedMm, //
+        }, //
+    },
+    ksm::arena::Arena, //
+};
+use core::ptr::NonNull;
+use kernel::{
+    mm::virt::VmaRef,
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+/// A merged page: `struct ksm_stable_node` from [`NODE_SKIP`] on.
+///
+/// The bytes before `hlist` belong, in the built-in, to its trees, which no function but its own scanner looks at.
+#[repr(C)]
+pub(super) struct StableNode {
+    /// Fingerprint, and [`HEAD`].
+    pub(super) content: u64,
+    pub(super) next: NodeId,
+    pub(super) prev: NodeId,
+    pub(super) id: NodeId,
+    pub(super) _unused: u32,
+    pub(super) hlist: raw::hlist_head,
+    /// Changed by `folio_migrate_ksm`, under the folio's lock.
+    pub(super) kpfn: c_ulong,
+    pub(super) rmap_hlist_len: c_int,
+    pub(super) nid: c_int,
+}
+
+/// Where a [`StableNode`] begins in a `struct ksm_stable_node`.
+const NODE_SKIP: usize = 16;
+
+/// The node is the head of its ring.
+pub(super) const HEAD: u64 = 1 << 63;
+
+/// A mapping of a merged page: `struct ksm_rmap_item` from its second word to `hlist.next`.
+///
+/// In the place of `head`, by which the built-in finds the node, are the numbers of the node and of
+/// the range that tracks the page.
+#[repr(C)]
+pub(super) struct RmapItem {
+    /// Owns a reference, taken under the mmap lock before the item could be found; `None` before.
+    pub(super) anon_vma: Option<NonNull<raw::anon_vma>>,
+    pub(super) mm: PinnedMm,
+    pub(super) address: c_ulong,
+    pub(super) linear_page_index: c_ulong,
+    pub(super) node: NodeId,
+    /// The range that tracks the page, whose place in it follows from the address.
+    pub(super) range: RangeId,
+    /// Where the next item has its own `next`.
+    pub(super) next: *mut raw::hlist_node,
+}
+
+const _: () = {
+    use core::mem::offset_of;
+    use raw::layout;
+    /// Where an [`RmapItem`] begins in a `struct ksm_rmap_item`.
+    const ITEM_SKIP: usize = 8;
+    assert!(size_of::<StableNode>() == 48 && size_of::<RmapItem>() == 48);
+    assert!(Fingerprint::BITS < u64::BITS);
+    assert!(
+        NODE_SKIP + offset_of!(StableNode, hlist) == offset_of!(layout::ksm_stable_node, hlist)
+    );
+    assert!(
+        NODE_SKIP + offset_of!(StableNode, kpfn)
+            == offset_of!(layout::ksm_stable_node, __bindgen_anon_2)
+    );
+    assert!(
+        NODE_SKIP + offset_of!(StableNode, rmap_hlist_len)
+            == offset_of!(layout::ksm_stable_node, rmap_hlist_len)
+    );
+    assert!(
+        ITEM_SKIP + offset_of!(RmapItem, anon_vma)
+            == offset_of!(layout::ksm_rmap_item, __bindgen_anon_1)
+    );
+    assert!(ITEM_SKIP + offset_of!(RmapItem, mm) == offset_of!(layout::ksm_rmap_item, mm));
+    assert!(
+        ITEM_SKIP + offset_of!(RmapItem, address) == offset_of!(layout::ksm_rmap_item, address)
+    );
+    assert!(
+        ITEM_SKIP + offset_of!(RmapItem, linear_page_index)
+            == offset_of!(layout::ksm_rmap_item, __bindgen_anon_2)
+    );
+    // In the last union, after `head`.
+    assert!(
+        ITEM_SKIP + offset_of!(RmapItem, next)
+            == offset_of!(layout::ksm_rmap_item, __bindgen_anon_3) + 8
+    );
+};
+
+impl StableNode {
+    /// The `mapping` word of the node's folio.
+    pub(super) fn mapping(node: NonNull<Self>) -> FolioMapping {
+        FolioMapping::ksm(node.as_ptr() as usize - NODE_SKIP)
+    }
+
+    /// Where the node is that a `mapping` word names.
+    pub(super) fn of_mapping(mapping: FolioMapping) -> Option<NonNull<Self>> {
+        let base = mapping.stable_node().filter(|base| *base != 0)?;
+        NonNull::new((base + NODE_SKIP) as *mut Self)
+    }
+
+    /// Puts an item on the node.
+    ///
+    /// # Safety
+    ///
+    /// Both are in their arenas, and the item is on no node. The node's folio is locked, or no folio names the node.
+    pub(super) unsafe fn push(node: NonNull<Self>, item: NonNull<RmapItem>) {
+        // SAFETY: By the contract.
+        unsafe {
+            (*item.as_ptr()).node = (*node.as_ptr()).id;
+            (*item.as_ptr()).next = (*node.as_ptr()).hlist.first;
+            (*node.as_ptr()).hlist.first = (&raw mut (*item.as_ptr()).next).cast();
+            (*node.as_ptr()).rmap_hlist_len += 1;
+        }
+    }
+
+    /// Takes the first item off the node.
+    ///
+    /// # Safety
+    ///
+    /// The node is in its arena, as are the items on it. Its folio is locked, or no folio names the node.
+    pub(super) unsafe fn pop(node: NonNull<Self>) -> Option<NonNull<RmapItem>> {
+        // SAFETY: By the contract.
+        let link = NonNull::new(unsafe { (*node.as_ptr()).hlist.first })?;
+        // SAFETY: The list links `RmapItem`s by their `next`.
+        unsafe {
+            let item =
+                kernel::container_of!(link.as_ptr().cast::<*mut raw::hlist_node>(), RmapItem, next);
+            (*node.as_ptr()).hlist.first = (*item).next;
+            (*node.as_ptr()).rmap_hlist_len -= 1;
+            NonNull::new(item)
+        }
+    }
+
+    /// Takes an item off the node: another comes to its place, if it was not the first. Returns the place that is free
+    /// now, with the item that is gone in it.
+    ///
+    /// # Safety
+    ///
+    /// As for [`StableNode::pop`]; `item` is on the node.
+    pub(super) unsafe fn unlink(node: NonNull<Self>, item: NonNull<RmapItem>) -> NonNull<RmapItem> {
+        // SAFETY: By the contract.
+        let Some(first) = (unsafe { Self::pop(node) }) else {
+            return item;
+        };
+        if first != item {
+            // SAFETY: Both are valid, and differ. The list goes on from `item` as before.
+            unsafe {
+                let next = (*item.as_ptr()).next;
+                core::ptr::swap(first.as_ptr(), item.as_ptr());
+                (*item.as_ptr()).next = next;
+            }
+        }
+        first
+    }
+}
+
+impl RmapItem {
+    pub(super) fn page(&self) -> PageId {
+        PageId::new(self.range, self.address / PAGE_SIZE)
+    }
+}
+
+impl Drop for RmapItem {
+    fn drop(&mut self) {
+        if let Some(anon_vma) = self.anon_vma {
+            // SAFETY: The item owns a reference by its description.
+            unsafe { raw::rksm_put_anon_vma(anon_vma.as_ptr()) };
+        }
+    }
+}
+
+/// An rmap item that is on no node yet.
+///
+/// # Invariants
+///
+/// The item is in the arena, and nobody else uses it.
+pub(super) struct OwnItem(pub(super) NonNull<RmapItem>);
+
+impl OwnItem {
+    pub(super) fn id(&self) -> ItemId {
+        // SAFETY: By the invariant.
+        ItemId(unsafe { Arena::number_of(self.0) })
+    }
+
+    /// The mm of the mapping.
+    pub(super) fn mm(&self) -> &PinnedMm {
+        // SAFETY: By the invariant; and who walks a node's items does not change the field.
+        unsafe { &(*self.0.as_ptr()).mm }
+    }
+
+    /// The address of the mapping.
+    pub(super) fn addr(&self) -> usize {
+        // SAFETY: As above.
+        unsafe { (*self.0.as_ptr()).address }
+    }
+
+    /// Gives the item what an rmap walk needs to know of its vma.
+    ///
+    /// The `anon_vma` is referenced here, under the mmap lock: once the item is on a node, an rmap walk follows it
+    /// whatever has become of the vma.
+    pub(super) fn place_in(&self, vma: &VmaRef) -> Result<(), Refusal> {
+        let anon_vma = NonNull::new(mm::anon_vma(vma)).ok_or(Refusal::Gone)?;
+        // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the address lies in the vma. The item is ours by
+        // the invariant.
+        unsafe {
+            let item = &mut *self.0.as_ptr();
+            if item.anon_vma.is_none() {
+                raw::rksm_get_anon_vma(anon_vma.as_ptr());
+                item.anon_vma = Some(anon_vma);
+            }
+            let vma = vma.as_ptr().cast();
+            item.linear_page_index = raw::rksm_linear_anon_page_index(vma, item.address);
+        }
+        Ok(())
+    }
+
+    /// Puts the item on a node.
+    ///
+    /// # Safety
+    ///
+    /// The node is in its arena. `lock` is the lock of the node's folio, or no folio names the node yet. The item is used as
+    /// one of the node's from now on.
+    pub(super) unsafe fn append(&self, node: NonNull<StableNode>, _lock: Option<&FolioLock<'_>>) {
+        // SAFETY: The item is in its arena; the rest is the contract.
+        unsafe { StableNode::push(node, self.0) };
+    }
+}
+
+/// The frame of a node of the arena, which `folio_migrate_ksm` may change any time.
+pub(super) fn kpfn(node: NonNull<StableNode>) -> usize {
+    // SAFETY: The caller has the node from the arena.
+    unsafe { raw::rksm_read_once(&raw const (*node.as_ptr()).kpfn) }
+}

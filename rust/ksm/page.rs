@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! One page: what is mapped at an address, and where something merged is.
+
+use crate::engine::{
+    content_hash::ContentKey,
+    registry, //
+};
+use crate::{
+    bindings::raw,
+    kernel_ext::mm::{
+        anon_vma,
+        LiveMm,
+        PinnedMm, //
+    }, //
+};
+use core::ptr::NonNull;
+use kernel::{
+    mm::virt::{
+        flags as vm,
+        VmaRef, //
+    },
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+/// Most bytes of address space that are walked under one mmap lock, so that it is not held across a huge hole.
+pub(super) const WALK_SPAN: usize = 1 << 30;
+
+impl registry::PinnedMm for PinnedMm {
+    fn key(&self) -> usize {
+        self.as_ptr() as usize
+    }
+
+    fn exiting(&self) -> bool {
+        self.ksm_test_exit()
+    }
+
+    fn clone_pin(&self) -> Self {
+        self.clone()
+    }
+}
+
+/// The first vma that ends above `addr` and may hold mergeable pages: `VM_MERGEABLE`, with an `anon_vma`.
+pub(super) fn mergeable_from(mm: LiveMm<'_>, addr: usize) -> Option<&VmaRef> {
+    let mut vma = mm.find_vma(addr)?;
+    while !mergeable(vma) {
+        vma = mm.find_vma(vma.end())?;
+    }
+    Some(vma)
+}
+
+/// The mergeable vma at `addr`.
+pub(super) fn mergeable_at(mm: LiveMm<'_>, addr: usize) -> Option<&VmaRef> {
+    mm.find_vma(addr)
+        .filter(|vma| vma.start() <= addr && mergeable(vma))
+}
+
+fn mergeable(vma: &VmaRef) -> bool {
+    vma.flags() & vm::MERGEABLE != 0 && !anon_vma(vma).is_null()
+}
+
+/// The folio of a mapped page if its kind can be merged: anonymous, not of a device.
+///
+/// # Safety
+///
+/// The page is mapped by a page table whose lock the caller holds, or referenced.
+pub(super) unsafe fn candidate_folio(page: NonNull<raw::page>) -> Option<NonNull<raw::folio>> {
+    // SAFETY: The page is mapped by the contract, so its folio does not change.
+    let folio = NonNull::new(unsafe { raw::rksm_page_folio(page.as_ptr()) })?;
+    // SAFETY: As above.
+    unsafe { raw::rksm_folio_mergeable(folio.as_ptr()) }.then_some(folio)
+}
+
+/// A page with a reference to the folio that it is part of.
+///
+/// It is the page that is held on to: when a huge folio is split, its reference passes to the small folio of the
+/// page for which it was split.
+///
+/// # Invariants
+///
+/// Owns one reference to the page's folio.
+pub(crate) struct HeldPage {
+    page: NonNull<raw::page>,
+    touched: bool,
+}
+
+impl HeldPage {
+    /// The page.
+    pub(crate) fn page(&self) -> NonNull<raw::page> {
+        self.page
+    }
+
+    /// The page, whose reference passes to the caller.
+    pub(crate) fn into_page(self) -> NonNull<raw::page> {
+        core::mem::ManuallyDrop::new(self).page
+    }
+
+    /// Whether it may have been touched since a walk last took it.
+    pub(crate) fn touched(&self) -> bool {
+        self.touched
+    }
+
+    /// Whether it is a merged page.
+    pub(crate) fn is_ksm(&self) -> bool {
+        // SAFETY: By the invariant the page's folio is referenced.
+        unsafe { raw::rksm_folio_test_ksm(raw::rksm_page_folio(self.page.as_ptr())) }
+    }
+
+    /// Whether somebody else holds a reference to it, if it is a small page: it cannot be replaced then.
+    pub(crate) fn is_pinned(&self) -> bool {
+        // SAFETY: By the invariant the page's folio is referenced.
+        unsafe {
+            let folio = raw::rksm_page_folio(self.page.as_ptr());
+            !raw::rksm_folio_test_large(folio) && raw::rksm_folio_pinned_beyond(folio, 1)
+        }
+    }
+}
+
+impl Drop for HeldPage {
+    fn drop(&mut self) {
+        // SAFETY: The page is referenced, so its folio does not change meanwhile; the reference is ours to give.
+        unsafe { raw::rksm_folio_put(raw::rksm_page_folio(self.page.as_ptr())) };
+    }
+}
+
+/// The page that is mapped at `addr`, if its kind can be merged.
+pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<HeldPage> {
+    let (mut page, mut touched) = (core::ptr::null_mut(), true);
+    // SAFETY: The vma is valid, its mm's lock is held, and `addr` lies in it.
+    let folio =
+        unsafe { raw::rksm_folio_walk_get(vma.as_ptr().cast(), addr, &mut page, &mut touched) };
+    if folio.is_null() {
+        return None;
+    }
+    // INVARIANT: The shim has taken a reference to the folio of the page.
+    NonNull::new(page).map(|page| HeldPage { page, touched })
+}
+
+/// The first address in `start..end` of `vma` where a merged page or a KSM-placed zero page is mapped.
+///
+/// # Errors
+///
+/// `ERESTARTSYS` where a signal is pending.
+pub(crate) fn find_merged(
+    vma: &VmaRef,
+    start: usize,
+    end: usize,
+) -> kernel::error::Result<Option<usize>> {
+    let mut found: usize = 0;
+    // SAFETY: As in `collect`, with `found` as the private data.
+    let ret = unsafe {
+        raw::rksm_walk_page_range_vma(
+            vma.as_ptr().cast(),
+            start,
+            end,
+            Some(find_pmd),
+            (&raw mut found).cast::<c_void>(),
+        )
+    };
+    kernel::error::to_result(ret)?;
+    Ok((ret > 0).then_some(found))
+}
+
+/// Looks for a merged page below one page middle directory entry.
+///
+/// # Safety
+///
+/// Called by the page walk of [`find_merged`] alone.
+unsafe extern "C" fn find_pmd(
+    pmd: *mut raw::pmd_t,
+    addr: c_ulong,
+    end: c_ulong,
+    mm_walk: *mut raw::mm_walk,
+) -> c_int {
+    // SAFETY: The walk is valid, and belongs to the current thread.
+    let vma = unsafe { raw::rksm_walk_vma(mm_walk) };
+    // SAFETY: No spinlock is held.
+    unsafe { raw::rksm_cond_resched() };
+    // SAFETY: Reads the current task's state.
+    if unsafe { raw::rksm_signal_pending() } {
+        return -(raw::ERESTARTSYS as c_int);
+    }
+    let mut ptl = core::ptr::null_mut();
+    // SAFETY: `pmd` belongs to the walked mm.
+    let first = unsafe { raw::rksm_pte_offset_map_lock(vma, pmd, addr, &mut ptl) };
+    if first.is_null() {
+        return 0;
+    }
+    let mut ptep = first;
+    let mut hit = false;
+    let mut at = addr;
+    while at < end {
+        // SAFETY: `ptep` points to the entry of `at`, within this page table, whose lock is held.
+        if unsafe { raw::rksm_pte_is_ksm(vma, at, raw::rksm_ptep_get(ptep)) } {
+            hit = true;
+            break;
+        }
+        at += PAGE_SIZE;
+        ptep = ptep.wrapping_add(1);
+    }
+    // SAFETY: Taken above.
+    unsafe { raw::rksm_pte_unmap_unlock(first, ptl) };
+    if hit {
+        // SAFETY: `find_merged` has put its variable there.
+        unsafe { *raw::rksm_walk_private(mm_walk).cast::<usize>() = at };
+    }
+    c_int::from(hit)
+}
+
+/// Hash of the contents of a page, as they are now.
+///
+/// # Safety
+///
+/// The page is referenced, or reserved. It may change meanwhile.
+pub(super) unsafe fn content_hash(key: &ContentKey, page: NonNull<raw::page>) -> u64 {
+    // SAFETY: By the contract the page is there.
+    let words = unsafe { raw::rksm_kmap_local_page(page.as_ptr()) }.cast::<u64>();
+    // SAFETY: The page is mapped until below, and `hash` asks for words that lie in it. Whoever writes to it at the same
+    // time can only make the hash useless.
+    let hash = key.hash(|i| unsafe { words.add(i).read_volatile() });
+    // SAFETY: Mapped above.
+    unsafe { raw::rksm_kunmap_local(words.cast()) };
+    hash
+}
+
+/// NUMA node of a page, which need not be referenced.
+pub(super) fn page_nid(page: NonNull<raw::page>) -> u32 {
+    // SAFETY: The memory map is readable; a page does not change its node.
+    unsafe { raw::rksm_page_to_nid(page.as_ptr()) as u32 }
+}

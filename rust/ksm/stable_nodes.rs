@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! All stable nodes and rmap items: where they are, and the pages that nodes stand for.
+
+use crate::engine::{
+    content_hash::ContentKey,
+    memory::{
+        PageKind,
+        Place,
+        Refusal, //
+    },
+    types::{
+        Fingerprint,
+        ItemId,
+        NodeId,
+        PageId, //
+    },
+};
+use crate::{
+    bindings::raw,
+    kernel_ext::{
+        folio::{
+            self,
+            FolioLock,
+            FolioMapping,
+            FolioRef, //
+        },
+        mm::PinnedMm,
+        module_ref,
+        race_window, //
+    },
+    ksm::{
+        arena::Arena,
+        node::{
+            kpfn,
+            OwnItem,
+            RmapItem,
+            StableNode, //
+        },
+        page,
+        trace::Trace, //
+    }, //
+};
+use core::ptr::NonNull;
+use kernel::{
+    prelude::*,
+    sync::{
+        Arc,
+        UniqueArc, //
+    },
+};
+
+/// Merged pages in existence, and the memory operations of the engine.
+///
+/// # Invariants
+///
+/// - Every node in `nodes` has its own number in `id`. A node's `hlist` holds `rmap_hlist_len` items of `items`, all of
+///   which name it as their `node`.
+/// - While there are nodes, the module holds a reference to itself.
+pub(crate) struct StableNodes {
+    pub(super) nodes: Arena<StableNode>,
+    pub(super) items: Arena<RmapItem>,
+    pub(super) key: Arc<ContentKey>,
+    pub(super) zero_hash: u64,
+    pub(super) trace: Trace,
+}
+
+// SAFETY: All pointers in it are to objects of the kernel that any thread may use under the locks named above.
+unsafe impl Send for StableNodes {}
+// SAFETY: As above. With a shared reference nodes and items are only looked at, but for those of merges, each of which has its
+// own, and for what the lock of a node's folio protects.
+unsafe impl Sync for StableNodes {}
+
+impl StableNodes {
+    /// No merged pages.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(trace: Trace) -> Result<Self> {
+        let mut key = UniqueArc::new(ContentKey::new([0; ContentKey::WORDS]), GFP_KERNEL)?;
+        let words = key.words_mut();
+        // SAFETY: The words are ours, and any bytes make words.
+        unsafe { raw::get_random_bytes(words.as_mut_ptr().cast(), size_of_val(words)) };
+        // SAFETY: The zero page is always there.
+        let zero = unsafe { NonNull::new(raw::rksm_zero_page()) }.ok_or(EINVAL)?;
+        // SAFETY: As above.
+        let zero_hash = unsafe { page::content_hash(&key, zero) };
+        Ok(Self {
+            nodes: Arena::new(),
+            items: Arena::new(),
+            key: key.into(),
+            zero_hash,
+            trace,
+        })
+    }
+
+    pub(super) fn node(&self, id: NodeId) -> Option<NonNull<StableNode>> {
+        self.nodes.get(id.0)
+    }
+
+    pub(super) fn item(&self, id: ItemId) -> Option<NonNull<RmapItem>> {
+        self.items.get(id.0)
+    }
+
+    /// The node of ours that a `mapping` word names.
+    pub(super) fn node_of_mapping(&self, mapping: FolioMapping) -> Option<NodeId> {
+        let node = StableNode::of_mapping(mapping)?;
+        // SAFETY: The built-in KSM had no page left when we took over, so every node that a folio names is ours, and a
+        // node is freed only after its folio has been freed or has ceased to name it.
+        let id = unsafe { (*node.as_ptr()).id };
+        (self.node(id) == Some(node)).then_some(id)
+    }
+
+    /// What a page is whose folio has this `mapping` word and is mapped or referenced.
+    pub(super) fn kind_of(&self, mapping: FolioMapping) -> PageKind {
+        if mapping.is_plain_anon() {
+            PageKind::Plain
+        } else {
+            self.node_of_mapping(mapping)
+                .map_or(PageKind::Orphan, PageKind::Ksm)
+        }
+    }
+
+    /// The node's folio, if it is still the node's.
+    ///
+    /// The node holds no reference: its folio may be freed, or move to another frame, at any time. So the frame's
+    /// `mapping` is looked at before and after a reference is taken. A folio that is being migrated has its count
+    /// frozen, or a `mapping` of 0, and the node names the new frame before the old one ceases to name the node:
+    /// hence the barrier, which pairs with the one in `folio_migrate_ksm`.
+    pub(super) fn get_folio(&self, node: NonNull<StableNode>) -> Option<FolioRef> {
+        let expected = StableNode::mapping(node);
+        loop {
+            let frame = kpfn(node);
+            // SAFETY: `frame` is one that held our page; frames that are taken offline are pruned before.
+            let folio = unsafe { NonNull::new_unchecked(raw::rksm_pfn_folio(frame)) };
+            if folio::mapping(folio) == expected {
+                race_window::spin();
+                let reference = loop {
+                    // SAFETY: As above.
+                    match unsafe { FolioRef::try_get(folio) } {
+                        Some(reference) => break Some(reference),
+                        // A count of 0 means that the folio has been freed, or that migration has frozen it, which it
+                        // does to a folio in the swap cache only.
+                        // SAFETY: As above.
+                        None if unsafe { raw::rksm_folio_test_swapcache(folio.as_ptr()) } => {
+                            core::hint::spin_loop()
+                        }
+                        None => break None,
+                    }
+                };
+                if let Some(reference) = reference.filter(|r| r.mapping() == expected) {
+                    return Some(reference);
+                }
+            }
+            // SAFETY: A barrier.
+            unsafe { raw::rksm_smp_rmb() };
+            if kpfn(node) == frame {
+                return None;
+            }
+        }
+    }
+
+    /// The node's folio, locked, if it is still the node's. May sleep.
+    pub(super) fn with_locked<R>(
+        &self,
+        node: NonNull<StableNode>,
+        f: impl FnOnce(&FolioLock<'_>) -> R,
+    ) -> Option<R> {
+        let expected = StableNode::mapping(node);
+        loop {
+            let folio = self.get_folio(node)?;
+            race_window::sleep();
+            let lock = folio.lock();
+            // Until it was locked, the page may have been migrated.
+            if folio.mapping() == expected {
+                return Some(f(&lock));
+            }
+        }
+    }
+
+    /// Makes an rmap item that is on no node yet.
+    ///
+    /// Not under the mmap lock, which the OOM killer may need to free memory.
+    pub(super) fn new_item(&mut self, at: &Place<'_, PinnedMm>) -> Result<OwnItem, Refusal> {
+        let item = RmapItem {
+            anon_vma: None,
+            mm: at.mm.clone(),
+            address: at.addr,
+            linear_page_index: 0,
+            node: NodeId(0),
+            range: at.page.range(),
+            next: core::ptr::null_mut(),
+        };
+        let (_, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
+        // INVARIANT: Nobody else knows of it.
+        Ok(OwnItem(item))
+    }
+
+    /// Accounts for an item that has been put on a node.
+    pub(super) fn added(&self, item: &OwnItem) -> ItemId {
+        // SAFETY: The item pins its mm.
+        unsafe { raw::rksm_mm_add_merging(item.mm().as_ptr(), 1) };
+        item.id()
+    }
+
+    /// Accounts for an item that leaves its node, and frees it.
+    pub(super) fn free_item(&mut self, id: ItemId) {
+        if let Some(item) = self.items.remove(id.0) {
+            // SAFETY: The item pins its mm.
+            unsafe { raw::rksm_mm_add_merging(item.mm.as_ptr(), -1) };
+        }
+    }
+
+    /// Frees an item that has been on no node.
+    pub(super) fn discard_item(&mut self, item: &OwnItem) {
+        drop(self.items.remove(item.id().0));
+    }
+
+    /// Adds a node without items and without a page. Takes a module reference for the first one.
+    pub(super) fn new_node(&mut self, nid: c_int) -> Result<NonNull<StableNode>, Refusal> {
+        if self.nodes.len() == 0 && !module_ref::get() {
+            return Err(Refusal::Unloading);
+        }
+        let node = StableNode {
+            content: Fingerprint::NONE.to_bits(),
+            next: NodeId(0),
+            prev: NodeId(0),
+            id: NodeId(0),
+            _unused: 0,
+            hlist: raw::hlist_head::default(),
+            kpfn: 0,
+            rmap_hlist_len: 0,
+            nid,
+        };
+        match self.nodes.insert(node) {
+            Ok((id, node)) => {
+                let id = NodeId(id);
+                // SAFETY: Just inserted, and known to nobody else.
+                // INVARIANT: The node gets its own number.
+                unsafe {
+                    (*node.as_ptr()).id = id;
+                    (*node.as_ptr()).next = id;
+                    (*node.as_ptr()).prev = id;
+                }
+                Ok(node)
+            }
+            Err(_) => {
+                self.put_module();
+                Err(Refusal::NoMemory)
+            }
+        }
+    }
+
+    fn put_module(&self) {
+        if self.nodes.len() == 0 {
+            module_ref::put();
+        }
+    }
+
+    /// Frees a node that no folio names.
+    pub(super) fn free_node(&mut self, node: NonNull<StableNode>, orphan: &mut dyn FnMut(PageId)) {
+        // SAFETY: The node is in the arena.
+        let (id, kpfn) = unsafe { ((*node.as_ptr()).id, (*node.as_ptr()).kpfn) };
+        // SAFETY: No folio names the node, so nobody else looks at its list; items are freed after they left it.
+        while let Some(item) = unsafe { StableNode::pop(node) } {
+            // SAFETY: The item is in the arena still.
+            let (id, page, more) = unsafe {
+                let more = !(*node.as_ptr()).hlist.first.is_null();
+                (Arena::number_of(item), (*item.as_ptr()).page(), more)
+            };
+            if more {
+                // SAFETY: As above.
+                let mm = unsafe { (*item.as_ptr()).mm.as_mm() };
+                self.trace
+                    .remove_rmap_item(kpfn, item.as_ptr() as usize, mm);
+            }
+            self.free_item(ItemId(id));
+            orphan(page);
+        }
+        self.trace.remove_ksm_page(kpfn);
+        self.discard_node(id);
+    }
+
+    /// Frees a node without items that no folio names.
+    pub(super) fn discard_node(&mut self, id: NodeId) {
+        let _ = self.nodes.remove(id.0);
+        self.put_module();
+    }
+}

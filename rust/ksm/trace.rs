@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The `ksm:*` trace events, fired as the built-in KSM fires them.
+
+use crate::{
+    bindings::raw,
+    kernel_ext::symbols::Symbols, //
+};
+use kernel::{
+    mm::Mm,
+    prelude::*, //
+};
+
+/// A `ksm` trace event of ours, fired as the built-in KSM fires it. Costs one load while nobody
+/// traces it.
+#[derive(Clone, Copy)]
+pub(crate) struct Trace(());
+
+impl Trace {
+    /// For which the tracepoints must have been resolved.
+    pub(crate) fn new(_symbols: Symbols) -> Self {
+        Self(())
+    }
+
+    /// A full scan begins: how many were completed, and how many pages are tracked.
+    pub(crate) fn start_scan(self, seq: u64, rmap_entries: usize) {
+        // SAFETY: The tracepoint is resolved, and only reads its arguments.
+        unsafe { raw::rksm_trace_ksm_start_scan(seq as c_int, rmap_entries as u32) }
+    }
+
+    /// A full scan ends.
+    pub(crate) fn stop_scan(self, seq: u64, rmap_entries: usize) {
+        // SAFETY: As in `start_scan`.
+        unsafe { raw::rksm_trace_ksm_stop_scan(seq as c_int, rmap_entries as u32) }
+    }
+
+    /// A page was tried to be merged with a page that is not a KSM page yet, or a zero page. The
+    /// rmap item is only an address to print.
+    pub(crate) fn merge_one_page(self, pfn: usize, rmap_item: usize, mm: &Mm, err: Result) {
+        // SAFETY: As in `start_scan`; the pointers are printed, not followed.
+        unsafe {
+            raw::rksm_trace_ksm_merge_one_page(
+                pfn,
+                rmap_item as *mut c_void,
+                mm.as_raw().cast(),
+                errno(err),
+            )
+        }
+    }
+
+    /// A page was tried to be merged with a KSM page (whose `struct page` is at `ksm_page`).
+    pub(crate) fn merge_with_ksm_page(
+        self,
+        ksm_page: usize,
+        pfn: usize,
+        rmap_item: usize,
+        mm: &Mm,
+        err: Result,
+    ) {
+        // SAFETY: As in `merge_one_page`.
+        unsafe {
+            raw::rksm_trace_ksm_merge_with_ksm_page(
+                ksm_page as *mut c_void,
+                pfn,
+                rmap_item as *mut c_void,
+                mm.as_raw().cast(),
+                errno(err),
+            )
+        }
+    }
+
+    /// A stable node is removed.
+    pub(crate) fn remove_ksm_page(self, pfn: usize) {
+        // SAFETY: As in `start_scan`.
+        unsafe { raw::rksm_trace_ksm_remove_ksm_page(pfn) }
+    }
+
+    /// An rmap item leaves its stable node.
+    pub(crate) fn remove_rmap_item(self, pfn: usize, rmap_item: usize, mm: &Mm) {
+        // SAFETY: As in `merge_one_page`.
+        unsafe {
+            raw::rksm_trace_ksm_remove_rmap_item(pfn, rmap_item as *mut c_void, mm.as_raw().cast())
+        }
+    }
+
+    /// The advisor has set `pages_to_scan`: the last full scan took `scan_time` seconds.
+    pub(crate) fn advisor(self, scan_time: i64, pages_to_scan: usize, cpu_percent: u32) {
+        // SAFETY: As in `start_scan`.
+        unsafe { raw::rksm_trace_ksm_advisor(scan_time, pages_to_scan, cpu_percent) }
+    }
+}
+
+fn errno(result: Result) -> c_int {
+    result.map_or_else(|error| error.to_errno(), |()| 0)
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is used of the built-in KSM: its locks, its list of mms, `ksm_run`, and whether it has anything left.
+
+use crate::{
+    bindings::raw,
+    kernel_ext::symbols::Symbols, //
+};
+use core::ptr;
+use kernel::{
+    mm::Mm,
+    prelude::*,
+    sync::aref::ARef,
+    task::might_sleep, //
+};
+
+/// `KSM_RUN_STOP`, `KSM_RUN_MERGE`, `KSM_RUN_UNMERGE` and `KSM_RUN_OFFLINE`: values of `run`.
+pub(super) const RUN_STOP: u8 = 0;
+pub(super) const RUN_UNMERGE: u8 = 2;
+pub(super) const RUN_OFFLINE: u8 = 4;
+
+/// How many mms are pinned in one go.
+const BATCH: usize = 128;
+
+/// What of the built-in KSM can be used beside its files, from anywhere.
+#[derive(Clone, Copy)]
+pub(crate) struct Builtin(Symbols);
+
+/// `ksm_thread_mutex`, held.
+pub(crate) struct ThreadMutex(Symbols);
+
+impl ThreadMutex {
+    /// Takes it. Sleeps, for as long as a batch of the built-in takes.
+    pub(crate) fn lock(symbols: Symbols) -> Self {
+        // SAFETY: The kernel's own mutex; may sleep here.
+        unsafe { raw::mutex_lock(symbols.ksm_thread_mutex()) };
+        Self(symbols)
+    }
+}
+
+impl Drop for ThreadMutex {
+    fn drop(&mut self) {
+        // SAFETY: Taken in `lock()`.
+        unsafe { raw::mutex_unlock(self.0.ksm_thread_mutex()) };
+    }
+}
+
+/// `ksm_mmlist_lock`, held.
+struct MmlistLock(Symbols);
+
+impl MmlistLock {
+    fn lock(symbols: Symbols) -> Self {
+        // SAFETY: The kernel's own spinlock, initialised at build time.
+        unsafe { raw::spin_lock(symbols.ksm_mmlist_lock()) };
+        Self(symbols)
+    }
+
+    /// The mms on the built-in's list, in its order.
+    fn mms(&self) -> impl Iterator<Item = &Mm> {
+        let head = self.0.ksm_mm_head();
+        // SAFETY: `head` is the built-in's, whose layout has been checked.
+        let head = unsafe { &raw mut (*head).slot.mm_node };
+        // SAFETY: The list does not change while the lock is held, and its end is the head.
+        let mut node = unsafe { (*head).next };
+        core::iter::from_fn(move || {
+            if node == head {
+                return None;
+            }
+            // SAFETY: Every other node is in an `mm_slot`. Its mm has been grabbed, or is about to
+            // be by its user, who keeps it meanwhile; whoever drops it takes the slot off before.
+            unsafe {
+                let slot = kernel::container_of!(node, raw::layout::mm_slot, mm_node);
+                node = (*node).next;
+                Some(Mm::from_raw((*slot).mm))
+            }
+        })
+    }
+}
+
+impl Drop for MmlistLock {
+    fn drop(&mut self) {
+        // SAFETY: Taken in `lock()`.
+        unsafe { raw::spin_unlock(self.0.ksm_mmlist_lock()) };
+    }
+}
+
+impl Builtin {
+    /// For which the layouts must have been checked.
+    pub(crate) fn new(symbols: Symbols) -> Self {
+        Self(symbols)
+    }
+
+    /// Calls `visit` for every mm on the built-in's list; those that come or go meanwhile may be
+    /// visited or not, and an mm may be visited twice.
+    ///
+    /// The mm is pinned by `mm_count` during the call; it may be exiting. Neither the list's lock
+    /// nor any other is held then. Sleeps.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, and whatever `visit` returns, which ends it.
+    pub(crate) fn for_each_mm(self, mut visit: impl FnMut(&Mm) -> Result) -> Result {
+        might_sleep();
+        let mut batch: KVec<ARef<Mm>> = KVec::with_capacity(BATCH, GFP_KERNEL | __GFP_NOWARN)?;
+        let mut last: Option<ARef<Mm>> = None;
+        loop {
+            self.pin_batch(last.as_deref(), &mut batch);
+            for mm in &batch {
+                visit(mm)?;
+            }
+            let more = batch.len() == BATCH;
+            last = batch.pop();
+            // Drops the pins outside of the lock: the last one may sleep.
+            batch.clear();
+            if !more {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Fills `batch` with the mms that come after `last`, or with the first ones if that has left.
+    fn pin_batch(self, last: Option<&Mm>, batch: &mut KVec<ARef<Mm>>) {
+        let list = MmlistLock::lock(self.0);
+        let known = last.is_some_and(|last| list.mms().any(|mm| ptr::eq(mm, last)));
+        let mut mms = list.mms();
+        if known {
+            mms.by_ref()
+                .find(|mm| last.is_some_and(|last| ptr::eq(*mm, last)));
+        }
+        for mm in mms {
+            // The capacity is that of a batch: nothing is allocated under the lock.
+            if batch.push_within_capacity(mm.into()).is_err() {
+                break;
+            }
+        }
+    }
+
+    /// Lets the built-in's `ksm_run` show that memory is being unmerged, or that it is stopped.
+    ///
+    /// The core of mm then copies a KSM page that it swaps in, instead of mapping it. Must be on
+    /// from before the first page is unmerged until the user ends that state. Sleeps.
+    pub(crate) fn set_unmerging(self, unmerging: bool) {
+        let _mutex = ThreadMutex::lock(self.0);
+        let run = if unmerging { RUN_UNMERGE } else { RUN_STOP };
+        let ksm_run = self.0.ksm_run();
+        // Its memory notifier keeps a bit there, which stays. The bit that lets its scanner run is
+        // never set.
+        // SAFETY: Only written under the mutex. Others read it with no lock, so whole.
+        unsafe {
+            let offline = ptr::read_volatile(ksm_run) & c_ulong::from(RUN_OFFLINE);
+            ptr::write_volatile(ksm_run, offline | c_ulong::from(run));
+        }
+    }
+
+    /// Whether the built-in has neither merged pages nor rmap items.
+    ///
+    /// Its cursor is at rest once it has unmerged, whether that succeeded or not. (Nor could it be looked at
+    /// everywhere: Clang makes several objects of `ksm_scan`.)
+    pub(super) fn is_drained(self) -> bool {
+        let _mutex = ThreadMutex::lock(self.0);
+        let symbols = self.0;
+        // SAFETY: The objects do not change while the mutex is held, and are initialised.
+        unsafe {
+            let nodes = symbols.migrate_nodes();
+            let roots = ptr::read(symbols.root_stable_tree());
+            let nids = symbols.ksm_nr_node_ids();
+            let nids = if nids.is_null() {
+                1
+            } else {
+                ptr::read(nids) as usize
+            };
+            ptr::read(symbols.ksm_pages_shared()) == 0
+                && ptr::read(symbols.ksm_rmap_items()) == 0
+                && ptr::eq((*nodes).next, nodes)
+                && (0..nids).all(|nid| (*roots.add(nid)).rb_node.is_null())
+        }
+    }
+}
