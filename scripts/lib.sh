@@ -95,6 +95,24 @@ in_sysroot() {
 	"$RKSM_TOP/scripts/sysroot-run" "$@"
 }
 
+# add_to_sysroot PACKAGE... - what only some scripts need, and the toolchain's key need not know.
+add_to_sysroot() {
+	local root package lacking=()
+	root=$("$RKSM_TOP/scripts/sysroot") || return 1
+	for package; do
+		[ -e "$root/var/lib/dpkg/info/$package.list" ] || lacking+=("$package")
+	done
+	[ ${#lacking[@]} -gt 0 ] || return 0
+	lock sysroot
+	# shellcheck disable=SC2317 # called by logged
+	install_more() {
+		in_sysroot apt-get -q update
+		in_sysroot env DEBIAN_FRONTEND=noninteractive apt-get -q -o APT::Sandbox::User=root \
+			install -y --no-install-recommends "${lacking[@]}"
+	}
+	logged "$RKSM_CACHE/sysroot-more.log" "adding ${lacking[*]} to the sysroot" install_more
+}
+
 # Build the module for what scripts/vm calls --kernel WHAT, where that names a flavour.
 build_for() {
 	case $1 in
