@@ -5,6 +5,8 @@
 //! Every structure here is plain data behind `&mut self`; the callers put the locks around it. The same
 //! files are compiled on the host by `tools/testing/host`, where the tests run.
 
+#![forbid(unsafe_code)]
+
 pub mod advisor;
 mod container;
 pub mod content_hash;
