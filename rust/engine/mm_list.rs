@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What processes, scanner, reaper and unload do with the registry, each step under its lock.
+//! What processes, the scanner, the reaper and unload do with the registry, step by step.
 //!
-//! The rules that keep an mm from being used or freed at the wrong moment are kept here once, and
-//! the host's models run this very code: an mm is dropped only after unlocking, the scanner's mmap
-//! lock is gone before its claim is, and exit waits for nobody.
+//! Each step takes `mmlist_lock` on its own. The rules that keep an mm from being used or freed at
+//! the wrong moment are here once, and the models of `tools/testing/host/models` run this code: an
+//! mm is dropped only after unlocking, the scanner drops the mmap lock before its claim, and an
+//! exit waits for no other thread.
 
 use super::{
     registry::{
-        Chunk,
         Claim,
         Dead,
         Enter,
         Exit,
         Next,
         PinnedMm,
-        Registry, //
+        Registry,
+        SlotChunk, //
     },
     types::SlotId,
 };
@@ -28,47 +29,47 @@ use kernel::{
     prelude::*, //
 };
 
-/// What the caller of [`MmList::enter`] has to see to.
+/// What the caller of [`MmList::enter`] has to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entered {
-    /// This is the first mm: wake the scanner.
+    /// Wake the scanner: this is the first mm.
     pub wake_scanner: bool,
-    /// Have [`MmList::refill`] called, where memory can be allocated. If the mm itself found no
-    /// room, [`Registry::take_missed`] says so too.
+    /// Arrange for a call of [`MmList::refill`], where memory can be allocated. If the mm itself
+    /// found no room, [`Registry::take_missed`] returns true as well.
     pub refill: bool,
 }
 
-/// How far a visit came.
+/// How far a visit has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// Up to this address; the next visit goes on there.
+    /// Up to this address, where the next visit starts.
     At(usize),
     /// To the end of the mm.
     Done,
-    /// Nowhere: the mm is exiting. It is unregistered if its exit has not been reported yet.
+    /// The mm is exiting. It is unregistered if its exit has not been reported yet.
     Exiting,
 }
 
-/// What a visit left behind.
+/// Outcome of one visit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Visited {
-    /// How far it came.
+    /// How far it has come.
     pub progress: Progress,
-    /// Whether there is page state for the mm now.
+    /// Whether the engine has page state for the mm now.
     pub tracked: bool,
 }
 
-/// What came of [`MmList::visit`].
+/// Outcome of [`MmList::visit`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// An mm was visited. If `reap` is set it has left, and [`MmList::reap`] is due.
+    /// An mm was visited.
     Visited {
-        /// The mm has left.
+        /// The mm has left: [`MmList::reap`] is due.
         reap: bool,
     },
     /// Every mm has been visited: the full scan is over.
     End,
-    /// No full scan is under way.
+    /// No full scan is in progress.
     Idle,
 }
 
@@ -77,12 +78,16 @@ pub trait MmList {
     /// A pinned mm.
     type Mm: PinnedMm;
 
-    /// Calls `f` with the lock held. `f` does not sleep, and drops no mm.
+    /// Calls `f` with the lock held. `f` must not sleep and must not drop an mm.
     fn locked<R>(&self, f: impl FnOnce(&mut Registry<Self::Mm>) -> R) -> R;
 
-    /// Registers an mm. Does not sleep.
+    /// Registers an mm.
+    ///
+    /// # Context
+    ///
+    /// Does not sleep. Takes `mmlist_lock`.
     fn enter(&self, mm: Self::Mm) -> Entered {
-        // What is not kept of the mm is dropped at the end, after unlocking.
+        // An mm that is not kept is dropped at the end of the match, after unlocking.
         match self.locked(|registry| registry.enter(mm)) {
             Enter::Registered { was_empty, low } => Entered {
                 wake_scanner: was_empty,
@@ -96,9 +101,11 @@ pub trait MmList {
         }
     }
 
-    /// Unregisters an mm that exits. Does not sleep, and waits for nobody.
+    /// Unregisters an mm that exits. Returns whether [`MmList::reap`] is due now.
     ///
-    /// Returns whether [`MmList::reap`] is due now.
+    /// # Context
+    ///
+    /// Does not sleep and waits for no other thread. Takes `mmlist_lock`.
     fn exit(&self, key: usize) -> bool {
         match self.locked(|registry| registry.exit(key)) {
             Exit::NotFound | Exit::Freed(_) => false,
@@ -106,25 +113,34 @@ pub trait MmList {
         }
     }
 
-    /// Makes room for more mms, if it runs low.
+    /// Adds slots if few are free.
     ///
     /// # Errors
     ///
-    /// `ENOMEM` if there is no memory for it.
+    /// `ENOMEM` if there is no memory for them.
+    ///
+    /// # Context
+    ///
+    /// Sleeps if `flags` allow it. Takes `mmlist_lock`.
     fn refill(&self, flags: Flags) -> Result {
         while let Some(number) = self.locked(|registry| registry.wanted()) {
-            // What fails is tried again soon, so the kernel need not tell of it each time.
-            let chunk = Chunk::new(number, flags | __GFP_NOWARN)?;
-            // Somebody else may have been quicker; what is too much is freed after unlocking.
+            // A failed allocation is retried soon, so the kernel need not warn.
+            let chunk = SlotChunk::new(number, flags | __GFP_NOWARN)?;
+            // Another thread may have added this chunk first; a second one is freed after unlocking.
             drop(self.locked(|registry| registry.add_chunk(chunk)));
         }
         Ok(())
     }
 
-    /// Visits the mm at the cursor: `scan` scans it, or unmerges it, or finds it exiting.
+    /// Visits the mm at the cursor: `scan` scans it, unmerges it or finds it exiting.
     ///
-    /// `scan` drops the mmap lock before it returns; the lock's guard cannot outlive it, as it
-    /// borrows from the claim. The caller holds the lock that protects the page state.
+    /// `scan` drops the mmap lock before it returns: the guard of that lock borrows from the claim,
+    /// so it cannot outlive the visit.
+    ///
+    /// # Context
+    ///
+    /// May sleep if `scan` does. The caller holds the lock that protects the page state. Takes
+    /// `mmlist_lock`.
     fn visit(&self, scan: impl FnOnce(&Claim<Self::Mm>) -> Visited) -> Step {
         let claim = match self.locked(|registry| registry.claim()) {
             Next::Visit(claim) => claim,
@@ -137,25 +153,29 @@ pub trait MmList {
                 Progress::At(address) => registry.move_to(&claim, address),
                 Progress::Done => registry.advance(&claim),
                 Progress::Exiting => {
-                    registry.expel(&claim);
+                    registry.unregister(&claim);
                 }
             }
             registry.release(claim, tracked)
         });
-        // With it goes the claim's own pin.
+        // `released`, dropped here, has the claim's pin.
         Step::Visited {
             reap: released.reap,
         }
     }
 
-    /// Visits every mm with `unmerge`, those included that enter meanwhile, until one fails.
+    /// Visits every mm with `unmerge`, also those that enter meanwhile, until one visit fails.
     ///
-    /// A full scan that was under way is over. The caller holds the lock that keeps the scanner
-    /// out.
+    /// Ends a full scan that is in progress.
     ///
     /// # Errors
     ///
     /// That of `unmerge`.
+    ///
+    /// # Context
+    ///
+    /// May sleep if `unmerge` does. The caller holds the lock that keeps the scanner out. Takes
+    /// `mmlist_lock`.
     fn unmerge(&self, mut unmerge: impl FnMut(&Claim<Self::Mm>) -> Result<Visited>) -> Result {
         let mut result = Ok(());
         self.locked(|registry| registry.unmerge_begin());
@@ -177,18 +197,23 @@ pub trait MmList {
         result
     }
 
-    /// Lets go of the mms that have left. `forget` drops their page state.
+    /// Drops the mms that have left. `forget` drops their page state.
     ///
-    /// The caller holds the lock that protects the page state.
+    /// # Context
+    ///
+    /// May sleep. The caller holds the lock that protects the page state. Takes `mmlist_lock`.
     fn reap(&self, mut forget: impl FnMut(SlotId, &Self::Mm)) {
         while let Some(dead) = self.locked(|registry| registry.pop_dead()) {
             self.forget(dead, &mut forget);
         }
     }
 
-    /// Lets go of all mms, for the end of the module. `forget` drops their page state.
+    /// Drops all mms, for the end of the module. `forget` drops their page state.
     ///
-    /// The scanner has stopped; processes may still enter and exit.
+    /// # Context
+    ///
+    /// May sleep. The scanner has stopped; processes may still enter and exit. The caller holds the
+    /// lock that protects the page state. Takes `mmlist_lock`.
     fn clear(&self, mut forget: impl FnMut(SlotId, &Self::Mm)) {
         while let Some(dead) = self.locked(|registry| registry.drain()) {
             self.forget(dead, &mut forget);
@@ -196,6 +221,10 @@ pub trait MmList {
     }
 
     /// Drops the page state of one mm that has left, and then the mm.
+    ///
+    /// # Context
+    ///
+    /// As [`MmList::reap`].
     fn forget(&self, dead: Dead<Self::Mm>, forget: &mut impl FnMut(SlotId, &Self::Mm)) {
         forget(dead.id(), dead.mm());
         drop(self.locked(|registry| registry.free(dead)));

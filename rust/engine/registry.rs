@@ -2,39 +2,52 @@
 
 //! The registry: which mms take part in KSM, and in which order they are scanned.
 //!
-//! A registered mm has a *slot*. Slots are linked in scan order and hashed by the address of
-//! their `mm_struct`. The scanner has a cursor on that list; processes come and go beside it,
-//! from tracepoint probes that must neither sleep nor allocate.
+//! A registered mm has an *mm_slot*. Slots are linked in scan order and hashed by the address of
+//! their `mm_struct`. The scanner has a cursor on that list. Processes come and go meanwhile, from
+//! tracepoint probes that must neither sleep nor allocate.
 //!
 //! # Locking
 //!
-//! A [`Registry`] is a plain value that its owner puts behind one spinlock, `mmlist_lock`. That
-//! lock is a leaf: no other lock is taken under it. Nothing here allocates or frees, and nothing
-//! here drops an mm: whatever leaves the registry is returned, and the caller lets go of it after
-//! unlocking. A dropped pin may be the last one, and `mmdrop()` of the last one frees page tables
-//! and takes locks.
+//! A [`Registry`] is a plain value behind one spinlock, `mmlist_lock`. That lock is a leaf: no
+//! other lock is taken under it. Nothing here allocates or frees memory or drops an mm: whatever
+//! leaves the registry is returned, and the caller drops it after unlocking. A dropped pin may be
+//! the last one, and `mmdrop()` of the last one frees page tables and takes locks.
 //!
-//! One lock decides who removes a slot, and the loser sees that it is gone: two releases of one
-//! mm (a process exits, the scanner gives it up, the module unloads) cannot both remove it.
+//! One lock decides which caller removes a slot, and the other finds that it is gone: two releases
+//! of one mm (a process exits, the scanner gives it up, the module unloads) cannot both remove it.
 //!
 //! # Life of a slot
 //!
 //! ```text
-//!            enter                    exit: idle and nothing tracked
-//!   Free ─────────────► Live ───────────────────────────────────────► Free
+//!            enter                    exit: not claimed, no pages tracked
+//!   Free ─────────────► Live ───────────────────────────────────────────────► Free
 //!                        │ │
-//!                        │ └─ exit or expel, while claimed ─► Doomed
-//!                        │                                      │ the last claim is released
-//!                        └─ exit: idle but pages tracked ──► Dead
-//!                        │                                      │ pop_dead
-//!                        └─ drain ──────────────────────────► Reaping
-//!                                                               │ free
-//!                                                               ▼
-//!                                                              Free
+//!                        │ └─ exit or unregister, while claimed ──► Leaving
+//!                        │                                            │ release of the last claim
+//!                        ├─ exit: not claimed, pages tracked ───────► Dead
+//!                        │                                            │ pop_dead
+//!                        └─ drain ──────────────────────────────────► Reaping
+//!                                                                     │ free
+//!                                                                     ▼
+//!                                                                    Free
 //! ```
 //!
-//! Only a `Live` slot is on the scan list and in the hash. A slot with claims is never freed, so
-//! an id stays good for as long as the claim on it is held.
+//! Only a `Live` slot is on the scan list and in the hash. A claimed slot is never freed, so the id
+//! of a slot is valid as long as a claim on it is held.
+//!
+//! # Claims
+//!
+//! The product has one scanner, `rksmd`, and one thread that unmerges. Both visit mms under
+//! `thread_mutex`, so at most one claim exists at a time; the threads of `scan_threads` share the
+//! work on one mm under that claim. The protocol itself counts claims and allows several: that is
+//! what the models of `tools/testing/host/models` and the tests exercise, and what makes an exit
+//! independent of which thread holds which lock.
+//!
+//! # The hash
+//!
+//! Linear hashing (W. Litwin, "Linear Hashing: A New Tool for File and Table Addressing", VLDB
+//! 1980): it grows by one bucket with each mm and never rehashes all at once, which a probe that
+//! must not allocate could not do. The buckets are in the slots themselves.
 
 use super::types::SlotId;
 
@@ -46,56 +59,60 @@ use kernel::{
     prelude::*, //
 };
 
-/// End of a list, and the cursor's value between two full scans.
+/// End of a list; also the cursor between two full scans.
 const NIL: u32 = u32::MAX;
 
 /// Slots in the first chunk, as a power of two. Each further chunk is twice as large.
 const FIRST_CHUNK_SHIFT: u32 = 8;
 
-/// Chunks that a registry can hold: 8,388,352 slots, twice the largest `pid_max`.
+/// Largest number of chunks: 8,388,352 slots, twice the largest `pid_max`.
 const MAX_CHUNKS: usize = 15;
 
-/// Free slots below which more are asked for, besides an eighth of the capacity.
+/// More slots are wanted if fewer are free than this and an eighth of the capacity.
 const LOW_WATER: u32 = 64;
 
 /// An owned reference that keeps an `mm_struct` allocated, but not its memory: `mm_count`.
 ///
-/// Dropping it is `mmdrop()`, which the registry leaves to its callers.
+/// Dropping it is `mmdrop()`, which the registry leaves to its callers. Cloning it is `mmgrab()`.
 pub trait PinnedMm: Sized {
-    /// The address of the `mm_struct`, which no other mm can have while it is pinned.
+    /// Returns the address of the `mm_struct`, which no other mm can have while it is pinned.
     fn key(&self) -> usize;
 
-    /// Whether the last user of the address space is gone (`mm_users` is zero).
+    /// Returns whether the last user of the address space is gone: `mm_users` is zero.
     ///
-    /// Called under the registry's lock; must not sleep.
+    /// # Context
+    ///
+    /// Called under the registry's lock. Must not sleep.
     fn exiting(&self) -> bool;
 
     /// Takes another reference to the same mm.
     ///
-    /// Called under the registry's lock; must not sleep.
+    /// # Context
+    ///
+    /// Called under the registry's lock. Must not sleep.
     fn clone_pin(&self) -> Self;
 }
 
 /// Where a slot is in its life; see the module's description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// On the free list; has no mm.
+    /// On the free list. Has no mm.
     Free,
     /// On the scan list and in the hash.
     Live,
-    /// Its mm has left or was expelled while the slot was claimed. On no list.
-    Doomed,
-    /// Waiting on the dead list for its page state to be dropped.
+    /// Its mm exited or was unregistered while the slot was claimed. On no list.
+    Leaving,
+    /// On the dead list until its page state is dropped.
     Dead,
-    /// Taken off the dead list; a [`Dead`] has its mm.
+    /// Off the dead list. A [`Dead`] has its mm.
     Reaping,
 }
 
-/// One slot, and one bucket of the hash, which has as many of these as there are slots.
-struct Slot<M> {
-    /// Present while `Live`, `Doomed` or `Dead`.
+/// An mm_slot. Also holds one bucket of the hash, which has room for as many buckets as slots.
+struct MmSlot<M> {
+    /// Present while `Live`, `Leaving` or `Dead`.
     mm: Option<M>,
-    /// `mm.key()`, to look it up without following a pointer.
+    /// `mm.key()`, for a lookup that does not touch the mm.
     key: usize,
     /// Next on the scan list (`Live`), the dead list (`Dead`) or the free list (`Free`).
     next: u32,
@@ -105,26 +122,30 @@ struct Slot<M> {
     chain: u32,
     /// First slot of the hash bucket that has this slot's number.
     bucket: u32,
-    /// Visits under way.
+    /// Number of claims that are held.
     claims: u32,
     state: State,
-    /// Whether the engine has page state for this mm.
+    /// Whether the engine has page state for the mm.
     tracked: bool,
 }
 
-/// Room for more slots, allocated by the caller where it can sleep.
-///
-/// Made by [`Chunk::new`] for the number that [`Registry::wanted`] gave.
+/// Free slots for a registry, allocated by the caller where it can sleep.
 #[must_use = "a chunk is of use only in a registry"]
-pub struct Chunk<M> {
+pub struct SlotChunk<M> {
     number: usize,
-    slots: KVVec<Slot<M>>,
+    slots: KVVec<MmSlot<M>>,
 }
 
-impl<M> Chunk<M> {
-    /// Allocates chunk `number`.
+impl<M> SlotChunk<M> {
+    /// Allocates chunk `number`, which [`Registry::wanted`] has returned.
     ///
-    /// Context: as `flags` says; not under the registry's lock.
+    /// # Errors
+    ///
+    /// `AllocError` if there is no memory for it or no registry has room for such a chunk.
+    ///
+    /// # Context
+    ///
+    /// Sleeps if `flags` allow it. Not under the registry's lock.
     pub fn new(number: usize, flags: Flags) -> Result<Self, AllocError> {
         if number >= MAX_CHUNKS {
             return Err(AllocError);
@@ -134,7 +155,7 @@ impl<M> Chunk<M> {
         let mut slots = KVVec::with_capacity(len as usize, flags)?;
         for i in 0..len {
             slots.push(
-                Slot {
+                MmSlot {
                     mm: None,
                     key: 0,
                     next: if i + 1 < len { base + i + 1 } else { NIL },
@@ -151,69 +172,69 @@ impl<M> Chunk<M> {
         Ok(Self { number, slots })
     }
 
-    /// Number of slots in chunk `number`.
+    /// Returns the number of slots in chunk `number`.
     const fn len(number: usize) -> u32 {
         1 << (FIRST_CHUNK_SHIFT + number as u32)
     }
 
-    /// Number of the first slot of chunk `number`.
+    /// Returns the number of the first slot in chunk `number`.
     const fn base(number: usize) -> u32 {
         ((1 << number as u32) - 1) << FIRST_CHUNK_SHIFT
     }
 }
 
-/// What came of [`Registry::enter`]. Every mm in it is to be dropped after unlocking.
+/// Outcome of [`Registry::enter`]. The mm in it is to be dropped after unlocking.
 #[must_use = "the mm in it is to be dropped after unlocking"]
 #[derive(Debug)]
 pub enum Enter<M> {
     /// The mm has a slot now.
     Registered {
-        /// No mm was registered before: a scanner that sleeps for want of mms is to be woken.
+        /// No mm was registered before: a scanner that waits for mms is to be woken.
         was_empty: bool,
-        /// Free slots run low: [`Registry::wanted`] names the chunk to add.
+        /// Free slots run low: [`Registry::wanted`] returns the chunk to add.
         low: bool,
     },
-    /// It had one already.
+    /// The mm had a slot already.
     AlreadyThere(M),
-    /// Its last user is gone, so its exit has been reported or is about to be.
+    /// The last user of the mm is gone: its exit has been reported or will be.
     Exiting(M),
-    /// There is no free slot. [`Registry::take_missed`] tells of it later.
+    /// There is no free slot. [`Registry::take_missed`] returns true once.
     NoRoom(M),
 }
 
-/// What came of [`Registry::exit`]. The mm in it is to be dropped after unlocking.
+/// Outcome of [`Registry::exit`]. The mm in it is to be dropped after unlocking.
 #[must_use = "the mm in it is to be dropped after unlocking"]
 #[derive(Debug)]
 pub enum Exit<M> {
-    /// It has no slot, or has it no more.
+    /// The mm has no slot, or no longer.
     NotFound,
-    /// Nothing of it was tracked: its slot is free again.
+    /// None of its pages was tracked: its slot is free again.
     Freed(M),
-    /// It is scanned no more, but stays pinned until its page state is dropped.
+    /// The mm is no longer scanned, but stays pinned until its page state is dropped.
     Deferred {
-        /// It can be reaped now: whoever reaps is to be woken. Where this is false, the release
-        /// of the last claim says so instead.
+        /// It can be reaped now: the reaper is to be woken. If false, the release of the last
+        /// claim reports it instead.
         reap: bool,
     },
 }
 
-/// What [`Registry::claim`] found at the cursor.
+/// Outcome of [`Registry::claim`]: what is at the cursor.
 #[must_use = "a claim is to be released"]
 #[derive(Debug)]
 pub enum Next<M> {
-    /// The mm to go on with.
+    /// The mm to visit.
     Visit(Claim<M>),
     /// Every mm has been visited: the full scan is over.
     End,
-    /// No full scan is under way, or every mm left before the first was visited.
+    /// No full scan is in progress, or every mm left before one was visited.
     Idle,
 }
 
-/// A visit to one mm. While it is held, its slot is not freed and its id not given to another.
+/// A visit to one mm. While it is held, the slot is not freed and its id not reused.
 ///
 /// # Invariants
 ///
-/// The slot `id` counts this claim, and `mm` pins the mm that the slot has.
+/// The slot `id` counts this claim, and `mm` pins the mm of the slot.
 #[must_use = "a claim is to be released"]
 #[derive(Debug)]
 pub struct Claim<M> {
@@ -223,38 +244,38 @@ pub struct Claim<M> {
 }
 
 impl<M> Claim<M> {
-    /// The slot.
+    /// Returns the slot.
     pub fn id(&self) -> SlotId {
         self.id
     }
 
-    /// The mm, pinned for as long as the claim is held.
+    /// Returns the mm, which is pinned as long as the claim is held.
     pub fn mm(&self) -> &M {
         &self.mm
     }
 
-    /// The user address to go on from.
+    /// Returns the user address at which the visit starts.
     pub fn address(&self) -> usize {
         self.address
     }
 }
 
-/// What is left of a [`Claim`] after [`Registry::release`].
+/// Outcome of [`Registry::release`].
 #[must_use = "the pin is to be dropped after unlocking"]
 #[derive(Debug)]
 pub struct Released<M> {
     /// The claim's own pin, to be dropped after unlocking.
     pub pin: M,
-    /// The mm left meanwhile and this was the last claim: it can be reaped now.
+    /// The mm has left and this was the last claim: it can be reaped now.
     pub reap: bool,
 }
 
-/// A slot whose mm has left, in the hands of whoever drops its page state.
+/// A slot whose mm has left, while the caller drops its page state.
 ///
 /// # Invariants
 ///
 /// The slot `id` is [`State::Reaping`], and `mm` is the pin that it had.
-#[must_use = "the slot is lost unless it is given to `Registry::free`"]
+#[must_use = "the slot is lost unless it is passed to `Registry::free`"]
 #[derive(Debug)]
 pub struct Dead<M> {
     id: SlotId,
@@ -262,18 +283,18 @@ pub struct Dead<M> {
 }
 
 impl<M> Dead<M> {
-    /// The slot, whose page state is to be dropped.
+    /// Returns the slot, whose page state is to be dropped.
     pub fn id(&self) -> SlotId {
         self.id
     }
 
-    /// The mm that left.
+    /// Returns the mm that has left.
     pub fn mm(&self) -> &M {
         &self.mm
     }
 }
 
-/// A singly linked list of slots by `next`, in order of arrival.
+/// A FIFO list of slots, linked by `next`.
 struct Queue {
     head: u32,
     tail: u32,
@@ -288,10 +309,10 @@ struct Queue {
 ///    list if and only if it is `Dead`; on the free list if and only if it is `Free`.
 /// 2. No two `Live` slots have the same key.
 /// 3. `cursor` is `NIL` or a `Live` slot, and is `NIL` unless a scan is under way.
-/// 4. A slot with claims is `Live` or `Doomed`, and a `Doomed` slot has claims.
+/// 4. A slot with claims is `Live` or `Leaving`, and a `Leaving` slot has claims.
 /// 5. A slot has an mm unless it is `Free` or `Reaping`.
 pub struct Registry<M> {
-    chunks: [KVVec<Slot<M>>; MAX_CHUNKS],
+    chunks: [KVVec<MmSlot<M>>; MAX_CHUNKS],
     nr_chunks: usize,
     capacity: u32,
     /// Hash buckets in use: 0, or at least the first chunk's length and at most `capacity`.
@@ -301,20 +322,20 @@ pub struct Registry<M> {
     first: u32,
     last: u32,
     nr_live: u32,
-    nr_doomed: u32,
+    nr_leaving: u32,
     nr_reaping: u32,
     dead: Queue,
     cursor: u32,
     address: usize,
     scanning: bool,
-    /// A visit was handed out since the scan began.
+    /// A visit has been claimed since the scan began.
     visited: bool,
     unmerging: bool,
     missed: bool,
 }
 
 impl<M: PinnedMm> Registry<M> {
-    /// Makes a registry that has no room yet.
+    /// Returns a registry without slots.
     pub const fn new() -> Self {
         Self {
             chunks: [const { KVVec::new() }; MAX_CHUNKS],
@@ -326,7 +347,7 @@ impl<M: PinnedMm> Registry<M> {
             first: NIL,
             last: NIL,
             nr_live: 0,
-            nr_doomed: 0,
+            nr_leaving: 0,
             nr_reaping: 0,
             dead: Queue {
                 head: NIL,
@@ -344,22 +365,22 @@ impl<M: PinnedMm> Registry<M> {
 
     // Room.
 
-    /// The number of the chunk that is to be added, if free slots run low.
+    /// Returns the number of the chunk to add if free slots run low.
     ///
-    /// The caller unlocks, allocates it with [`Chunk::new`], and gives it to
+    /// The caller unlocks, allocates the chunk with [`SlotChunk::new`] and passes it to
     /// [`Registry::add_chunk`].
     pub fn wanted(&self) -> Option<usize> {
         let low = self.nr_free < LOW_WATER + self.capacity / 8;
         (low && self.nr_chunks < MAX_CHUNKS).then_some(self.nr_chunks)
     }
 
-    /// Adds a chunk. Gives it back if somebody else has added that one first.
-    pub fn add_chunk(&mut self, chunk: Chunk<M>) -> Result<(), Chunk<M>> {
+    /// Adds a chunk. Returns it if another caller has added that one first.
+    pub fn add_chunk(&mut self, chunk: SlotChunk<M>) -> Result<(), SlotChunk<M>> {
         if chunk.number != self.nr_chunks {
             return Err(chunk);
         }
-        let len = Chunk::<M>::len(chunk.number);
-        let base = Chunk::<M>::base(chunk.number);
+        let len = SlotChunk::<M>::len(chunk.number);
+        let base = SlotChunk::<M>::base(chunk.number);
         let Some(room) = self.chunks.get_mut(chunk.number) else {
             return Err(chunk);
         };
@@ -370,7 +391,7 @@ impl<M: PinnedMm> Registry<M> {
         if self.buckets == 0 {
             self.buckets = len;
         }
-        // INVARIANT: the new slots are `Free`, and come linked among themselves.
+        // INVARIANT: The new slots are `Free`, and come linked among themselves.
         let free = core::mem::replace(&mut self.free, base);
         if let Some(tail) = self.slot_mut(base + len - 1) {
             tail.next = free;
@@ -379,15 +400,15 @@ impl<M: PinnedMm> Registry<M> {
         Ok(())
     }
 
-    /// Whether an mm found no room since this was last asked.
+    /// Returns whether an mm found no room since the last call.
     ///
-    /// Such mms are known to the built-in registry only, and are to be entered from there.
+    /// Such an mm is on the built-in's list only, and is to be entered from there.
     pub fn take_missed(&mut self) -> bool {
         core::mem::take(&mut self.missed)
     }
 
-    /// Has [`Registry::take_missed`] tell once more of mms that could not be entered even then.
-    pub fn set_missed(&mut self) {
+    /// Makes [`Registry::take_missed`] return true again, after those mms could not be entered.
+    pub fn mark_missed(&mut self) {
         self.missed = true;
     }
 
@@ -395,12 +416,12 @@ impl<M: PinnedMm> Registry<M> {
 
     /// Registers an mm.
     ///
-    /// It goes just behind the cursor, so that it has the longest time to settle before it is
-    /// scanned: a fork that is followed by exec is gone by then. While unmerging it goes ahead of
-    /// the cursor, so that no merged page that it inherited is forgotten.
+    /// Inserts it just behind the cursor, so that it is scanned as late as possible: a fork that is
+    /// followed by exec is gone by then. While unmerging, inserts it ahead of the cursor, so that
+    /// no merged page that it inherited is missed.
     pub fn enter(&mut self, mm: M) -> Enter<M> {
-        // Its exit is reported after `mm_users` is zero, and looks for a slot under the lock that
-        // is held here: either that finds the slot, or this finds `mm_users` zero.
+        // An exit is reported after `mm_users` is zero, and looks for the slot under the lock that
+        // is held here: either the exit finds the slot, or this finds `mm_users` zero.
         if mm.exiting() {
             return Enter::Exiting(mm);
         }
@@ -424,7 +445,7 @@ impl<M: PinnedMm> Registry<M> {
 
         let was_empty = self.nr_live == 0;
         let before = if self.unmerging { NIL } else { self.cursor };
-        // INVARIANT: a `Live` slot is on the scan list and in the hash; its key is in neither.
+        // INVARIANT: A `Live` slot is on the scan list and in the hash; its key is in neither.
         self.link(id, before);
         self.hash(id, key);
         self.split_bucket();
@@ -434,9 +455,9 @@ impl<M: PinnedMm> Registry<M> {
         }
     }
 
-    /// Takes note that the mm with `key` is going away.
+    /// Unregisters the mm with `key`, which exits.
     ///
-    /// Never waits for the scanner: what it cannot free at once it leaves on the dead list.
+    /// Never waits for the scanner: a slot that cannot be freed at once goes to the dead list.
     pub fn exit(&mut self, key: usize) -> Exit<M> {
         let Some(id) = self.find(key) else {
             return Exit::NotFound;
@@ -446,18 +467,18 @@ impl<M: PinnedMm> Registry<M> {
             return Exit::NotFound;
         };
         if slot.claims != 0 {
-            // INVARIANT: a slot with claims is `Doomed` once it is off the lists.
-            slot.state = State::Doomed;
-            self.nr_doomed += 1;
+            // INVARIANT: A slot with claims is `Leaving` once it is off the lists.
+            slot.state = State::Leaving;
+            self.nr_leaving += 1;
             return Exit::Deferred { reap: false };
         }
         if slot.tracked {
-            self.bury(id);
+            self.queue_dead(id);
             return Exit::Deferred { reap: true };
         }
         match slot.mm.take() {
             Some(mm) => {
-                self.give_back(id);
+                self.push_free(id);
                 Exit::Freed(mm)
             }
             None => Exit::NotFound,
@@ -466,7 +487,7 @@ impl<M: PinnedMm> Registry<M> {
 
     // The scanner.
 
-    /// Begins a full scan, unless one is under way. False if there is no mm to scan.
+    /// Begins a full scan, unless one is in progress. Returns false if there is no mm to scan.
     pub fn begin(&mut self) -> bool {
         if !self.scanning {
             if self.nr_live == 0 {
@@ -477,16 +498,15 @@ impl<M: PinnedMm> Registry<M> {
         true
     }
 
-    /// Whether a full scan is under way.
+    /// Returns whether a full scan is in progress.
     pub fn scanning(&self) -> bool {
         self.scanning
     }
 
     /// Claims the mm at the cursor.
     ///
-    /// Several threads may hold claims on one slot. Each moves the cursor on with
-    /// [`Registry::move_to`] or [`Registry::advance`] before the next one claims, under a lock of
-    /// the caller's own if need be, or the two get the same address.
+    /// The caller moves the cursor with [`Registry::move_to`] or [`Registry::advance`]. A second
+    /// claim before that gets the same mm and address.
     pub fn claim(&mut self) -> Next<M> {
         if !self.scanning {
             return Next::Idle;
@@ -501,7 +521,7 @@ impl<M: PinnedMm> Registry<M> {
         };
         slot.claims += 1;
         self.visited = true;
-        // INVARIANT: the claim is counted, and pins the slot's mm.
+        // INVARIANT: The claim is counted, and pins the slot's mm.
         Next::Visit(Claim {
             id: SlotId(id),
             mm,
@@ -509,59 +529,65 @@ impl<M: PinnedMm> Registry<M> {
         })
     }
 
-    /// Moves the cursor on within the claimed mm. Has no effect if the mm has left meanwhile.
+    /// Moves the cursor within the claimed mm. Has no effect if the mm has left.
     pub fn move_to(&mut self, claim: &Claim<M>, address: usize) {
         if self.cursor == claim.id.0 {
             self.address = address;
         }
     }
 
-    /// Moves the cursor on to the next mm. Has no effect if it has moved on already.
+    /// Moves the cursor to the next mm. Has no effect if it is no longer on the claimed one.
     pub fn advance(&mut self, claim: &Claim<M>) {
         if self.cursor == claim.id.0 {
             self.step();
         }
     }
 
-    /// Unregisters the claimed mm, which the scanner found to have nothing to scan any more.
+    /// Unregisters the claimed mm, which the scanner has found exiting.
     ///
-    /// False if it has left by itself already. It can be reaped when all claims are released.
-    pub fn expel(&mut self, claim: &Claim<M>) -> bool {
+    /// Returns false if its exit has been reported already. The mm can be reaped when all claims
+    /// are released.
+    pub fn unregister(&mut self, claim: &Claim<M>) -> bool {
         let id = claim.id.0;
         if self.state(id) != Some(State::Live) {
             return false;
         }
         self.unlink(id);
         if let Some(slot) = self.slot_mut(id) {
-            slot.state = State::Doomed;
-            self.nr_doomed += 1;
+            slot.state = State::Leaving;
+            self.nr_leaving += 1;
         }
         true
     }
 
-    /// Ends a visit. `tracked` says whether the engine has page state for this mm now.
+    /// Ends a visit. `tracked`: whether the engine has page state for this mm now.
     ///
-    /// The caller holds the lock that protects the page state from before it looked until this
-    /// returns. The mmap lock has been dropped before: as soon as the slot is no longer claimed,
-    /// the mm may be gone but for the pin that this returns.
+    /// The caller has dropped the mmap lock: once the slot is not claimed, nothing but the returned
+    /// pin keeps the `mm_struct`.
+    ///
+    /// # Context
+    ///
+    /// The caller has held the lock that protects the page state since it determined `tracked`.
     pub fn release(&mut self, claim: Claim<M>, tracked: bool) -> Released<M> {
         let Claim { id, mm: pin, .. } = claim;
         let mut reap = false;
         if let Some(slot) = self.slot_mut(id.0) {
             slot.claims = slot.claims.saturating_sub(1);
             slot.tracked = tracked;
-            if slot.claims == 0 && slot.state == State::Doomed {
-                self.nr_doomed -= 1;
-                self.bury(id.0);
+            if slot.claims == 0 && slot.state == State::Leaving {
+                self.nr_leaving -= 1;
+                self.queue_dead(id.0);
                 reap = true;
             }
         }
         Released { pin, reap }
     }
 
-    /// Pins the mm of a slot that the engine has page state for. None if that mm has left.
+    /// Pins the mm of a slot that the engine has page state for. Returns `None` if it has left.
     ///
-    /// The caller holds the lock that protects the page state, so that `id` is not reused.
+    /// # Context
+    ///
+    /// The caller holds the lock that protects the page state, so `id` has not been reused.
     pub fn pin(&self, id: SlotId) -> Option<M> {
         let slot = self.slot(id.0)?;
         if slot.state != State::Live {
@@ -572,12 +598,9 @@ impl<M: PinnedMm> Registry<M> {
 
     // The dead.
 
-    /// Whether an mm that has left waits for its page state to be dropped.
-    pub fn has_dead(&self) -> bool {
-        self.dead.len != 0
-    }
-
-    /// Takes the mm that left first. Its page state is to be dropped, and then the slot freed.
+    /// Takes the mm that has been dead longest off the dead list.
+    ///
+    /// The caller drops its page state and then frees the slot with [`Registry::free`].
     pub fn pop_dead(&mut self) -> Option<Dead<M>> {
         let id = self.dead.head;
         let slot = self.slot_mut(id)?;
@@ -590,7 +613,7 @@ impl<M: PinnedMm> Registry<M> {
         }
         self.dead.len -= 1;
         self.nr_reaping += 1;
-        // INVARIANT: the slot is `Reaping`, and this is the pin that it had.
+        // INVARIANT: The slot is `Reaping`, and this is the pin that it had.
         Some(Dead { id: SlotId(id), mm })
     }
 
@@ -600,44 +623,43 @@ impl<M: PinnedMm> Registry<M> {
         let Dead { id, mm } = dead;
         if self.state(id.0) == Some(State::Reaping) {
             self.nr_reaping -= 1;
-            self.give_back(id.0);
+            self.push_free(id.0);
         }
         mm
     }
 
-    /// Takes any mm that is left, dead or alive, as [`Registry::pop_dead`] does.
+    /// Takes any mm, dead or live, as [`Registry::pop_dead`] does.
     ///
-    /// For the module's end, and for undoing a load that failed. Skips claimed slots: none of
-    /// these are left once the scanner has stopped.
+    /// For the end of the module and for a load that failed. Skips claimed slots, of which there
+    /// are none once the scanner has stopped.
     pub fn drain(&mut self) -> Option<Dead<M>> {
         if let Some(dead) = self.pop_dead() {
             return Some(dead);
         }
-        let mut id = self.first;
-        while let Some(slot) = self.slot(id) {
-            if slot.claims == 0 {
-                self.unlink(id);
-                self.bury(id);
-                return self.pop_dead();
-            }
-            id = slot.next;
-        }
-        None
+        let (id, _) = self
+            .iter()
+            .find(|(id, _)| self.slot(id.0).is_some_and(|slot| slot.claims == 0))?;
+        self.unlink(id.0);
+        self.queue_dead(id.0);
+        self.pop_dead()
     }
 
     // Unmerging.
 
-    /// Puts the cursor on the first mm, and has new mms inserted ahead of it until
-    /// [`Registry::unmerge_end`].
+    /// Ends a full scan that is in progress and puts the cursor on the first mm.
     ///
-    /// A full scan that was under way is over. The caller holds the lock that keeps the scanner
-    /// out. The mms are visited with [`Registry::claim`].
+    /// Until [`Registry::unmerge_end`], new mms are inserted ahead of the cursor. The caller visits
+    /// the mms with [`Registry::claim`].
+    ///
+    /// # Context
+    ///
+    /// The caller holds the lock that keeps the scanner out.
     pub fn unmerge_begin(&mut self) {
         self.unmerging = true;
         self.restart();
     }
 
-    /// Ends unmerging, finished or not; the next full scan begins at the first mm.
+    /// Ends unmerging, complete or not. The next full scan begins at the first mm.
     pub fn unmerge_end(&mut self) {
         self.unmerging = false;
         self.scanning = false;
@@ -645,54 +667,53 @@ impl<M: PinnedMm> Registry<M> {
         self.address = 0;
     }
 
-    // Looking on.
+    // What is registered.
 
-    /// Number of registered mms, without those that have left.
+    /// Returns the number of registered mms, without those that have left.
     pub fn len(&self) -> usize {
         self.nr_live as usize
     }
 
-    /// Whether no mm is registered.
+    /// Returns whether no mm is registered.
     pub fn is_empty(&self) -> bool {
         self.nr_live == 0
     }
 
-    /// Number of mms that have left and are still pinned.
-    pub fn nr_leaving(&self) -> usize {
-        self.nr_doomed as usize + self.dead.len as usize + self.nr_reaping as usize
+    /// Returns the number of mms that have left and are still pinned.
+    pub fn nr_left(&self) -> usize {
+        self.nr_leaving as usize + self.dead.len as usize + self.nr_reaping as usize
     }
 
-    /// Memory that the slots take, in bytes.
+    /// Returns the memory that the slots take, in bytes.
     pub fn bytes(&self) -> usize {
-        self.capacity as usize * size_of::<Slot<M>>()
+        self.capacity as usize * size_of::<MmSlot<M>>()
     }
 
-    /// Calls `f` for each registered mm, in scan order. `f` runs under the lock.
-    pub fn for_each(&self, mut f: impl FnMut(SlotId, &M)) {
-        let mut id = self.first;
-        while let Some(slot) = self.slot(id) {
-            if let Some(mm) = &slot.mm {
-                f(SlotId(id), mm);
-            }
-            id = slot.next;
-        }
+    /// Returns the registered mms in scan order.
+    pub fn iter(&self) -> impl Iterator<Item = (SlotId, &M)> {
+        let mut next = self.first;
+        core::iter::from_fn(move || {
+            let (id, slot) = (next, self.slot(next)?);
+            next = slot.next;
+            Some((SlotId(id), slot.mm.as_ref()?))
+        })
     }
 
     // Slots.
 
-    /// Which chunk a slot is in, and where.
+    /// Returns a slot's chunk and its offset in that chunk.
     fn locate(id: u32) -> (usize, usize) {
         let chunk = ((id >> FIRST_CHUNK_SHIFT) + 1).ilog2() as usize;
-        let offset = id.wrapping_sub(Chunk::<M>::base(chunk.min(MAX_CHUNKS)));
+        let offset = id.wrapping_sub(SlotChunk::<M>::base(chunk.min(MAX_CHUNKS)));
         (chunk, offset as usize)
     }
 
-    fn slot(&self, id: u32) -> Option<&Slot<M>> {
+    fn slot(&self, id: u32) -> Option<&MmSlot<M>> {
         let (chunk, offset) = Self::locate(id);
         self.chunks.get(chunk)?.get(offset)
     }
 
-    fn slot_mut(&mut self, id: u32) -> Option<&mut Slot<M>> {
+    fn slot_mut(&mut self, id: u32) -> Option<&mut MmSlot<M>> {
         let (chunk, offset) = Self::locate(id);
         self.chunks.get_mut(chunk)?.get_mut(offset)
     }
@@ -702,7 +723,7 @@ impl<M: PinnedMm> Registry<M> {
     }
 
     /// Puts a slot that is on no list and has no mm on the free list.
-    fn give_back(&mut self, id: u32) {
+    fn push_free(&mut self, id: u32) {
         let free = self.free;
         if let Some(slot) = self.slot_mut(id) {
             debug_assert!(slot.mm.is_none() && slot.claims == 0);
@@ -714,7 +735,7 @@ impl<M: PinnedMm> Registry<M> {
     }
 
     /// Puts a slot that is on no list on the dead list.
-    fn bury(&mut self, id: u32) {
+    fn queue_dead(&mut self, id: u32) {
         let Some(slot) = self.slot_mut(id) else {
             return;
         };
@@ -747,15 +768,15 @@ impl<M: PinnedMm> Registry<M> {
         self.nr_live += 1;
     }
 
-    /// Takes a `Live` slot off the scan list and out of the hash. The cursor steps off it.
+    /// Takes a `Live` slot off the scan list and out of the hash. Moves the cursor off it.
     ///
-    /// The caller gives the slot its new state.
+    /// The caller sets the slot's new state.
     fn unlink(&mut self, id: u32) {
         if self.cursor == id {
             self.step();
         }
         self.unhash(id);
-        let Some(&Slot { prev, next, .. }) = self.slot(id) else {
+        let Some(&MmSlot { prev, next, .. }) = self.slot(id) else {
             return;
         };
         match self.slot_mut(prev) {
@@ -769,7 +790,7 @@ impl<M: PinnedMm> Registry<M> {
         self.nr_live -= 1;
     }
 
-    /// Moves the cursor on to the next mm.
+    /// Moves the cursor to the next mm.
     fn step(&mut self) {
         self.cursor = self.slot(self.cursor).map_or(NIL, |slot| slot.next);
         self.address = 0;
@@ -783,9 +804,9 @@ impl<M: PinnedMm> Registry<M> {
         self.address = 0;
     }
 
-    // The hash: linear hashing, so that it grows by one bucket with each mm and never all at once.
+    // The hash.
 
-    /// The bucket of `key` among `buckets`, which is not 0.
+    /// Returns the bucket of `key` among `buckets`, which is not 0.
     fn bucket_of(key: usize, buckets: u32) -> u32 {
         // 2^64 divided by the golden ratio, as in the kernel's hash_64().
         let hash = ((key as u64).wrapping_mul(0x61c8_8646_80b5_83eb) >> 32) as u32;
@@ -798,6 +819,7 @@ impl<M: PinnedMm> Registry<M> {
         }
     }
 
+    /// Returns the `Live` slot with `key`.
     fn find(&self, key: usize) -> Option<u32> {
         if self.buckets == 0 {
             return None;
@@ -812,6 +834,7 @@ impl<M: PinnedMm> Registry<M> {
         None
     }
 
+    /// Inserts a slot into the hash.
     fn hash(&mut self, id: u32, key: usize) {
         let head = match self.slot_mut(Self::bucket_of(key, self.buckets)) {
             Some(slot) => core::mem::replace(&mut slot.bucket, id),
@@ -822,8 +845,9 @@ impl<M: PinnedMm> Registry<M> {
         }
     }
 
+    /// Removes a slot from the hash.
     fn unhash(&mut self, id: u32) {
-        let Some(&Slot { key, chain, .. }) = self.slot(id) else {
+        let Some(&MmSlot { key, chain, .. }) = self.slot(id) else {
             return;
         };
         let Some(bucket) = self.slot_mut(Self::bucket_of(key, self.buckets)) else {
@@ -843,7 +867,7 @@ impl<M: PinnedMm> Registry<M> {
         }
     }
 
-    /// Adds one bucket if there are more mms than buckets.
+    /// Adds one bucket if there are more mms than buckets, and moves the mms that belong there.
     fn split_bucket(&mut self) {
         let new = self.buckets;
         if new >= self.capacity || self.nr_live <= new {
@@ -855,13 +879,17 @@ impl<M: PinnedMm> Registry<M> {
             Some(slot) => core::mem::replace(&mut slot.bucket, NIL),
             None => NIL,
         };
-        while let Some(&Slot { key, chain, .. }) = self.slot(at) {
+        while let Some(&MmSlot { key, chain, .. }) = self.slot(at) {
             self.hash(at, key);
             at = chain;
         }
     }
 
-    /// Checks every invariant. Takes time in proportion to the capacity, for tests and debugging.
+    /// Checks every invariant, for tests and debugging. Takes time in proportion to the capacity.
+    ///
+    /// # Errors
+    ///
+    /// A description of the invariant that does not hold.
     pub fn check(&self) -> Result<(), &'static str> {
         let mut counts = [0u32; 5];
         for id in 0..self.capacity {
@@ -872,7 +900,7 @@ impl<M: PinnedMm> Registry<M> {
             let ok = match slot.state {
                 State::Free | State::Reaping => !has_mm && !has_claims,
                 State::Live => has_mm,
-                State::Doomed => has_mm && has_claims,
+                State::Leaving => has_mm && has_claims,
                 State::Dead => has_mm && !has_claims,
             };
             if !ok {
@@ -893,7 +921,7 @@ impl<M: PinnedMm> Registry<M> {
         let expected = [
             self.nr_free,
             self.nr_live,
-            self.nr_doomed,
+            self.nr_leaving,
             self.dead.len,
             self.nr_reaping,
         ];
@@ -924,7 +952,7 @@ impl<M: PinnedMm> Registry<M> {
         Ok(())
     }
 
-    /// Checks that `len` slots in `state` are linked from `head`, and backwards if they are live.
+    /// Checks that `len` slots in `state` are linked from `head`, and backwards too if `Live`.
     fn check_list(&self, head: u32, len: u32, state: State) -> Result<(), &'static str> {
         let (mut id, mut prev, mut seen) = (head, NIL, 0);
         while let Some(slot) = self.slot(id) {

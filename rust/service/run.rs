@@ -82,7 +82,7 @@ impl Ksm {
                 .register_all()
                 .and_then(|()| self.unmerge_registered(state));
             if result.is_err() {
-                self.locked(|registry| registry.set_missed());
+                self.locked(|registry| registry.mark_missed());
             }
         }
         drop(origin);

@@ -99,7 +99,7 @@ impl Ksm {
         }
         let registered = self.register_all();
         if registered.is_err() {
-            self.locked(|registry| registry.set_missed());
+            self.locked(|registry| registry.mark_missed());
         }
         registered.is_ok()
     }
@@ -216,9 +216,10 @@ impl Ksm {
         if !self.check {
             return;
         }
-        let broken = self.locked(|registry| registry.check());
+        let (broken, live, left) =
+            self.locked(|registry| (registry.check(), registry.len(), registry.nr_left()));
         if let Err(what) = broken.and_then(|()| state.engine.check()) {
-            pr_err!("invariant broken: {what}\n");
+            pr_err!("invariant broken: {what} ({live} mms, {left} have left)\n");
             kernel::warn_on!(true);
         }
     }

@@ -89,7 +89,7 @@ const BREAKS: &[Break] = &[
             Edit {
                 file: "registry",
                 from: "    fn find(&self, key: usize) -> Option<u32> {",
-                to: "    /// Finds a slot.\n    pub fn find(&self, key: usize) -> Option<u32> {",
+                to: "    pub fn find(&self, key: usize) -> Option<u32> {",
             },
             Edit {
                 file: "mm_list",

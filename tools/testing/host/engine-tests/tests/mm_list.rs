@@ -162,7 +162,7 @@ fn exit_reports_when_the_reaper_is_due() {
     let mut forgotten = Vec::new();
     list.reap(|_, mm| forgotten.push(mm.key()));
     assert_eq!(forgotten, [1]);
-    assert_eq!(list.locked(|registry| registry.nr_leaving()), 0);
+    assert_eq!(list.locked(|registry| registry.nr_left()), 0);
 }
 
 #[test]
@@ -248,5 +248,5 @@ fn clearing_leaves_nobody() {
     list.clear(|_, mm| forgotten.push(mm.key()));
     assert_eq!(forgotten, [2, 1, 3]);
     assert_eq!(list.len(), 0);
-    assert_eq!(list.locked(|registry| registry.nr_leaving()), 0);
+    assert_eq!(list.locked(|registry| registry.nr_left()), 0);
 }

@@ -4,7 +4,6 @@
 
 use engine_tests::engine::{
     registry::{
-        Chunk,
         Claim,
         Dead,
         Enter,
@@ -12,7 +11,8 @@ use engine_tests::engine::{
         Next,
         PinnedMm,
         Registry,
-        Released, //
+        Released,
+        SlotChunk, //
     }, //
     types::SlotId,
 };
@@ -108,7 +108,7 @@ impl Locked {
     /// Adds a chunk if one is wanted.
     fn refill(&mut self) {
         if let Some(number) = self.with(|registry| registry.wanted()) {
-            let chunk = Chunk::new(number, GFP_KERNEL).expect("memory for a chunk");
+            let chunk = SlotChunk::new(number, GFP_KERNEL).expect("memory for a chunk");
             assert!(self.with(|registry| registry.add_chunk(chunk)).is_ok());
         }
     }
@@ -133,10 +133,14 @@ impl Locked {
         self.with(|registry| registry.release(claim, tracked))
     }
 
+    /// The registered mms, in scan order.
     fn keys(&self) -> Vec<usize> {
-        let mut keys = Vec::new();
-        self.0.for_each(|_, pin| keys.push(pin.key()));
-        keys
+        self.0.iter().map(|(_, pin)| pin.key()).collect()
+    }
+
+    /// Whether no mm waits on the dead list.
+    fn none_dead(&mut self) -> bool {
+        self.with(|registry| registry.pop_dead()).is_none()
     }
 
     /// Visits every mm until the end of the scan, and leaves each as `tracked` says.
@@ -212,8 +216,8 @@ fn an_exit_with_nothing_tracked_frees_at_once() {
     assert!(matches!(registry.exit(1), Exit::Freed(_)));
     assert!(matches!(registry.exit(1), Exit::NotFound));
     assert_eq!(a.pins.get(), 0);
-    assert!(registry.0.is_empty() && !registry.0.has_dead());
-    assert_eq!(registry.0.nr_leaving(), 0);
+    assert!(registry.0.is_empty() && registry.none_dead());
+    assert_eq!(registry.0.nr_left(), 0);
 }
 
 #[test]
@@ -224,7 +228,7 @@ fn an_exit_with_pages_tracked_waits_for_the_reaper() {
     assert_eq!(registry.scan(true), [1, 2]);
     assert!(matches!(registry.exit(1), Exit::Deferred { reap: true }));
     assert!(matches!(registry.exit(2), Exit::Deferred { reap: true }));
-    assert!(registry.0.is_empty() && registry.0.has_dead());
+    assert!(registry.0.is_empty());
     assert_eq!((a.pins.get(), b.pins.get()), (1, 1));
 
     // In the order in which they left.
@@ -232,12 +236,12 @@ fn an_exit_with_pages_tracked_waits_for_the_reaper() {
     let second = registry.with(|registry| registry.pop_dead()).unwrap();
     assert!(registry.with(|registry| registry.pop_dead()).is_none());
     assert_eq!((first.mm().key(), second.mm().key()), (1, 2));
-    assert_eq!(registry.0.nr_leaving(), 2);
+    assert_eq!(registry.0.nr_left(), 2);
     assert_ne!(first.id(), second.id());
     drop(registry.with(|registry| registry.free(first)));
     drop(registry.with(|registry| registry.free(second)));
     assert_eq!((a.pins.get(), b.pins.get()), (0, 0));
-    assert_eq!(registry.0.nr_leaving(), 0);
+    assert_eq!(registry.0.nr_left(), 0);
 }
 
 #[test]
@@ -251,20 +255,18 @@ fn a_claimed_slot_outlives_the_exit() {
     assert_eq!(claim.id(), other.id());
 
     assert!(matches!(registry.exit(1), Exit::Deferred { reap: false }));
-    assert!(!registry.0.has_dead());
+    assert!(registry.none_dead());
     assert!(registry.with(|registry| registry.pin(claim.id())).is_none());
     // The number of the slot goes to nobody else.
     let b = mm(2);
     assert!(registered(registry.enter(&b)));
-    let mut ids = Vec::new();
-    registry.0.for_each(|id, _| ids.push(id));
-    assert!(!ids.contains(&claim.id()));
+    assert!(registry.0.iter().all(|(id, _)| id != claim.id()));
 
     let released = registry.release(claim, true);
-    assert!(!released.reap && !registry.0.has_dead());
+    assert!(!released.reap && registry.none_dead());
     drop(released);
     let released = registry.release(other, false);
-    assert!(released.reap && registry.0.has_dead());
+    assert!(released.reap);
     drop(released);
     assert_eq!(a.pins.get(), 1);
     let dead = registry.with(|registry| registry.pop_dead()).unwrap();
@@ -283,7 +285,7 @@ fn what_release_says_of_tracked_pages_decides_the_next_exit() {
 }
 
 #[test]
-fn only_one_of_expel_and_exit_removes() {
+fn only_one_of_unregister_and_exit_removes() {
     let mut registry = Locked::new();
     let a = mm(1);
     for scanner_first in [true, false] {
@@ -291,12 +293,12 @@ fn only_one_of_expel_and_exit_removes() {
         assert!(registry.with(|registry| registry.begin()));
         let claim = registry.visit();
         if scanner_first {
-            assert!(registry.with(|registry| registry.expel(&claim)));
-            assert!(!registry.with(|registry| registry.expel(&claim)));
+            assert!(registry.with(|registry| registry.unregister(&claim)));
+            assert!(!registry.with(|registry| registry.unregister(&claim)));
             assert!(matches!(registry.exit(1), Exit::NotFound));
         } else {
             assert!(matches!(registry.exit(1), Exit::Deferred { reap: false }));
-            assert!(!registry.with(|registry| registry.expel(&claim)));
+            assert!(!registry.with(|registry| registry.unregister(&claim)));
         }
         let released = registry.release(claim, true);
         assert!(released.reap);
@@ -433,8 +435,8 @@ fn chunks_are_asked_for_in_time_and_added_once() {
     assert!(registry.with(|registry| registry.take_missed()));
 
     assert_eq!(registry.0.wanted(), Some(1));
-    let chunk = Chunk::new(1, GFP_KERNEL).unwrap();
-    let twin = Chunk::new(1, GFP_KERNEL).unwrap();
+    let chunk = SlotChunk::new(1, GFP_KERNEL).unwrap();
+    let twin = SlotChunk::new(1, GFP_KERNEL).unwrap();
     assert!(registry.with(|registry| registry.add_chunk(chunk)).is_ok());
     assert!(registry.with(|registry| registry.add_chunk(twin)).is_err());
     assert_eq!(registry.0.wanted(), None);
@@ -449,9 +451,9 @@ fn chunks_are_asked_for_in_time_and_added_once() {
 #[test]
 fn a_chunk_without_memory_is_an_error() {
     testing::fail(Fail::Once(0));
-    assert!(Chunk::<Pin>::new(0, GFP_KERNEL).is_err());
+    assert!(SlotChunk::<Pin>::new(0, GFP_KERNEL).is_err());
     testing::fail(Fail::Never);
-    assert!(Chunk::<Pin>::new(15, GFP_KERNEL).is_err());
+    assert!(SlotChunk::<Pin>::new(15, GFP_KERNEL).is_err());
     assert_eq!(testing::live_bytes(), 0);
 }
 
@@ -463,7 +465,7 @@ fn many_mms_are_found_whatever_their_number() {
     for key in 0..200_000usize {
         if let Some(number) = registry.wanted() {
             assert!(registry
-                .add_chunk(Chunk::new(number, GFP_KERNEL).unwrap())
+                .add_chunk(SlotChunk::new(number, GFP_KERNEL).unwrap())
                 .is_ok());
         }
         let mm = mm(0xffff_8880_0000_0000 + key * 0x740);
@@ -489,7 +491,7 @@ fn many_mms_are_found_whatever_their_number() {
 fn that_somebody_was_missed_is_told_once() {
     let mut registry = Registry::<Pin>::new();
     assert!(!registry.take_missed());
-    registry.set_missed();
+    registry.mark_missed();
     assert!(registry.take_missed());
     assert!(!registry.take_missed());
 }
@@ -527,7 +529,7 @@ enum Step {
     Claim,
     MoveTo { who: usize, address: usize },
     Advance { who: usize },
-    Expel { who: usize },
+    Unregister { who: usize },
     Release { who: usize, tracked: bool },
     PopDead,
     Free { who: usize },
@@ -546,7 +548,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => Just(Step::Claim),
         2 => (who.clone(), 1..9usize).prop_map(|(who, page)| Step::MoveTo { who, address: page << 12 }),
         4 => who.clone().prop_map(|who| Step::Advance { who }),
-        1 => who.clone().prop_map(|who| Step::Expel { who }),
+        1 => who.clone().prop_map(|who| Step::Unregister { who }),
         5 => (who.clone(), any::<bool>()).prop_map(|(who, tracked)| Step::Release { who, tracked }),
         3 => Just(Step::PopDead),
         3 => who.clone().prop_map(|who| Step::Free { who }),
@@ -602,7 +604,7 @@ fn run(steps: &[Step]) {
     let mut alive = all.clone();
     let mut claims: Vec<Claim<Pin>> = Vec::new();
     let mut reaping: Vec<Dead<Pin>> = Vec::new();
-    let mut doomed: Vec<usize> = Vec::new();
+    let mut leaving: Vec<usize> = Vec::new();
 
     for &step in steps {
         match step {
@@ -639,7 +641,7 @@ fn run(steps: &[Step]) {
                         assert!(claimed || model.tracked[&mm.key]);
                         model.remove(mm.key);
                         if claimed {
-                            doomed.push(mm.key);
+                            leaving.push(mm.key);
                         } else {
                             model.dead.push(mm.key);
                         }
@@ -687,15 +689,15 @@ fn run(steps: &[Step]) {
                     model.step();
                 }
             }
-            Step::Expel { who } if !claims.is_empty() => {
+            Step::Unregister { who } if !claims.is_empty() => {
                 let claim = &claims[who % claims.len()];
                 let key = claim.mm().key();
                 let live = model.list.contains(&key);
                 claim.mm().0.exiting.set(true);
-                assert_eq!(registry.with(|registry| registry.expel(claim)), live);
+                assert_eq!(registry.with(|registry| registry.unregister(claim)), live);
                 if live {
                     model.remove(key);
-                    doomed.push(key);
+                    leaving.push(key);
                 }
             }
             Step::Release { who, tracked } if !claims.is_empty() => {
@@ -703,10 +705,10 @@ fn run(steps: &[Step]) {
                 let key = claim.mm().key();
                 let last = claims.iter().all(|other| other.mm().key() != key);
                 let released = registry.release(claim, tracked);
-                let gone = doomed.contains(&key);
+                let gone = leaving.contains(&key);
                 assert_eq!(released.reap, last && gone);
                 if gone && last {
-                    doomed.retain(|&other| other != key);
+                    leaving.retain(|&other| other != key);
                     model.dead.push(key);
                 } else {
                     model.tracked.insert(key, tracked);
@@ -738,7 +740,7 @@ fn run(steps: &[Step]) {
             Step::Pin { who } if !claims.is_empty() => {
                 let claim = &claims[who % claims.len()];
                 let pin = registry.with(|registry| registry.pin(claim.id()));
-                assert_eq!(pin.is_some(), !doomed.contains(&claim.mm().key()));
+                assert_eq!(pin.is_some(), !leaving.contains(&claim.mm().key()));
                 if let Some(pin) = pin {
                     assert!(Rc::ptr_eq(&pin.0, &claim.mm().0));
                 }
@@ -765,10 +767,9 @@ fn run(steps: &[Step]) {
         assert_eq!(registry.keys(), model.list);
         assert_eq!(registry.0.len(), model.list.len());
         assert_eq!(registry.0.scanning(), model.scanning);
-        assert_eq!(registry.0.has_dead(), !model.dead.is_empty());
         assert_eq!(
-            registry.0.nr_leaving(),
-            doomed.len() + model.dead.len() + reaping.len()
+            registry.0.nr_left(),
+            leaving.len() + model.dead.len() + reaping.len()
         );
     }
 
@@ -783,7 +784,7 @@ fn run(steps: &[Step]) {
         drop(registry.with(|registry| registry.free(dead)));
     }
     assert!(registry.0.is_empty());
-    assert_eq!(registry.0.nr_leaving(), 0);
+    assert_eq!(registry.0.nr_left(), 0);
     assert_eq!(all.iter().map(|mm| mm.pins.get()).sum::<usize>(), 0);
 }
 

@@ -10,11 +10,11 @@ use super::{
         Visited, //
     },
     registry::{
-        Chunk,
         Claim,
         Next,
         PinnedMm,
-        Registry, //
+        Registry,
+        SlotChunk, //
     },
     types::SlotId,
 };
@@ -107,7 +107,7 @@ impl Module {
     /// The module with room for mms. Not raced against by anybody: fewer steps to interleave.
     fn with_room() -> Rc<Self> {
         let module = Self::load();
-        let chunk = Chunk::new(0, GFP_KERNEL).unwrap();
+        let chunk = SlotChunk::new(0, GFP_KERNEL).unwrap();
         assert!(module.registry.lock().unwrap().add_chunk(chunk).is_ok());
         module
     }
@@ -151,10 +151,10 @@ impl Module {
 
             let engine = self.engine.lock().unwrap();
             let tracked = engine.tracked.contains_key(&claim.id());
-            let expel = visited.progress == Progress::Exiting;
+            let exiting = visited.progress == Progress::Exiting;
             let released = self.locked(|registry| {
-                if expel {
-                    registry.expel(&claim);
+                if exiting {
+                    registry.unregister(&claim);
                 }
                 registry.release(claim, tracked)
             });
@@ -202,7 +202,7 @@ impl Module {
         self.reap_dead();
         self.locked(|registry| {
             assert!(registry.is_empty(), "an mm that exited is still registered");
-            assert_eq!(registry.nr_leaving(), 0, "a slot is lost");
+            assert_eq!(registry.nr_left(), 0, "a slot is lost");
         });
         let engine = self.engine.lock().unwrap();
         assert!(engine.tracked.is_empty(), "page state is left behind");

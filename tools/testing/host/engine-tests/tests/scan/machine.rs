@@ -622,7 +622,7 @@ impl Machine {
         assert!(self.engine.bytes() < 2 * PAGE);
         assert_eq!(
             self.list
-                .locked(|registry| registry.len() + registry.nr_leaving()),
+                .locked(|registry| registry.len() + registry.nr_left()),
             0
         );
     }
