@@ -3,6 +3,7 @@
 //! What the engine thinks of the pages that a walk comes by, without touching them.
 
 use super::{
+    accessed::AccessedHint,
     memory::{
         Interest,
         Look,
@@ -14,10 +15,8 @@ use super::{
         PageStates,
         Reader, //
     },
-    scan::{
-        Policy,
-        Walk, //
-    },
+    policy::Policy,
+    scan::Walk,
     smart_scan::History,
     types::{
         Fingerprint,
@@ -41,25 +40,6 @@ const GAPS: usize = 8;
 
 /// Runs of pages that are new which one walk can note.
 const RUNS: usize = 16;
-
-/// A page that nothing seems to have touched is read all the same in one full scan of so many: what writes to it may
-/// leave no trace in page tables, as devices do.
-const REVISIT: usize = 16;
-
-/// For which pages an unchanged page table entry is taken for unchanged contents.
-#[derive(Clone, Copy)]
-pub(super) struct Trust {
-    /// For some at least.
-    pub(super) some: bool,
-    /// Number of the full scan.
-    pub(super) round: usize,
-}
-
-impl Trust {
-    pub(super) fn holds(self, addr: usize) -> bool {
-        self.some && (addr / PAGE_SIZE).wrapping_add(self.round) % REVISIT != 0
-    }
-}
 
 /// The page states, as a walk uses them.
 pub(super) trait States {
@@ -135,7 +115,7 @@ pub(super) struct Glance<'a, M, S> {
     memory: &'a M,
     states: S,
     policy: &'a Policy,
-    trust: Trust,
+    trust: AccessedHint,
     slot: SlotId,
     /// Pages that are to be scanned; those that smart scan skips do not count.
     budget: u32,
@@ -214,7 +194,7 @@ impl<'a, M: Memory, S: States> Glance<'a, M, S> {
             return false;
         };
         let zero = || fingerprint == Fingerprint::new(self.memory.zero_hash(), 0);
-        self.trust.holds(addr) && !(self.policy.use_zero_pages && zero())
+        self.trust.unchanged(addr) && !(self.policy.use_zero_pages && zero())
     }
 
     /// Whether a merged page is what it was when its item was made.
@@ -258,7 +238,7 @@ impl<M: Memory, S: States> Look for Glance<'_, M, S> {
                 self.seen.passed += 1;
                 Interest::Pass
             }
-            (PageKind::Plain, None) if self.trust.some && self.is_new(addr) => {
+            (PageKind::Plain, None) if self.trust.enabled() && self.is_new(addr) => {
                 self.seen.passed += 1;
                 Interest::Note
             }

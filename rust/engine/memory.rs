@@ -10,66 +10,15 @@
 //! `&self`, and change nothing but what they are given and the pages themselves; what is kept of merged pages changes in
 //! the methods that take `&mut self`, which one thread calls while the others do nothing.
 
-use super::{
-    registry::PinnedMm, //
-    types::{
-        Fingerprint,
-        ItemId,
-        NodeId,
-        PageId, //
-    },
+use super::types::{
+    Fingerprint,
+    ItemId,
+    MmPin,
+    NodeId,
+    PageId,
+    Refusal, //
 };
 use core::ops::Range;
-
-/// Why a page was left as it was. One counter each, see [`super::scan::Refusals`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// The vma is gone or no longer mergeable, or its page table no longer maps the page there.
-    Gone,
-    /// The folio is locked by somebody else.
-    Locked,
-    /// Somebody holds a reference that could write to the page (O_DIRECT, GUP).
-    Pinned,
-    /// The contents are not the same, byte for byte.
-    Differs,
-    /// A huge page could not be split.
-    Unsplit,
-    /// Both addresses map the same page already.
-    Same,
-    /// Memory for the bookkeeping could not be had.
-    NoMemory,
-    /// The merged page is being migrated or locked.
-    Busy,
-    /// The merged page of the stable node has been freed.
-    Stale,
-    /// The pages are on different NUMA nodes, and `merge_across_nodes` is 0.
-    FarNode,
-    /// The entry is protected for a userfaultfd, against writes or against any access.
-    Userfault,
-    /// The module is being unloaded.
-    Unloading,
-}
-
-impl Refusal {
-    /// Number of reasons.
-    pub const COUNT: usize = 12;
-
-    /// Reasons in the order of their numbers, by the names they are shown under.
-    pub const NAMES: [&'static str; Self::COUNT] = [
-        "gone",
-        "locked",
-        "pinned",
-        "differs",
-        "unsplit",
-        "same",
-        "no_memory",
-        "busy",
-        "stale",
-        "far_node",
-        "userfault",
-        "unloading",
-    ];
-}
 
 /// What a collected page is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,7 +192,7 @@ pub trait Merge {
 /// The memory that is scanned and merged.
 pub trait Memory: Sync {
     /// A pinned mm (`mmgrab`).
-    type Mm: PinnedMm + Send + Sync;
+    type Mm: MmPin + Send + Sync;
     /// A bounded run of collected pages, each with a reference held.
     type Batch: Send + Sync;
     /// What pages are hashed with.

@@ -14,11 +14,14 @@ use super::{
         Enter,
         Exit,
         Next,
-        PinnedMm,
         Registry,
         SlotChunk, //
     },
-    types::SlotId,
+    types::{
+        MmPin,
+        Progress,
+        SlotId, //
+    },
 };
 
 use kernel::{
@@ -37,17 +40,6 @@ pub struct Entered {
     /// Arrange for a call of [`MmList::refill`], where memory can be allocated. If the mm itself
     /// found no room, [`Registry::take_missed`] returns true as well.
     pub refill: bool,
-}
-
-/// How far a visit has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
-    /// Up to this address, where the next visit starts.
-    At(usize),
-    /// To the end of the mm.
-    Done,
-    /// The mm is exiting. It is unregistered if its exit has not been reported yet.
-    Exiting,
 }
 
 /// Outcome of one visit.
@@ -76,7 +68,7 @@ pub enum Step {
 /// The registry behind its spinlock, `mmlist_lock`.
 pub trait MmList {
     /// A pinned mm.
-    type Mm: PinnedMm;
+    type Mm: MmPin;
 
     /// Calls `f` with the lock held. `f` must not sleep and must not drop an mm.
     fn locked<R>(&self, f: impl FnOnce(&mut Registry<Self::Mm>) -> R) -> R;

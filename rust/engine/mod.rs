@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod accessed;
 pub mod advisor;
 mod container;
 pub mod content_hash;
@@ -17,6 +18,7 @@ pub mod lane;
 pub mod memory;
 pub mod mm_list;
 pub mod page_state;
+pub mod policy;
 pub mod registry;
 pub mod scan;
 pub mod smart_scan;

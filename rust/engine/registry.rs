@@ -49,7 +49,10 @@
 //! 1980): it grows by one bucket with each mm and never rehashes all at once, which a probe that
 //! must not allocate could not do. The buckets are in the slots themselves.
 
-use super::types::SlotId;
+use super::types::{
+    MmPin,
+    SlotId, //
+};
 
 use kernel::{
     alloc::{
@@ -70,28 +73,6 @@ const MAX_CHUNKS: usize = 15;
 
 /// More slots are wanted if fewer are free than this and an eighth of the capacity.
 const LOW_WATER: u32 = 64;
-
-/// An owned reference that keeps an `mm_struct` allocated, but not its memory: `mm_count`.
-///
-/// Dropping it is `mmdrop()`, which the registry leaves to its callers. Cloning it is `mmgrab()`.
-pub trait PinnedMm: Sized {
-    /// Returns the address of the `mm_struct`, which no other mm can have while it is pinned.
-    fn key(&self) -> usize;
-
-    /// Returns whether the last user of the address space is gone: `mm_users` is zero.
-    ///
-    /// # Context
-    ///
-    /// Called under the registry's lock. Must not sleep.
-    fn exiting(&self) -> bool;
-
-    /// Takes another reference to the same mm.
-    ///
-    /// # Context
-    ///
-    /// Called under the registry's lock. Must not sleep.
-    fn clone_pin(&self) -> Self;
-}
 
 /// Where a slot is in its life; see the module's description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -334,7 +315,7 @@ pub struct Registry<M> {
     missed: bool,
 }
 
-impl<M: PinnedMm> Registry<M> {
+impl<M: MmPin> Registry<M> {
     /// Returns a registry without slots.
     pub const fn new() -> Self {
         Self {
@@ -978,7 +959,7 @@ impl<M: PinnedMm> Registry<M> {
     }
 }
 
-impl<M: PinnedMm> Default for Registry<M> {
+impl<M: MmPin> Default for Registry<M> {
     fn default() -> Self {
         Self::new()
     }

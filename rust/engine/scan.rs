@@ -11,7 +11,7 @@
 //! stable nodes form a ring. The newest is the ring's head and the only one in the index; nodes that have got room
 //! again are moved next to it. A search looks at no more than [`RING_LOOK`] of them.
 //!
-//! Contents are not read again while nothing has touched the page ([`Trust`]). What is remembered of them may then be
+//! Contents are not read again while nothing has touched the page ([`AccessedHint`]). What is remembered of them may then be
 //! out of date, which costs a merge tried in vain, or one that comes some scans late.
 //!
 //! # Locks
@@ -20,7 +20,7 @@
 //! while it unmerges.
 
 use super::{
-    glance::Trust,
+    accessed::AccessedHint,
     index::{
         Entry,
         Index, //
@@ -45,20 +45,22 @@ use super::{
         PageKind,
         Pair,
         Partner,
-        Place,
-        Refusal, //
+        Place, //
     },
-    mm_list::Progress,
     page_state::{
         PageState,
         PageStates, //
     },
+    policy::Policy,
     stats::Counters,
     types::{
         Fingerprint,
         ItemId,
         NodeId,
         PageId,
+        Progress,
+        Refusal,
+        Refusals,
         SlotId, //
     },
 };
@@ -81,19 +83,6 @@ const RING_LOOK: usize = 3;
 /// Candidates of the same contents: so many are tried, and kept.
 const CANDIDATE_TRIES: u8 = 4;
 
-/// The knobs that decide about a page, as they are for one batch.
-#[derive(Clone, Copy, Debug)]
-pub struct Policy {
-    /// `smart_scan`.
-    pub smart_scan: bool,
-    /// `use_zero_pages`.
-    pub use_zero_pages: bool,
-    /// `merge_across_nodes`.
-    pub merge_across_nodes: bool,
-    /// `max_page_sharing`: mappings of a merged page.
-    pub max_page_sharing: u32,
-}
-
 /// Finds the mm of a slot whose pages are tracked.
 pub trait Pins<Mm> {
     /// Pins the mm of a slot; `None` once it has left.
@@ -105,7 +94,7 @@ pub trait Pins<Mm> {
 /// An mm that is scanned, and how.
 pub(super) struct Walk<'a, Mm> {
     pub(super) policy: &'a Policy,
-    pub(super) trust: Trust,
+    pub(super) trust: AccessedHint,
     pub(super) slot: SlotId,
     pub(super) mm: &'a Mm,
 }
@@ -120,9 +109,9 @@ impl<Mm> Walk<'_, Mm> {
         i: usize,
         work: &mut Work,
     ) {
-        work.still = self.trust.some && !memory.touched(batch, i);
+        work.still = self.trust.enabled() && !memory.touched(batch, i);
         let known = work.fingerprint != Fingerprint::NONE;
-        work.fresh = !(known && work.still && self.trust.holds(work.addr));
+        work.fresh = !(known && work.still && self.trust.unchanged(work.addr));
         if !self.policy.merge_across_nodes {
             work.domain = memory.nid(batch, i);
         }
@@ -160,9 +149,6 @@ enum Next {
     Alone,
 }
 
-/// How often each [`Refusal`] kept a page from being merged.
-pub type Refusals = [u64; Refusal::COUNT];
-
 /// What is known of all pages, and the merging of them.
 ///
 /// # Invariants
@@ -183,11 +169,7 @@ pub struct Engine<M: Memory> {
     /// Why pages were not merged.
     pub refusals: Refusals,
     swept: Option<NodeId>,
-    trust: Trust,
-    /// `merge_across_nodes` as it was last.
-    across_nodes: bool,
-    /// Full scans to come before fingerprints are again what they were made under other knobs.
-    distrust: u8,
+    trust: AccessedHint,
 }
 
 impl<M: Memory> Engine<M> {
@@ -198,14 +180,9 @@ impl<M: Memory> Engine<M> {
             states: PageStates::new(),
             index: Index::new(),
             counters: Counters::default(),
-            refusals: [0; Refusal::COUNT],
+            refusals: Refusals::default(),
             swept: None,
-            trust: Trust {
-                some: false,
-                round: 0,
-            },
-            across_nodes: true,
-            distrust: 0,
+            trust: AccessedHint::new(),
         }
     }
 
@@ -236,7 +213,7 @@ impl<M: Memory> Engine<M> {
         (crew, lanes): (&impl Crew, &mut Lanes<M>),
         budget: &mut u32,
     ) -> Progress {
-        self.update_trust(policy);
+        self.trust.update(policy);
         let walk = Walk {
             policy,
             trust: self.trust,
@@ -380,21 +357,10 @@ impl<M: Memory> Engine<M> {
         });
     }
 
-    /// A page may migrate to another NUMA node untouched, so nothing is trusted where its fingerprint depends on that.
-    fn update_trust(&mut self, policy: &Policy) {
-        if self.across_nodes != policy.merge_across_nodes {
-            self.across_nodes = policy.merge_across_nodes;
-            // In the full scan that is under way, pages may have been passed already.
-            self.distrust = 2;
-        }
-        self.trust.some = policy.merge_across_nodes && self.distrust == 0;
-    }
-
     /// Takes note that a full scan has ended.
     pub fn end_full_scan(&mut self) {
         self.counters.full_scans += 1;
-        self.trust.round = self.trust.round.wrapping_add(1);
-        self.distrust = self.distrust.saturating_sub(1);
+        self.trust.end_full_scan();
     }
 
     /// Forgets all pages of an mm: it has left, or all of it has been unmerged. May sleep.
@@ -658,7 +624,7 @@ impl<M: Memory> Engine<M> {
             // Somebody has written to it since.
             PageState::Merged(_) => self.release_state(page, state),
         }
-        if walk.trust.some && !matches!(known, Some((_, PageState::Tracked { .. }))) {
+        if walk.trust.enabled() && !matches!(known, Some((_, PageState::Tracked { .. }))) {
             // Whether it holds still will show next time, without its contents: many a page is gone by then.
             return false;
         }
@@ -726,7 +692,7 @@ impl<M: Memory> Engine<M> {
         self.counters.tracked += tracked as u64;
         self.memory.account_tracked(walk.mm, tracked as isize);
         for _ in tracked..pages {
-            self.refuse(Refusal::NoMemory);
+            self.refusals.count(Refusal::NoMemory);
         }
     }
 
@@ -796,7 +762,7 @@ impl<M: Memory> Engine<M> {
                     lanes.busy.add(now);
                     return ready;
                 }
-                Err(refusal) => self.refuse(refusal),
+                Err(refusal) => self.refusals.count(refusal),
             }
         }
 
@@ -818,7 +784,7 @@ impl<M: Memory> Engine<M> {
                     return ready;
                 }
                 Err(Refusal::Stale) if busy => {
-                    self.refuse(Refusal::Stale);
+                    self.refusals.count(Refusal::Stale);
                     return Next::Later;
                 }
                 Err(refusal) => {
@@ -966,7 +932,7 @@ impl<M: Memory> Engine<M> {
                 true
             }
             (With::Zero, Err(refusal)) => {
-                self.refuse(refusal);
+                self.refusals.count(refusal);
                 false
             }
             (With::Node(_), Ok(Merged::Node(item))) => {
@@ -1024,7 +990,7 @@ impl<M: Memory> Engine<M> {
         refusal: Refusal,
         work: &mut Work,
     ) -> bool {
-        self.refuse(refusal);
+        self.refusals.count(refusal);
         match refusal {
             Refusal::Stale => {
                 work.node_tried = !self.remove_node(node);
@@ -1044,7 +1010,7 @@ impl<M: Memory> Engine<M> {
 
     /// A page was not merged with a candidate.
     fn candidate_refused(&mut self, other: PageId, refusal: Refusal, work: &mut Work) {
-        self.refuse(refusal);
+        self.refusals.count(refusal);
         match refusal {
             Refusal::Same => {
                 work.same = true;
@@ -1078,7 +1044,7 @@ impl<M: Memory> Engine<M> {
         // A child has inherited the mapping, over the sharing limit if need be.
         match self.memory.adopt(at, batch, i, node) {
             Ok(item) => self.merged(page, item),
-            Err(refusal) => self.refuse(refusal),
+            Err(refusal) => self.refusals.count(refusal),
         }
         // What was left of a pair of which one could not be merged: now its contents stay.
         let unknown = |meta: &NodeMeta| meta.fingerprint == Fingerprint::NONE;
@@ -1167,12 +1133,6 @@ impl<M: Memory> Engine<M> {
                 _ => None,
             })
             .nth(nth.into())
-    }
-
-    fn refuse(&mut self, refusal: Refusal) {
-        if let Some(count) = self.refusals.get_mut(refusal as usize) {
-            *count = count.wrapping_add(1);
-        }
     }
 
     /// Takes note that a page is merged, by an item that is on its node already.

@@ -16,14 +16,14 @@ use crate::engine::{
         Pair,
         Partner,
         Place,
-        Refusal,
         Released, //
     },
     types::{
         Fingerprint,
         ItemId,
         NodeId,
-        PageId, //
+        PageId,
+        Refusal, //
     },
 };
 use crate::{

@@ -2,10 +2,12 @@
 
 //! Merging: a page joins a node, or two pages become the merged page of a new one.
 
-use crate::engine::memory::{
-    self,
-    Memory as _,
-    Refusal, //
+use crate::engine::{
+    memory::{
+        self,
+        Memory as _, //
+    },
+    types::Refusal, //
 };
 use crate::{
     bindings::raw,

@@ -19,15 +19,13 @@
 //! A node's `hlist` changes only under its folio's lock. All else here belongs to the engine's lock, the
 //! `thread_mutex`. The folio lock nests inside the `mmap_lock`; neither is held on return.
 
-use crate::engine::{
-    memory::Refusal, //
-    types::{
-        Fingerprint,
-        ItemId,
-        NodeId,
-        PageId,
-        RangeId, //
-    },
+use crate::engine::types::{
+    Fingerprint,
+    ItemId,
+    NodeId,
+    PageId,
+    RangeId,
+    Refusal, //
 };
 use crate::{
     bindings::raw,

@@ -4,7 +4,7 @@
 
 use crate::engine::{
     content_hash::ContentKey,
-    registry, //
+    types::MmPin, //
 };
 use crate::{
     bindings::raw,
@@ -27,7 +27,7 @@ use kernel::{
 /// Most bytes of address space that are walked under one mmap lock, so that it is not held across a huge hole.
 pub(super) const WALK_SPAN: usize = 1 << 30;
 
-impl registry::PinnedMm for PinnedMm {
+impl MmPin for PinnedMm {
     fn key(&self) -> usize {
         self.as_ptr() as usize
     }

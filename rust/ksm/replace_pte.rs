@@ -13,7 +13,7 @@
 //! `mmap_lock` (read) of one mm, then the folio lock (trylock), then mmu notifiers (may sleep), then the page table
 //! lock.
 
-use crate::engine::memory::Refusal;
+use crate::engine::types::Refusal;
 use crate::{
     bindings::raw,
     kernel_ext::{

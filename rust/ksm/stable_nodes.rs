@@ -6,14 +6,14 @@ use crate::engine::{
     content_hash::ContentKey,
     memory::{
         PageKind,
-        Place,
-        Refusal, //
+        Place, //
     },
     types::{
         Fingerprint,
         ItemId,
         NodeId,
-        PageId, //
+        PageId,
+        Refusal, //
     },
 };
 use crate::{

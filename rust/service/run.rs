@@ -12,9 +12,9 @@ use crate::{
         },
         mm_list::{
             MmList,
-            Progress,
             Visited, //
-        }, //
+        },
+        types::Progress, //
     },
     kernel_ext::oom::OomOrigin,
     ksm::unmerge,

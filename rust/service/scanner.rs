@@ -13,7 +13,7 @@ use crate::{
             Step,
             Visited, //
         },
-        scan::Policy, //
+        policy::Policy, //
     },
     kernel_ext::{
         folio,

@@ -4,6 +4,9 @@
 
 mod fingerprint;
 mod id;
+mod mm_pin;
+mod progress;
+mod refusal;
 
 pub use fingerprint::Fingerprint;
 pub use id::{
@@ -14,4 +17,10 @@ pub use id::{
     SlotId,
     RANGE_PAGES,
     RANGE_SHIFT, //
+};
+pub use mm_pin::MmPin;
+pub use progress::Progress;
+pub use refusal::{
+    Refusal,
+    Refusals, //
 };

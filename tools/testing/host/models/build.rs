@@ -13,10 +13,13 @@ use std::{
 };
 
 /// The engine's files that the models run, and the threads that run them.
-const ENGINE: [&str; 5] = [
+const ENGINE: [&str; 8] = [
     "types/mod",
     "types/fingerprint",
     "types/id",
+    "types/mm_pin",
+    "types/progress",
+    "types/refusal",
     "registry",
     "mm_list",
 ];
@@ -42,9 +45,9 @@ const BREAKS: &[Break] = &[
         doc: "Lesson 1: the scanner relies on the slot's pin, and drops the mmap lock after the registry's.",
         edits: &[
             Edit {
-                file: "registry",
-                from: "pub trait PinnedMm: Sized {",
-                to: "pub trait PinnedMm: Sized + crate::sim::Borrowed {",
+                file: "types/mm_pin",
+                from: "pub trait MmPin: Sized {",
+                to: "pub trait MmPin: Sized + crate::sim::Borrowed {",
             },
             Edit {
                 file: "registry",
@@ -104,8 +107,8 @@ const BREAKS: &[Break] = &[
         edits: &[
             Edit {
                 file: "mm_list",
-                from: "    type Mm: PinnedMm;",
-                to: "    type Mm: PinnedMm;\n\n    /// Waits.\n    fn wait(&self);",
+                from: "    type Mm: MmPin;",
+                to: "    type Mm: MmPin;\n\n    /// Waits.\n    fn wait(&self);",
             },
             Edit {
                 file: "mm_list",

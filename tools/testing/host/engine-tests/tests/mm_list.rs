@@ -6,13 +6,13 @@ use engine_tests::engine::{
     mm_list::{
         Entered,
         MmList,
-        Progress,
         Step,
         Visited, //
     },
-    registry::{
-        PinnedMm,
-        Registry, //
+    registry::Registry,
+    types::{
+        MmPin,
+        Progress, //
     }, //
 };
 
@@ -46,7 +46,7 @@ impl Pin {
     }
 }
 
-impl PinnedMm for Pin {
+impl MmPin for Pin {
     fn key(&self) -> usize {
         self.0
     }

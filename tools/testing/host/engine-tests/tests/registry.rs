@@ -9,12 +9,14 @@ use engine_tests::engine::{
         Enter,
         Exit,
         Next,
-        PinnedMm,
         Registry,
         Released,
         SlotChunk, //
     }, //
-    types::SlotId,
+    types::{
+        MmPin,
+        SlotId, //
+    },
 };
 
 use kernel::{
@@ -56,7 +58,7 @@ impl Pin {
     }
 }
 
-impl PinnedMm for Pin {
+impl MmPin for Pin {
     fn key(&self) -> usize {
         self.0.key
     }

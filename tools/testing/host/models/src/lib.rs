@@ -9,7 +9,7 @@
 //! matter of types: what a visit borrows from its claim, as the lock's guard does, cannot leave it.
 //!
 //! ```
-//! use models::fixed::mm_list::{MmList, Progress, Visited};
+//! use models::fixed::{mm_list::{MmList, Visited}, types::Progress};
 //!
 //! fn visit<L: MmList>(list: &L) {
 //!     list.visit(|claim| {
@@ -21,7 +21,7 @@
 //! ```
 //!
 //! ```compile_fail,E0521
-//! use models::fixed::mm_list::{MmList, Progress, Visited};
+//! use models::fixed::{mm_list::{MmList, Visited}, types::Progress};
 //!
 //! fn visit<L: MmList>(list: &L) {
 //!     let mut kept = None;

@@ -5,18 +5,20 @@
 use super::{
     mm_list::{
         MmList,
-        Progress,
         Step,
         Visited, //
     },
     registry::{
         Claim,
         Next,
-        PinnedMm,
         Registry,
         SlotChunk, //
     },
-    types::SlotId,
+    types::{
+        MmPin,
+        Progress,
+        SlotId, //
+    },
 };
 
 use crate::sim::{
@@ -46,7 +48,7 @@ use loom::{
     thread, //
 };
 
-crate::pinned_mm!(PinnedMm);
+crate::pinned_mm!(MmPin);
 
 /// What there is page state for: which slot, and whose pages.
 #[derive(Debug, Default)]

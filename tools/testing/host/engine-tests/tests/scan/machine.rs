@@ -25,22 +25,20 @@ use engine_tests::engine::{
         Lanes,
         Leader, //
     },
-    memory::Refusal,
     mm_list::{
         MmList,
-        Progress,
         Step,
         Visited, //
     },
-    registry::PinnedMm,
-    scan::{
-        Engine,
-        Policy, //
-    },
+    policy::Policy,
+    scan::Engine,
     stats::Counters, //
     types::{
         Fingerprint,
-        NodeId, //
+        MmPin,
+        NodeId,
+        Progress,
+        Refusal, //
     },
 };
 
@@ -485,14 +483,17 @@ impl Machine {
                 }
             }
         }
-        for (refusal, given) in world.refusals.iter().enumerate() {
-            let counted = self.engine.refusals[refusal];
+        for &refusal in Refusal::ALL {
+            let (counted, given) = (
+                self.engine.refusals.get(refusal),
+                world.refusals.get(refusal),
+            );
             match refusal {
                 // Of the engine's own, where there is no memory for a page's state.
-                r if r == Refusal::NoMemory as usize => assert!(counted >= *given),
+                Refusal::NoMemory => assert!(counted >= given),
                 // A page that is gone when it is to be replaced by the zero page is none that was refused.
-                r if r == Refusal::Gone as usize => assert!(counted <= *given),
-                _ => assert_eq!(counted, *given, "refusals of kind {refusal}"),
+                Refusal::Gone => assert!(counted <= given),
+                _ => assert_eq!(counted, given, "refusals of kind {refusal:?}"),
             }
         }
     }

@@ -26,15 +26,15 @@ use engine_tests::engine::{
         Pair,
         Partner,
         Place,
-        Refusal,
         Released, //
     },
-    registry::PinnedMm, //
     types::{
         Fingerprint,
         ItemId,
+        MmPin,
         NodeId,
-        PageId, //
+        PageId,
+        Refusal, //
     },
 };
 
@@ -112,7 +112,7 @@ impl SimMemory {
 
     fn count<T>(&self, result: Result<T, Refusal>) -> Result<T, Refusal> {
         if let Err(refusal) = &result {
-            self.0.borrow_mut().refusals[*refusal as usize] += 1;
+            self.0.borrow_mut().refusals.count(*refusal);
         }
         result
     }

@@ -9,20 +9,19 @@ use engine_tests::engine::{
     memory::{
         HugeId,
         NodeMeta,
-        Refusal,
         Released, //
     },
     mm_list::MmList,
-    registry::{
-        PinnedMm,
-        Registry, //
-    },
-    scan::Pins, //
+    registry::Registry,
+    scan::Pins,
     types::{
         ItemId,
+        MmPin,
         NodeId,
-        PageId, //
-    },
+        PageId,
+        Refusal,
+        Refusals, //
+    }, //
 };
 
 use kernel::testing;
@@ -104,7 +103,7 @@ struct MmStruct {
     users: AtomicBool,
 }
 
-impl PinnedMm for Mm {
+impl MmPin for Mm {
     fn key(&self) -> usize {
         self.0.key
     }
@@ -392,7 +391,7 @@ pub(crate) struct World {
     pub(crate) max_page_sharing: u32,
     pub(crate) merge_across_nodes: bool,
     /// How often each refusal was given.
-    pub(crate) refusals: [u64; Refusal::COUNT],
+    pub(crate) refusals: Refusals,
     /// Every page that the engine was done with.
     pub(crate) visits: Vec<(usize, usize)>,
     /// Addresses that may map a merged page without an item: memory for that was refused.
@@ -422,7 +421,7 @@ impl World {
             paused: false,
             max_page_sharing: 256,
             merge_across_nodes: true,
-            refusals: [0; Refusal::COUNT],
+            refusals: Refusals::default(),
             visits: Vec::new(),
             excused: BTreeSet::new(),
             asked: RefCell::new(None),

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! How far a visit of an mm came.
+
+/// How far a visit of an mm came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Up to this address; the next visit goes on there.
+    At(usize),
+    /// To the end of the mm.
+    Done,
+    /// Nowhere: the mm is exiting. It is unregistered if its exit has not been reported yet.
+    Exiting,
+}
