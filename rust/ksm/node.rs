@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Stable nodes and rmap items: merged pages as the core of mm knows them.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! All stable nodes and rmap items: where they are, and the pages that nodes stand for.
 

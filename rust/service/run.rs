@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! What a write to `run`, `merge_across_nodes` or `max_page_sharing` does.
 

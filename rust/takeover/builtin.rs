@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! What is used of the built-in KSM: its locks, its list of mms, `ksm_run`, and whether it has anything left.
 
