@@ -23,20 +23,58 @@ int rksm_folio_try_share_anon_rmap_pte(struct folio *folio, struct page *page)
 	return folio_try_share_anon_rmap_pte(folio, page);
 }
 
-/* Accounts for a mapping of a merged page, for which the caller gives a reference. */
-pte_t rksm_map_ksm_page(struct folio *kfolio, struct vm_area_struct *vma, unsigned long addr)
+/*
+ * Makes sure that reclaim writes a merged page out. MADV_FREE, by the only process that maps it, lets
+ * reclaim drop it instead, and must not do so for those that come to share it.
+ *
+ * The folio is locked and referenced. MADV_FREE makes a folio clean under that lock, and only while it
+ * has one mapping: until the lock is released, the folio stays dirty, and then it has two. Reclaim does
+ * not drop a dirty folio, and makes one swap-backed that it finds not to be. A folio that is on its way
+ * between two lists, and so cannot be isolated, is left to that; on a list the flag may not change.
+ */
+void rksm_folio_keep(struct folio *folio)
 {
-	folio_add_anon_rmap_pte(kfolio, &kfolio->page, vma, addr, RMAP_NONE);
-	return mk_pte(&kfolio->page, vma->vm_page_prot);
+	if (!folio_test_dirty(folio))
+		folio_mark_dirty(folio);
+	if (!folio_test_swapbacked(folio) && folio_isolate_lru(folio)) {
+		folio_set_swapbacked(folio);
+		folio_putback_lru(folio);
+	}
 }
 
-/* Accounts for a mapping of the zero page in the place of an anonymous page. */
-pte_t rksm_map_ksm_zero_page(struct vm_area_struct *vma, unsigned long addr)
+/* The contents of a poisoned page must not be looked at, nor anybody get it who has it not yet. */
+bool rksm_folio_poisoned(struct folio *folio)
 {
+	return folio_contain_hwpoisoned_page(folio);
+}
+
+/* Whether a program has written to a page says its entry, whatever page is mapped. */
+static pte_t rksm_pte_as_soft_dirty(pte_t pte, pte_t old)
+{
+	return pte_soft_dirty(old) ? pte_mksoft_dirty(pte) : pte_clear_soft_dirty(pte);
+}
+
+/*
+ * Accounts for a mapping of a merged page in the place of what `old` maps. The caller gives a
+ * reference to it.
+ */
+pte_t rksm_map_ksm_page(struct folio *kfolio, struct vm_area_struct *vma, unsigned long addr,
+			pte_t old)
+{
+	folio_add_anon_rmap_pte(kfolio, &kfolio->page, vma, addr, RMAP_NONE);
+	return rksm_pte_as_soft_dirty(mk_pte(&kfolio->page, vma->vm_page_prot), old);
+}
+
+/* Accounts for a mapping of the zero page in the place of the anonymous page that `old` maps. */
+pte_t rksm_map_ksm_zero_page(struct vm_area_struct *vma, unsigned long addr, pte_t old)
+{
+	pte_t pte = pte_mkspecial(pfn_pte(page_to_pfn(ZERO_PAGE(addr)), vma->vm_page_prot));
+
 	atomic_long_inc(rksm_data_ksm_zero_pages());
 	atomic_long_inc(&vma->vm_mm->ksm_zero_pages);
 	dec_mm_counter(vma->vm_mm, MM_ANONPAGES);
-	return pte_mkdirty(pte_mkspecial(pfn_pte(page_to_pfn(ZERO_PAGE(addr)), vma->vm_page_prot)));
+	/* Dirty is how the core of mm knows a zero page of KSM's; that marks it as soft-dirty, too. */
+	return rksm_pte_as_soft_dirty(pte_mkdirty(pte), old);
 }
 
 /* Accounts for a mapping that is gone, and drops its reference. */

@@ -72,6 +72,10 @@ F(struct page *, vm_normal_page_pmd,
   (struct vm_area_struct *vma, unsigned long addr, pmd_t pmd), (vma, addr, pmd))
 #endif
 
+/* mm/vmscan.c, mm/folio.c; mm/internal.h declares them */
+F(bool, folio_isolate_lru, (struct folio *folio), (folio))
+F(void, folio_putback_lru, (struct folio *folio), (folio))
+
 /* mm/memory.c */
 F(struct page *, vm_normal_page, (struct vm_area_struct *vma, unsigned long addr, pte_t pte),
   (vma, addr, pte))

@@ -65,6 +65,15 @@ fn matches_target(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool
     }
 }
 
+/// Whether memory has failed under a referenced page, or under what it is to be replaced by.
+fn is_poisoned(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
+    // SAFETY: The folios are referenced.
+    unsafe {
+        raw::rksm_folio_poisoned(raw::rksm_page_folio(page.as_ptr()))
+            || matches!(target, PteReplacement::KsmPage(kfolio) if raw::rksm_folio_poisoned(kfolio.as_ptr()))
+    }
+}
+
 /// Shares the page at `addr` of `vma`: see the module's documentation.
 ///
 /// The caller holds one reference to `page`. Before a huge page is split, which needs that this reference be the
@@ -92,6 +101,11 @@ pub(crate) fn share(
     // SAFETY: As above.
     if !unsafe { raw::rksm_folio_trylock(folio) } {
         return Err(Refusal::Locked);
+    }
+    if is_poisoned(page, target) {
+        // SAFETY: Locked above.
+        unsafe { raw::rksm_folio_unlock(folio) };
+        return Err(Refusal::Busy);
     }
     // SAFETY: The folio is referenced and locked.
     let result = if unsafe { raw::rksm_folio_test_large(folio) } {
@@ -129,6 +143,13 @@ fn share_locked(
     // SAFETY: The folio is referenced; it may have become a merged page while it was not locked.
     if unsafe { raw::rksm_folio_test_ksm(folio) } {
         return Err(Refusal::Gone);
+    }
+    // SAFETY: The page is referenced and its folio locked.
+    if unsafe {
+        raw::rksm_page_anon_exclusive(page.as_ptr()) && raw::rksm_folio_pinned_beyond(folio, 1)
+    } {
+        // Counted again below, where it is final: this spares users of a page that is pinned for long the bracket.
+        return Err(Refusal::Pinned);
     }
     race_window::sleep();
     let _bracket = Invalidate::new(mm, addr);
@@ -179,24 +200,24 @@ fn share_locked(
                 pte.set(raw::rksm_pte_wrprotect_clean(entry));
                 raw::rksm_folio_set_mapping(folio, mapping.as_raw());
                 raw::rksm_folio_mark_accessed(folio);
-                // Reclaim frees a clean folio without writing it out: this one must reach swap.
-                raw::rksm_folio_mark_dirty(folio);
+                raw::rksm_folio_keep(folio);
             }
             PteReplacement::KsmPage(kfolio) => {
+                raw::rksm_folio_keep(kfolio.as_ptr());
                 raw::rksm_folio_get(kfolio.as_ptr());
-                let new = raw::rksm_map_ksm_page(kfolio.as_ptr(), pte.vma(), addr);
+                let new = raw::rksm_map_ksm_page(kfolio.as_ptr(), pte.vma(), addr, entry);
                 pte.set(new);
                 raw::rksm_unmap_anon_page(folio, page.as_ptr(), pte.vma());
             }
             PteReplacement::ZeroPage => {
-                let new = raw::rksm_map_ksm_zero_page(pte.vma(), addr);
+                let new = raw::rksm_map_ksm_zero_page(pte.vma(), addr, entry);
                 pte.set(new);
                 raw::rksm_unmap_anon_page(folio, page.as_ptr(), pte.vma());
             }
         }
     }
-    // SAFETY: Looks at the entry's bits, and asks secondary MMUs.
-    Ok(unsafe { raw::rksm_touched(pte.vma(), addr, entry) })
+    // SAFETY: The mm is live.
+    Ok(unsafe { raw::rksm_may_be_touched(mm.mm().as_ptr(), entry) })
 }
 
 /// Unshares merged pages in `start..end` of a vma, at most `faults` of them.
