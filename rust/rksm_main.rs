@@ -94,7 +94,7 @@ struct Rksm {
 
 impl kernel::Module for Rksm {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        kernel_ext::race_window::set_limit(module_parameters::delay.value());
+        kernel_ext::race_window::widen(module_parameters::delay.value());
         let symbols = Symbols::resolve()?;
         takeover::btf::check_layouts(symbols)?;
         let takeover = Takeover::<Ksm>::new(symbols, &NAMES)?;

@@ -6,6 +6,10 @@
 #ifndef RKSM_SYMBOLS_H
 #define RKSM_SYMBOLS_H
 
+#ifndef CONFIG_X86_64
+#error "rksm is for x86-64 only: pages of 4 KiB, accessed bits and TLB flushes are as there (no memory tags)"
+#endif
+
 #include <linux/btf.h>
 #include <linux/kernel.h>
 #include <linux/ksm.h>
