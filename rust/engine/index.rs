@@ -1,22 +1,45 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Where pages of a given content may be found: merged ones and candidates alike, by fingerprint.
+//! Finds merged pages and candidates by fingerprint.
 //!
-//! A linear hash table. Its buckets are pairs of cache lines with sixteen 8-byte entries. When entries are added, the
-//! buckets are split one after the other, and when entries go, they are joined again in the reverse order: never is more
-//! than a bucket or two rehashed at a time, and the memory follows the number of entries. A bucket that has more than
-//! sixteen entries goes on in overflow lines of half that size, which are kept without gaps too. Buckets of one cache line
-//! would be read faster, but their numbers of entries vary more, and more memory would lie idle in the overflow lines.
+//! A linear hash table (W. Litwin, "Linear Hashing: A New Tool for File and Table Addressing", VLDB
+//! 1980). A bucket is a pair of cache lines with sixteen 8-byte entries. As entries are added, the
+//! buckets are split one after the other; as entries go, they are joined in the reverse order. At
+//! most two buckets are rehashed by one call, and the memory follows the number of entries.
 //!
-//! An entry holds 22 bits of its fingerprint, the tag. The bucket number comes from the bits below and, as the index grows,
-//! from those of the tag, which tell a split where an entry goes. So what [`Index::find`] yields has the right fingerprint
-//! almost always, but not always: the caller looks at what the entry refers to. With a million entries it is another one once
-//! in 16,000 searches, with a thousand million once in 16. The whole fingerprint is not kept here; where a small index splits,
-//! the caller supplies it.
+//! A bucket with more than sixteen entries continues in overflow lines of half that size, which are
+//! kept without gaps too. Buckets of one cache line would be faster to read, but the number of
+//! entries in a bucket would vary more, and more memory would be unused in overflow lines.
 //!
-//! Entries of the same fingerprint all lie in one bucket, however many they are. A search for that fingerprint, a
-//! split of that bucket and the removal of one of them take time in their number. [`Index::promote`] brings the one
-//! that is wanted most to the front. Fingerprints must not be for others to choose: the caller hashes with a secret seed.
+//! An entry holds 22 bits of its fingerprint, the tag. The number of the bucket comes from the bits
+//! below the tag and, as the index grows, from bits of the tag itself, which tell a split where the
+//! entry goes. So [`Index::find`] yields entries with the right fingerprint and, rarely, another
+//! one, so the caller checks what the entry refers to: with a million entries one search in 16,000
+//! yields a wrong entry, with a thousand million one in 16. The whole fingerprint is not stored
+//! here; when a small index splits, the caller supplies it.
+//!
+//! All entries of one fingerprint are in one bucket. A search for that fingerprint, a split of that
+//! bucket and the removal of such an entry take time in proportion to their number. An attacker
+//! must not be able to choose fingerprints, so the caller hashes with a secret key
+//! ([`super::content_hash`]).
+//!
+//! # Examples
+//!
+//! ```
+//! use engine::{
+//!     index::{Entry, Index},
+//!     types::{Fingerprint, NodeId},
+//! };
+//! use kernel::prelude::*;
+//!
+//! let mut index = Index::new();
+//! let (contents, node) = (Fingerprint::new(0x1234, 0), Entry::Stable(NodeId(7)));
+//! index.insert(contents, node, GFP_KERNEL, |_| Some(contents))?;
+//! assert!(index.find(contents).eq([node]));
+//! assert!(index.remove(contents, node));
+//! assert!(index.is_empty());
+//! # Ok::<(), Error>(())
+//! ```
 
 use super::{
     container::{
@@ -40,14 +63,14 @@ use kernel::{
 pub enum Entry {
     /// A merged page.
     Stable(NodeId),
-    /// A page that is not merged, whose content held still.
+    /// A page that is not merged, whose contents have not changed between two scans.
     Candidate(PageId),
 }
 
-/// Number of words in a bucket, and of entries if it has no overflow line.
+/// Number of words in a bucket, and of its entries if it has no overflow line.
 const BUCKET_WORDS: usize = 16;
 
-/// Number of words in an overflow line. One is a link.
+/// Number of words in an overflow line. One of them is a link.
 const LINE_WORDS: usize = 8;
 
 /// Number of entries per bucket above which another bucket is split off.
@@ -56,22 +79,23 @@ const GROW: usize = 15;
 /// Number of entries per bucket below which two buckets are joined.
 const SHRINK: usize = 8;
 
-/// Most overflow lines that joining two buckets can take beyond what they have: two full buckets without any.
+/// Largest number of overflow lines that joining two buckets can need beyond those that they have:
+/// both are full and have none.
 const JOIN_LINES: usize = lines_for(2 * BUCKET_WORDS);
 
-/// End of a chain, and of the list of spare lines. Also the number of lines that can be addressed.
+/// End of a chain and of the list of spare lines. Also the number of lines that can be addressed.
 const NONE: u32 = (1 << 31) - 1;
 
-/// In place of a bucket, in the link of a spare line.
+/// The bucket in the link of a spare line.
 const SPARE: u32 = NONE;
 
-/// A word of a line: nothing, an entry, or a link.
+/// A word of a line: empty, an entry or a link.
 ///
-/// | bits   | entry           | link                                   |
-/// |--------|-----------------|----------------------------------------|
-/// | 0, 1   | kind            | kind                                   |
-/// | 2..42  | what it is      | 2..33: next overflow line, or [`NONE`] |
-/// | 42..64 | tag             | 33..64: bucket that the line belongs to|
+/// | bits   | entry        | link                                    |
+/// |--------|--------------|-----------------------------------------|
+/// | 0, 1   | kind         | kind                                    |
+/// | 2..42  | node or page | 2..33: next overflow line, or [`NONE`]  |
+/// | 42..64 | tag          | 33..64: bucket that the line belongs to |
 #[derive(Clone, Copy, Eq, PartialEq)]
 struct Word(u64);
 
@@ -84,7 +108,7 @@ const VALUE_MASK: u64 = (1 << PageId::BITS) - 1;
 const TAG_SHIFT: u32 = VALUE_SHIFT + PageId::BITS;
 const BUCKET_SHIFT: u32 = VALUE_SHIFT + 31;
 
-/// The tag's lowest bit in the fingerprint.
+/// The bit of the fingerprint that is the lowest one of the tag.
 const TAG_FROM: u32 = 12;
 
 static_assert!(TAG_FROM + u64::BITS - TAG_SHIFT <= Fingerprint::BITS);
@@ -141,7 +165,7 @@ impl Word {
         }
     }
 
-    /// Returns the entry that the word holds, if it holds one.
+    /// Returns the entry that the word holds, `None` if it is empty or a link.
     #[inline]
     const fn to_entry(self) -> Option<Entry> {
         let value = self.0 >> VALUE_SHIFT & VALUE_MASK;
@@ -153,11 +177,11 @@ impl Word {
     }
 }
 
-/// A bucket, or an overflow line of one.
+/// A bucket or an overflow line.
 ///
 /// # Invariants
 ///
-/// 1. Entries stand before empty words; only the last word can be a link.
+/// 1. Entries come before empty words. Only the last word can be a link.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line<const WORDS: usize>([Word; WORDS]);
@@ -169,14 +193,15 @@ impl<const WORDS: usize> Line<WORDS> {
     const EMPTY: Self = Self([Word::EMPTY; WORDS]);
 }
 
-// Buckets and overflow lines alike are read and changed as slices of words, by these.
+// These functions work on buckets and overflow lines alike, as slices of words.
 
-/// Returns the last word: a link, an entry or nothing.
+/// Returns the last word: a link, an entry or empty.
 #[inline]
 fn link(line: &[Word]) -> Word {
     line.last().copied().unwrap_or(Word::EMPTY)
 }
 
+/// Replaces the last word.
 fn set_link(line: &mut [Word], link: Word) {
     if let Some(last) = line.last_mut() {
         *last = link;
@@ -197,9 +222,9 @@ fn entries(line: &[Word]) -> impl Iterator<Item = Word> + '_ {
         .take_while(|word| !word.is_empty() && !word.is_link())
 }
 
-/// Puts a word behind the last entry, and returns whether there was room.
+/// Appends a word to the entries. Returns whether there was room.
 fn push(line: &mut [Word], word: Word) -> bool {
-    // INVARIANT: 1. of `Line`: it goes to the first empty place.
+    // INVARIANT: 1. of `Line`: The word goes to the first empty place.
     match line.iter_mut().find(|at| at.is_empty()) {
         Some(empty) => {
             *empty = word;
@@ -209,23 +234,24 @@ fn push(line: &mut [Word], word: Word) -> bool {
     }
 }
 
-/// Takes out the last entry.
+/// Removes the last entry.
 fn pop(line: &mut [Word]) -> Option<Word> {
     let last = entries(line).count().checked_sub(1)?;
-    // INVARIANT: 1. of `Line`: what follows is empty already.
+    // INVARIANT: 1. of `Line`: What follows is empty already.
     let word = line.get_mut(last)?;
     Some(core::mem::replace(word, Word::EMPTY))
 }
 
-/// The content index.
+/// Merged pages and candidates by fingerprint; see the description of the module.
 ///
-/// Entries are unique: the caller inserts none that is there already, and removes each under the fingerprint under which it
-/// was inserted.
+/// Entries are unique: the caller inserts no entry twice, and removes an entry under the
+/// fingerprint under which it was inserted.
 ///
 /// # Invariants
 ///
-/// 1. The entries of a fingerprint are in the bucket that [`Index::bucket`] says, or in an overflow line of its chain.
-/// 2. A bucket's chain is as short as can be; of its lines only the first may have room.
+/// 1. The entries of a fingerprint are in the bucket that [`Index::bucket`] returns, or in an
+///    overflow line of its chain.
+/// 2. The chain of a bucket is as short as possible. Only its first line may have room.
 /// 3. Every overflow line is in the chain of the bucket that its link names.
 /// 4. `len` is the number of entries.
 pub struct Index {
@@ -241,9 +267,9 @@ impl Default for Index {
 }
 
 impl Index {
-    /// Creates an index without entries, without allocating.
+    /// Returns an empty index, without allocating.
     pub const fn new() -> Self {
-        // INVARIANT: 1. to 4. hold for no buckets.
+        // INVARIANT: 1. to 4. hold without buckets.
         Self {
             buckets: PagedVec::new(),
             overflow: PagedVec::new(),
@@ -261,12 +287,13 @@ impl Index {
         self.len == 0
     }
 
-    /// Returns how many bytes of memory the index takes.
+    /// Returns the memory that the index takes, in bytes.
     pub fn bytes(&self) -> usize {
         self.buckets.bytes() + self.overflow.bytes()
     }
 
-    /// Returns the entries that may have this fingerprint: all that have, and now and then another one.
+    /// Returns the entries that may have this fingerprint: all that have it and, rarely, another
+    /// one.
     #[inline]
     pub fn find(&self, fingerprint: Fingerprint) -> Find<'_> {
         Find {
@@ -277,14 +304,14 @@ impl Index {
         }
     }
 
-    /// Adds an entry; [`Index::find`] yields it first.
+    /// Adds an entry, which [`Index::find`] then yields first.
     ///
-    /// `fingerprint_of` may be asked for the fingerprints of other entries, those under which they were inserted. An entry for
-    /// which it says `None` refers to nothing any more and may be dropped.
+    /// `fingerprint_of` returns the fingerprint under which another entry was inserted, or `None`
+    /// if what the entry refers to does not exist: that entry may be dropped.
     ///
     /// # Errors
     ///
-    /// `ENOMEM` if there is no memory; nothing has changed then.
+    /// `ENOMEM` if there is no memory. Nothing has changed then.
     #[inline]
     pub fn insert(
         &mut self,
@@ -293,7 +320,7 @@ impl Index {
         flags: Flags,
         fingerprint_of: impl Fn(Entry) -> Option<Fingerprint>,
     ) -> Result {
-        // The second time makes up for a split there was no memory for.
+        // The second round makes up for an earlier split that failed for want of memory.
         for _ in 0..2 {
             if self.len >= self.buckets.len() * GROW && self.split(flags, &fingerprint_of).is_err()
             {
@@ -303,7 +330,8 @@ impl Index {
         let bucket = self.bucket(fingerprint).ok_or(ENOMEM)?;
         let room = self.make_room(bucket, &mut None, flags)?;
         let first = self.word_mut(bucket, None, 0).ok_or(EINVAL)?;
-        // INVARIANT: 1. It is that bucket, and what stood first stays in it. 4.
+        // INVARIANT: 1. `bucket()` returned the bucket, and the displaced entry stays in it.
+        // 4. `len` is updated below.
         let displaced = core::mem::replace(first, Word::entry(fingerprint, entry));
         if let Some(line) = self
             .line_mut(bucket, room)
@@ -315,7 +343,7 @@ impl Index {
         Ok(())
     }
 
-    /// Removes an entry, and returns whether it was there.
+    /// Removes an entry. Returns whether it was there.
     #[inline]
     pub fn remove(&mut self, fingerprint: Fingerprint, entry: Entry) -> bool {
         let found = self.locate(fingerprint, entry);
@@ -323,7 +351,7 @@ impl Index {
             return false;
         };
         self.take(bucket, line, at);
-        // INVARIANT: 4.
+        // INVARIANT: 4. One entry less.
         self.len -= 1;
         if self.len == 0 {
             *self = Self::new();
@@ -336,7 +364,9 @@ impl Index {
         true
     }
 
-    /// Puts an entry in place of another of the same fingerprint, and returns whether that was there. Needs no memory.
+    /// Replaces an entry by another one with the same fingerprint. Returns whether it was there.
+    ///
+    /// Needs no memory.
     pub fn replace(&mut self, fingerprint: Fingerprint, old: Entry, new: Entry) -> bool {
         match self.locate(fingerprint, old) {
             Some((bucket, line, at)) => {
@@ -349,30 +379,12 @@ impl Index {
         }
     }
 
-    /// Makes an entry the first that [`Index::find`] yields, and returns whether it was there.
-    pub fn promote(&mut self, fingerprint: Fingerprint, entry: Entry) -> bool {
-        let Some((bucket, line, at)) = self.locate(fingerprint, entry) else {
-            return false;
-        };
-        let word = Word::entry(fingerprint, entry);
-        let Some(first) = self.word_mut(bucket, None, 0) else {
-            return false;
-        };
-        let displaced = core::mem::replace(first, word);
-        if let Some(at) = self.word_mut(bucket, line, at) {
-            *at = displaced;
-        }
-        if let Some(first) = self.word_mut(bucket, None, 0) {
-            *first = word;
-        }
-        true
-    }
-
-    /// Checks all invariants, in time proportional to the number of entries.
+    /// Checks every invariant, for tests and debugging. Takes time in proportion to the number of
+    /// entries.
     ///
     /// # Errors
     ///
-    /// Says which one does not hold.
+    /// A description of the invariant that does not hold.
     pub fn check(
         &self,
         fingerprint_of: impl Fn(Entry) -> Option<Fingerprint>,
@@ -418,12 +430,12 @@ impl Index {
         Ok(())
     }
 
-    /// Returns the bucket that a fingerprint belongs to, `None` if there are none yet.
+    /// Returns the bucket to which a fingerprint belongs, `None` if there are no buckets.
     #[inline]
     fn bucket(&self, fingerprint: Fingerprint) -> Option<usize> {
         let level = self.buckets.len().checked_ilog2()?;
         let bucket = fingerprint.to_bits() as usize & ((2 << level) - 1);
-        // Those that this round of splits has not reached yet are still with their lower halves.
+        // This round of splits has not reached that bucket yet: its entries are in the lower half.
         Some(if bucket < self.buckets.len() {
             bucket
         } else {
@@ -431,7 +443,8 @@ impl Index {
         })
     }
 
-    /// Returns bucket, overflow line if not in the bucket itself, and place in the line of an entry.
+    /// Returns where an entry is: its bucket, its overflow line (`None`: the bucket itself) and its
+    /// place in the line.
     fn locate(
         &self,
         fingerprint: Fingerprint,
@@ -449,7 +462,7 @@ impl Index {
         }
     }
 
-    /// Returns an overflow line, or the bucket itself.
+    /// Returns an overflow line, or the bucket itself for `None`.
     #[inline]
     fn line(&self, bucket: usize, line: Option<u32>) -> Option<&[Word]> {
         Some(match line {
@@ -458,6 +471,7 @@ impl Index {
         })
     }
 
+    /// As [`Index::line`], for writing.
     #[inline]
     fn line_mut(&mut self, bucket: usize, line: Option<u32>) -> Option<&mut [Word]> {
         Some(match line {
@@ -470,12 +484,13 @@ impl Index {
         self.line_mut(bucket, line)?.get_mut(at)
     }
 
-    /// Returns the line of a bucket where there is room for one more entry: `None` for the bucket itself, else a line of its
-    /// chain, made of a spare or of a new one if need be.
+    /// Returns a line of a bucket with room for one more entry, `None` for the bucket itself.
+    ///
+    /// Adds a line to the chain if none has room: a spare one if there is one, else a new one.
     ///
     /// # Errors
     ///
-    /// `ENOMEM` if there is no memory for a new line; nothing has changed then.
+    /// `ENOMEM` if there is no memory for a new line. Nothing has changed then.
     #[inline]
     fn make_room(
         &mut self,
@@ -488,7 +503,7 @@ impl Index {
         if last.is_empty() {
             return Ok(None);
         }
-        // INVARIANT: 2. The first line of the chain is the one with room, if any has.
+        // INVARIANT: 2. Only the first line of the chain may have room.
         let head = next(line);
         if let Some(first) = head.and_then(|id| self.line(bucket, Some(id))) {
             if entries(first).count() < LINE_WORDS - 1 {
@@ -502,7 +517,7 @@ impl Index {
             Word::link(head.unwrap_or(NONE), bucket as u32),
         );
         if !last.is_link() {
-            // An entry stands where the bucket's link has to be.
+            // The link takes the place of an entry, which moves to the new line.
             push(&mut added.0, last);
         }
         let id = match *spare {
@@ -528,17 +543,17 @@ impl Index {
         Ok(Some(id))
     }
 
-    /// Takes the entry at a place out of a bucket.
+    /// Removes the entry at a place from a bucket.
     fn take(&mut self, bucket: usize, line: Option<u32>, at: usize) {
-        // INVARIANT: 2. The hole is filled from the first line of the chain; if that is empty then, or the bucket alone can
-        // hold what is left, it goes.
+        // INVARIANT: 2. The gap is filled from the first line of the chain. That line is freed if
+        // it is empty then, or if the bucket alone can hold what is left.
         let head = self.line(bucket, None).and_then(next);
         let Some(last) = self.line_mut(bucket, head).and_then(pop) else {
             return;
         };
         match self.word_mut(bucket, line, at) {
             Some(hole) if !hole.is_empty() => *hole = last,
-            // It was the last one itself.
+            // The removed entry was the last one itself.
             _ => (),
         }
 
@@ -558,7 +573,7 @@ impl Index {
         }
     }
 
-    /// Frees an overflow line that is in no chain and not on the list of spare ones.
+    /// Frees an overflow line that is in no chain and not on the list of spare lines.
     fn free_line(&mut self, id: u32, spare: &mut Option<u32>) {
         let Some(moved) = self.overflow.pop() else {
             return;
@@ -567,7 +582,7 @@ impl Index {
         if from == id {
             return;
         }
-        // The last line takes the place of this one, so whatever links to it must follow.
+        // The last line moves to this place, so the link to it is updated.
         if let Some(place) = self.overflow.get_mut(id as usize) {
             *place = moved;
         }
@@ -593,19 +608,22 @@ impl Index {
         }
     }
 
-    /// Empties a bucket and puts each of its entries into the bucket that `to` says, or drops it. Needs no memory if the chains
-    /// of those buckets are together no longer than that of this one was.
+    /// Empties a bucket and moves each entry to the bucket that `to` returns, or drops it for
+    /// `None`.
+    ///
+    /// Needs no memory if the chains of those buckets together are no longer than the chain of this
+    /// one.
     fn redistribute(&mut self, from: usize, to: impl Fn(Word) -> Option<usize>) {
         let Some(bucket) = self.buckets.get_mut(from) else {
             return;
         };
         let emptied = core::mem::replace(bucket, Bucket::EMPTY);
         let mut spare = None;
-        self.deal_out(&emptied.0, &mut spare, &to);
+        self.redistribute_line(&emptied.0, &mut spare, &to);
         let mut chain = next(&emptied.0);
         while let Some(id) = chain {
-            // INVARIANT: 3. What was read is in no chain now, but on the list of spare lines until it is in another chain or
-            // freed.
+            // INVARIANT: 3. A line that was read is in no chain. It is on the list of spare lines
+            // until another chain gets it or it is freed.
             let mut empty = Overflow::EMPTY;
             set_link(&mut empty.0, Word::link(spare.unwrap_or(NONE), SPARE));
             let Some(line) = self.overflow.get_mut(id as usize) else {
@@ -613,7 +631,7 @@ impl Index {
             };
             let emptied = core::mem::replace(line, empty);
             spare = Some(id);
-            self.deal_out(&emptied.0, &mut spare, &to);
+            self.redistribute_line(&emptied.0, &mut spare, &to);
             chain = next(&emptied.0);
         }
         while let Some(id) = spare {
@@ -622,7 +640,8 @@ impl Index {
         }
     }
 
-    fn deal_out(
+    /// Moves the entries of a line, which is in no chain, to the buckets that `to` returns.
+    fn redistribute_line(
         &mut self,
         line: &[Word],
         spare: &mut Option<u32>,
@@ -637,13 +656,17 @@ impl Index {
                 })
             });
             if !added {
-                // INVARIANT: 4.
+                // INVARIANT: 4. The entry is dropped.
                 self.len -= 1;
             }
         }
     }
 
-    /// Adds a bucket, and moves there what belongs there.
+    /// Adds a bucket and moves the entries that belong there.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory. Nothing has changed then.
     fn split(
         &mut self,
         flags: Flags,
@@ -658,8 +681,8 @@ impl Index {
             return Ok(());
         };
         let old = new - (1 << level);
-        // INVARIANT: 1. The next higher bit of the fingerprint tells the two buckets apart. 2. Two buckets with the entries of
-        // one never need more lines than that one had.
+        // INVARIANT: 1. The next higher bit of the fingerprint tells the two buckets apart.
+        // 2. Two buckets with the entries of one never need more lines than that one had.
         self.redistribute(old, |word| {
             if let Some(upper) = word.bit(level) {
                 return Some(if upper { new } else { old });
@@ -668,29 +691,30 @@ impl Index {
             let fingerprint = fingerprint_of(entry).filter(|&f| Word::entry(f, entry) == word)?;
             match fingerprint.to_bits() as usize & ((2 << level) - 1) {
                 bucket if bucket == old || bucket == new => Some(bucket),
-                // It is not the one that it was inserted under.
+                // That is not the fingerprint under which the entry was inserted.
                 _ => None,
             }
         });
         Ok(())
     }
 
-    /// Removes the last bucket, and moves its entries to the one that it was split from. Does nothing if there is no memory for
-    /// that, or no other bucket.
+    /// Removes the last bucket and moves its entries to the one from which it was split.
+    ///
+    /// Does nothing if there is no memory for that or no other bucket.
     fn join(&mut self) {
         let Some(level) = self.buckets.len().wrapping_sub(1).checked_ilog2() else {
             return;
         };
         let last = self.buckets.len() - 1;
         if self.overflow.reserve(JOIN_LINES, GFP_SHRINK).is_ok() {
-            // INVARIANT: 1. Without the last bucket, its entries belong where they go.
+            // INVARIANT: 1. Without the last bucket, its entries belong to the one that gets them.
             self.redistribute(last, |_| Some(last - (1 << level)));
             self.buckets.pop();
         }
     }
 }
 
-/// Number of overflow lines of a bucket with this many entries.
+/// Returns the number of overflow lines of a bucket with this many entries.
 const fn lines_for(entries: usize) -> usize {
     if entries <= BUCKET_WORDS {
         0
@@ -699,7 +723,7 @@ const fn lines_for(entries: usize) -> usize {
     }
 }
 
-/// Iterator over the entries that may have a fingerprint, made by [`Index::find`].
+/// Iterator over the entries that may have a fingerprint, returned by [`Index::find`].
 #[derive(Clone)]
 pub struct Find<'a> {
     index: &'a Index,

@@ -2,20 +2,40 @@
 
 //! What is known of every page that the scanner has seen and may see again.
 //!
-//! One 64-bit word for each tracked page. The pages of an mm are grouped in aligned ranges of [`RANGE_PAGES`] pages:
-//! a bitmap says which of them are tracked, and their words stand in a vector without gaps ([`range`]). The ranges of all
-//! mms live in one [`arena`], where they keep their place, so that a [`PageId`] can name a page in 40 bits. For each mm a
-//! [`directory`] has its ranges in the order of their addresses.
+//! One 64-bit word for each tracked page. The pages of an mm are grouped in aligned ranges of
+//! [`RANGE_PAGES`] pages: a bitmap of the pages that are tracked and a vector of their words
+//! without gaps ([`range`]). The ranges of all mms are in one arena ([`range_arena`]) and never
+//! move, so a [`PageId`] can name a page in 40 bits. For each mm, a [`directory`] has its ranges in
+//! the order of their addresses.
 //!
-//! The scanner visits addresses in ascending order. A cursor remembers the range that was used last, and one that is not
-//! there, so each of those visits takes constant time.
+//! The scanner visits addresses in ascending order. A cursor remembers the range that was used
+//! last, and one that does not exist, so each of those visits takes constant time.
 //!
-//! What a state refers to belongs to others: before a page is untracked, the caller takes its entry out of the index
-//! where `indexed` is set, or frees its rmap item where it is merged.
+//! The states do not own what they refer to. Before a page is untracked, the caller removes its
+//! entry from the index (`indexed`) or frees its rmap item (`Merged`).
+//!
+//! # Examples
+//!
+//! ```
+//! use engine::{
+//!     page_state::{PageState, PageStates},
+//!     types::{ItemId, SlotId},
+//! };
+//! use kernel::prelude::*;
+//!
+//! let (mut states, mm) = (PageStates::new(), SlotId(0));
+//! let page = states.track(mm, 0x7f00_0000_1000, GFP_KERNEL)?;
+//! assert_eq!(states.get(page), Some(PageState::NEW));
+//! states.set(page, PageState::Merged(ItemId(3)));
+//! assert_eq!(states.at(mm, 0x7f00_0000_1000), Some((page, PageState::Merged(ItemId(3)))));
+//! assert_eq!(states.untrack(page), Some(PageState::Merged(ItemId(3))));
+//! assert_eq!(states.tracked_total(), 0);
+//! # Ok::<(), Error>(())
+//! ```
 
-mod arena;
 mod directory;
 mod range;
+mod range_arena;
 
 use super::{
     container::paged_vec::PagedVec,
@@ -30,12 +50,12 @@ use super::{
     },
 };
 
-use arena::Arena;
 use directory::{
     Directory,
     Position, //
 };
 use range::Range;
+use range_arena::RangeArena;
 
 use kernel::{
     alloc::Flags,
@@ -118,12 +138,13 @@ impl PageState {
     }
 }
 
-/// Splits an address into that of its range, in units of ranges, and the page's place in there.
+/// Splits an address into the number of its range and the offset of its page in that range.
 #[inline]
 const fn split(addr: usize) -> (usize, usize) {
     (addr >> RANGE_SHIFT, addr >> PAGE_SHIFT & (RANGE_PAGES - 1))
 }
 
+/// Returns the address that [`split`] has split.
 #[inline]
 const fn join(number: usize, offset: usize) -> usize {
     number << RANGE_SHIFT | offset << PAGE_SHIFT
@@ -138,11 +159,11 @@ struct Cursor {
     at: Position,
 }
 
-/// Where the last look-ups went. Pages that are new come in rows, too.
+/// Where the last look-ups were. New pages come in runs as well, so an absent range is kept too.
 #[derive(Clone, Copy)]
 struct Near {
     cursor: Option<Cursor>,
-    /// A slot, and the number of a range that it does not have.
+    /// A slot and the number of a range that it does not have.
     absent: Option<(SlotId, usize)>,
 }
 
@@ -155,16 +176,18 @@ impl Near {
 
 /// The states of all tracked pages of all mms.
 ///
-/// Addresses may be anywhere in a page. The memory this takes is bounded by the address space that the caller lets it track:
-/// [`PageStates::bytes`] says how much it is.
+/// Addresses may be anywhere in a page. The memory that this takes ([`PageStates::bytes`]) is
+/// bounded by the address space that the caller has it track.
 ///
 /// # Invariants
 ///
-/// 1. Every range in the arena is in the directory of its slot, and every range in a directory is in the arena.
-/// 2. No range is without tracked pages.
-/// 3. `tracked` of each directory is the number of tracked pages in its ranges, and that of `self` the sum of those.
-/// 4. `bytes` is what the values of the ranges and the leaves of the directories take.
-/// 5. The cursor's range exists, and its fields are right; the absent range does not exist.
+/// 1. Every range in the arena is in the directory of its slot, and every range in a directory is
+///    in the arena.
+/// 2. Every range has tracked pages.
+/// 3. `tracked` of each directory is the number of tracked pages in its ranges, and `tracked` of
+///    `self` is the sum of those.
+/// 4. `bytes` is the memory of the values of the ranges and of the leaves of the directories.
+/// 5. The cursor's range exists and its fields are right. The absent range does not exist.
 pub struct PageStates {
     table: Table,
     near: Near,
@@ -172,13 +195,14 @@ pub struct PageStates {
     bytes: usize,
 }
 
-/// The ranges, and where they are.
+/// The ranges, and the directory of each slot.
 struct Table {
-    arena: Arena,
+    arena: RangeArena,
     slots: PagedVec<Directory>,
 }
 
-/// Looks at states that do not change meanwhile; several threads can do so at once, each with a reader of its own.
+/// Reads states that do not change meanwhile. Several threads can read at once, each with a reader
+/// of its own.
 pub struct Reader<'a> {
     table: &'a Table,
     near: Near,
@@ -208,12 +232,12 @@ impl Default for PageStates {
 }
 
 impl PageStates {
-    /// Creates a table without pages, without allocating.
+    /// Returns a table without pages, without allocating.
     pub const fn new() -> Self {
-        // INVARIANT: 1. to 5. hold where there is nothing.
+        // INVARIANT: 1. to 5. hold without pages.
         Self {
             table: Table {
-                arena: Arena::new(),
+                arena: RangeArena::new(),
                 slots: PagedVec::new(),
             },
             near: Near::NOTHING,
@@ -232,7 +256,7 @@ impl PageStates {
         self.table.directory(slot).map_or(0, Directory::tracked)
     }
 
-    /// Returns how many bytes of memory the table takes.
+    /// Returns the memory that the table takes, in bytes.
     pub fn bytes(&self) -> usize {
         self.table.arena.bytes() + self.table.slots.bytes() + self.bytes
     }
@@ -249,13 +273,13 @@ impl PageStates {
             .then_some(PageId::new(id, offset))
     }
 
-    /// Returns the page at an address, if it is tracked, and its state.
+    /// Returns the page at an address and its state, if it is tracked.
     #[inline]
     pub fn at(&mut self, slot: SlotId, addr: usize) -> Option<(PageId, PageState)> {
         self.table.at(&mut self.near, slot, addr)
     }
 
-    /// Lets a thread look at the states beside others.
+    /// Returns a reader, with which a thread can read the states beside others.
     pub fn reader(&self) -> Reader<'_> {
         Reader {
             table: &self.table,
@@ -263,18 +287,20 @@ impl PageStates {
         }
     }
 
-    /// Starts to track the page at an address, in state [`PageState::NEW`]. Returns it as it is if it was tracked already.
+    /// Starts to track the page at an address, in state [`PageState::NEW`]. A page that is tracked
+    /// already keeps its state.
     ///
     /// # Errors
     ///
-    /// `ENOMEM` if there is no memory; nothing has changed then.
+    /// `ENOMEM` if there is no memory. Nothing has changed then.
     pub fn track(&mut self, slot: SlotId, addr: usize, flags: Flags) -> Result<PageId> {
         self.track_in_range(slot, addr..addr + PAGE_SIZE, flags);
         self.lookup(slot, addr).ok_or(ENOMEM)
     }
 
-    /// Starts to track all pages of these page-aligned addresses that are not tracked yet. Returns how many have become so:
-    /// fewer if there is no memory.
+    /// Starts to track all pages at these page-aligned addresses that are not tracked yet.
+    ///
+    /// Returns the number of new pages, which is smaller if there is no memory.
     pub fn track_all(
         &mut self,
         slot: SlotId,
@@ -294,7 +320,7 @@ impl PageStates {
         self.tracked - before
     }
 
-    /// The same, where the addresses are of one range. Returns whether all are tracked now.
+    /// Starts to track the pages at addresses in one range. Returns whether all are tracked now.
     #[inline]
     fn track_in_range(
         &mut self,
@@ -314,7 +340,7 @@ impl PageStates {
         let end = offset + (within.end - within.start) / PAGE_SIZE;
         // INVARIANT: 2. A new range has memory for its first page.
         let all = range.insert_all(offset..end, PageState::NEW.to_bits(), flags);
-        // INVARIANT: 3. and 4.
+        // INVARIANT: 3. and 4. The differences of the range are added.
         self.bytes = self.bytes + range.value_bytes() - bytes;
         let new = range.len() - len;
         self.tracked += new;
@@ -324,15 +350,15 @@ impl PageStates {
         all.is_ok()
     }
 
-    /// Stops tracking a page and returns its last state, `None` if it was not tracked.
+    /// Stops tracking a page. Returns its last state, `None` if it was not tracked.
     ///
-    /// The caller has released what the state refers to, or does so now.
+    /// The caller has released what the state refers to, or does so next.
     pub fn untrack(&mut self, page: PageId) -> Option<PageState> {
         let range = self.table.arena.get_mut(page.range())?;
         let before = range.value_bytes();
         let bits = range.remove(page.offset())?;
         let (slot, empty) = (range.slot(), range.len() == 0);
-        // INVARIANT: 3. and 4.
+        // INVARIANT: 3. and 4. The differences of the range are subtracted.
         self.bytes = self.bytes + range.value_bytes() - before;
         self.tracked -= 1;
         if let Some(directory) = self.table.slots.get_mut(slot.0 as usize) {
@@ -350,9 +376,10 @@ impl PageStates {
         self.table.get(page)
     }
 
-    /// Changes the state of a page and returns the one before; `None`, and nothing happens, if it is not tracked.
+    /// Changes the state of a page. Returns the previous state; does nothing and returns `None` if
+    /// the page is not tracked.
     ///
-    /// Ages and skips above [`MAX_AGE`] are taken as that.
+    /// Ages and skips above [`MAX_AGE`] are stored as that.
     #[inline]
     pub fn set(&mut self, page: PageId, state: PageState) -> Option<PageState> {
         let range = self.table.arena.get_mut(page.range())?;
@@ -362,7 +389,7 @@ impl PageStates {
 
     /// Returns the fingerprint of a page that is tracked and not merged.
     ///
-    /// This is what the index asks for when it moves the entry of a candidate.
+    /// The index asks for it when it moves the entry of a candidate.
     #[inline]
     pub fn fingerprint(&self, page: PageId) -> Option<Fingerprint> {
         match self.get(page)? {
@@ -371,7 +398,7 @@ impl PageStates {
         }
     }
 
-    /// Returns the mm and the address of a page, `None` if it is not tracked.
+    /// Returns the slot of the mm and the address of a page, `None` if it is not tracked.
     #[inline]
     pub fn locate(&self, page: PageId) -> Option<(SlotId, usize)> {
         let range = self.table.arena.get(page.range())?;
@@ -382,7 +409,8 @@ impl PageStates {
 
     /// Returns the first tracked page of an mm with an address in `within`, its address and state.
     ///
-    /// To visit all, go on behind the address that was returned; pages may be tracked and untracked in between.
+    /// To visit all pages, continue after the returned address. Pages may be tracked and untracked
+    /// in between.
     pub fn first_in(
         &mut self,
         slot: SlotId,
@@ -393,7 +421,8 @@ impl PageStates {
 
     /// Returns the last tracked page of an mm with an address in `within`, its address and state.
     ///
-    /// To untrack many pages, ask for the last again and again: that never moves the states of the others.
+    /// To untrack many pages, untrack the last one repeatedly: that never moves the states of
+    /// others.
     pub fn last_in(
         &mut self,
         slot: SlotId,
@@ -427,8 +456,8 @@ impl PageStates {
         Some((page, addr, self.get(page)?))
     }
 
-    /// Returns the first tracked page of an mm at or after `from` whose state refers to something: which is a candidate, or
-    /// merged.
+    /// Returns the first tracked page of an mm at or after `from` that is a candidate or merged,
+    /// its address and state.
     pub fn next_linked(&mut self, slot: SlotId, from: usize) -> Option<(PageId, usize, PageState)> {
         let (number, mut offset) = split(from.checked_next_multiple_of(PAGE_SIZE)?);
         let floor = self.table.floor(self.near.cursor, slot, number);
@@ -463,9 +492,10 @@ impl PageStates {
         }
     }
 
-    /// Stops tracking all pages of an mm at once, and returns how many there were.
+    /// Stops tracking all pages of an mm. Returns their number.
     ///
-    /// The caller has released what their states refer to. Takes time in the number of ranges.
+    /// The caller has released what their states refer to. Takes time in proportion to the number
+    /// of ranges.
     pub fn remove_slot(&mut self, slot: SlotId) -> usize {
         let Some(directory) = self.table.slots.get_mut(slot.0 as usize) else {
             return 0;
@@ -479,7 +509,7 @@ impl PageStates {
         });
         self.tracked -= directory.tracked();
         self.near.cursor = None;
-        // Slots are numbered from below, so the memory of those at the end can go.
+        // Low slots are used first, so the memory of unused ones at the end can be freed.
         while let Some(last) = self.table.slots.len().checked_sub(1) {
             if self.table.slots.get(last).is_none_or(|d| !d.is_empty()) {
                 break;
@@ -489,11 +519,12 @@ impl PageStates {
         directory.tracked()
     }
 
-    /// Checks all invariants, in time proportional to the number of ranges.
+    /// Checks every invariant, for tests and debugging. Takes time in proportion to the number of
+    /// ranges.
     ///
     /// # Errors
     ///
-    /// Says which one does not hold.
+    /// A description of the invariant that does not hold.
     pub fn check(&self) -> Result<(), &'static str> {
         self.table.arena.check()?;
         let (mut listed, mut tracked, mut bytes) = (0, 0, 0);
@@ -551,8 +582,9 @@ impl PageStates {
         Ok(())
     }
 
-    /// Adds a range that the slot does not have yet, and makes it the cursor. The caller is about to track a page in it, which
-    /// cannot fail.
+    /// Adds a range that the slot does not have yet, and makes it the cursor.
+    ///
+    /// The caller tracks a page in it next, which cannot fail.
     #[cold]
     fn add_range(&mut self, slot: SlotId, number: usize, flags: Flags) -> Result<RangeId> {
         while self.table.slots.len() <= slot.0 as usize {
@@ -564,7 +596,8 @@ impl PageStates {
         let id = self.table.arena.insert(range, flags)?;
         match directory.insert(&self.table.arena, id, &mut self.bytes, flags) {
             Ok(at) => {
-                // INVARIANT: 1. It is in both. 4. 5.
+                // INVARIANT: 1. The range is in the arena and in the directory. 4. Its values are
+                // counted. 5. The cursor is the new range, and none is known to be absent.
                 self.bytes += value_bytes;
                 let cursor = Cursor {
                     slot,
@@ -599,7 +632,8 @@ impl PageStates {
             .floor(self.near.cursor, slot, number)
             .map(|cursor| cursor.at);
         if let (Some(directory), Some(at)) = (self.table.slots.get_mut(slot.0 as usize), at) {
-            // INVARIANT: 1. It leaves both. 4. 5. Positions behind it are others now.
+            // INVARIANT: 1. The range leaves directory and arena. 4. Its memory is subtracted. 5.
+            // The positions of later ranges change, so the cursor is dropped.
             directory.remove(&self.table.arena, at, &mut self.bytes);
             self.bytes -= range.value_bytes();
             self.table.arena.remove(id);
@@ -664,7 +698,7 @@ impl Table {
         self.slots.get(slot.0 as usize)
     }
 
-    /// Returns the range of a slot at this address, and makes it the cursor.
+    /// Returns the range of a slot with this number, and makes it the cursor.
     #[inline]
     fn find(&self, near: &mut Near, slot: SlotId, number: usize) -> Option<RangeId> {
         match near.cursor {
@@ -674,11 +708,12 @@ impl Table {
         }
     }
 
+    /// As [`Table::find`], if the range is neither the cursor nor known to be absent.
     #[inline(never)]
     fn find_elsewhere(&self, near: &mut Near, slot: SlotId, number: usize) -> Option<RangeId> {
         let floor = self.floor(near.cursor, slot, number);
         let found = floor.filter(|found| found.number == number);
-        // INVARIANT: 5.
+        // INVARIANT: 5. The range was found, or was looked for and is absent.
         match found {
             Some(_) => near.cursor = found,
             None => near.absent = Some((slot, number)),
@@ -686,10 +721,10 @@ impl Table {
         Some(found?.id)
     }
 
-    /// Returns the last range of a slot that is not above this address; it is likely near `hint`.
+    /// Returns the last range of a slot whose number is not above `number`, likely near `hint`.
     fn floor(&self, hint: Option<Cursor>, slot: SlotId, number: usize) -> Option<Cursor> {
         let directory = self.directory(slot)?;
-        // Most often it is the one used last, or the one behind that.
+        // Most often that is the range that was used last, or the one after it.
         if let Some(cursor) = hint.filter(|c| c.slot == slot && c.number <= number) {
             if cursor.number == number {
                 return Some(cursor);
@@ -707,7 +742,7 @@ impl Table {
         self.cursor_at(slot, directory.floor(&self.arena, number)?)
     }
 
-    /// Returns a cursor for a position in a slot's directory, if there is a range.
+    /// Returns the cursor for a position in a slot's directory, if there is a range.
     fn cursor_at(&self, slot: SlotId, at: Position) -> Option<Cursor> {
         let id = self.directory(slot)?.get(at)?;
         Some(Cursor {

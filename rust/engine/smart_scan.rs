@@ -1,29 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Smart scan: a page that found no partner several times is looked at less often.
+//! Smart scan: a page that several full scans could not merge is scanned less often.
 //!
-//! The caller asks only while the `smart_scan` knob is on, and only for pages that are not
-//! merged: a page's age stands still otherwise.
+//! Mirrors `should_skip_rmap_item()` and `skip_age()` of mm/ksm.c. As there, the age of a page does
+//! not change while the `smart_scan` knob is off or the page is merged: the caller does not ask
+//! then.
 
-/// Largest age that is told apart. Older pages are all treated alike.
+/// Largest age and largest number of skips that are stored: four bits each. Pages at that age and
+/// above it are all treated the same.
 pub const MAX_AGE: u8 = 15;
 
-/// Age below which a page is never skipped, so that it can become a candidate and find a partner.
+/// Age below which a page is never skipped, so that it can become a candidate and be merged.
 const MIN_AGE: u8 = 3;
 
-/// What smart scan remembers of a page; both fit four bits.
+/// What smart scan remembers of a page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct History {
-    /// Full scans that came by, up to [`MAX_AGE`].
+    /// Number of full scans that have reached the page, up to [`MAX_AGE`].
     pub age: u8,
-    /// Further full scans that are to skip the page, at most 8.
+    /// Number of further full scans that skip the page, at most 8.
     pub skips: u8,
 }
 
 impl History {
-    /// Takes note that a full scan came by. True if it is to skip the page.
+    /// Counts a full scan that has reached the page. Returns whether that scan skips it.
     ///
-    /// A skipped page stays what it was: a candidate goes on being found by others.
+    /// A skipped page keeps its state: a candidate is still found by other pages.
     pub fn should_skip(&mut self) -> bool {
         let age = self.age;
         self.age = age.saturating_add(1).min(MAX_AGE);
@@ -43,7 +45,7 @@ impl History {
     }
 }
 
-/// How many full scans skip a page of this age after one has looked at it.
+/// Returns the number of full scans that skip a page of this age after one that did not.
 fn skips_at(age: u8) -> u8 {
     match age {
         0..=3 => 1,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The ranges of one mm in the order of their addresses.
+//! The ranges of one mm, in the order of their addresses.
 
 use super::{
     super::{
@@ -10,7 +10,7 @@ use super::{
         },
         types::RangeId,
     },
-    arena::Arena, //
+    range_arena::RangeArena, //
 };
 
 use kernel::{
@@ -21,26 +21,27 @@ use kernel::{
     prelude::*, //
 };
 
-/// Most ranges in a leaf: 1 GiB of address space, and a bound on how much one insertion moves.
+/// Largest number of ranges in a leaf: 1 GiB of address space. Bounds what one insertion moves.
 const LEAF_RANGES: usize = 512;
 
-/// Room in the first buffer of a leaf: a `kmalloc-8` object.
+/// Capacity of the first buffer of a leaf: a `kmalloc-8` object.
 const MIN_RANGES: usize = 2;
 
 /// A piece of the sorted sequence.
 struct Leaf {
+    /// Address of the first range, in units of ranges.
     first: usize,
     ids: KVec<RangeId>,
 }
 
-/// Place of a range in a [`Directory`]; good until a range is inserted or removed there.
+/// Position of a range in a [`Directory`]. Valid until a range is inserted or removed there.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Position {
     leaf: usize,
     index: usize,
 }
 
-/// The ranges of one mm, sorted by address, in leaves of bounded size.
+/// The ranges of one mm, sorted by address, in leaves of bounded size: a B+ tree of two levels.
 ///
 /// # Invariants
 ///
@@ -53,9 +54,9 @@ pub(super) struct Directory {
 }
 
 impl Directory {
-    /// Creates a directory without ranges, without allocating.
+    /// Returns a directory without ranges, without allocating.
     pub(super) const fn new() -> Self {
-        // INVARIANT: 1. to 3. hold for no leaves.
+        // INVARIANT: 1. to 3. hold without leaves.
         Self {
             leaves: KVVec::new(),
             tracked: 0,
@@ -67,7 +68,7 @@ impl Directory {
         self.leaves.is_empty()
     }
 
-    /// Returns the number of tracked pages in all ranges, for the caller to keep.
+    /// Returns the number of tracked pages in all ranges, for the caller to update.
     pub(super) fn tracked_mut(&mut self) -> &mut usize {
         &mut self.tracked
     }
@@ -77,7 +78,8 @@ impl Directory {
         self.tracked
     }
 
-    /// Returns how many bytes of memory the directory takes. Takes time in the number of leaves.
+    /// Returns the memory that the directory takes, in bytes. Takes time in proportion to the
+    /// number of leaves.
     pub(super) fn bytes(&self) -> usize {
         let ids: usize = self.leaves.iter().map(|leaf| vec_bytes(&leaf.ids)).sum();
         vec_bytes(&self.leaves) + ids
@@ -89,7 +91,7 @@ impl Directory {
         self.leaves.get(at.leaf)?.ids.get(at.index).copied()
     }
 
-    /// Returns the position of the first range.
+    /// Position of the first range.
     pub(super) const FIRST: Position = Position { leaf: 0, index: 0 };
 
     /// Returns the position after this one.
@@ -120,8 +122,8 @@ impl Directory {
         }
     }
 
-    /// Returns the position of the last range that is not above `number`.
-    pub(super) fn floor(&self, arena: &Arena, number: usize) -> Option<Position> {
+    /// Returns the position of the last range whose address is not above `number`.
+    pub(super) fn floor(&self, arena: &RangeArena, number: usize) -> Option<Position> {
         let leaf = self
             .leaves
             .partition_point(|leaf| leaf.first <= number)
@@ -135,14 +137,15 @@ impl Directory {
         Some(Position { leaf, index })
     }
 
-    /// Inserts a range that is in the arena already, adds what that costs to `bytes`, and returns its position.
+    /// Inserts a range that is in the arena already. Adds the memory that this takes to `bytes` and
+    /// returns the position of the range.
     ///
     /// # Errors
     ///
-    /// `AllocError` if there is no memory; nothing has changed then.
+    /// `AllocError` if there is no memory. Nothing has changed then.
     pub(super) fn insert(
         &mut self,
-        arena: &Arena,
+        arena: &RangeArena,
         id: RangeId,
         bytes: &mut usize,
         flags: Flags,
@@ -166,7 +169,8 @@ impl Directory {
                     };
                 }
             }
-            // At either end of a full leaf the range gets one of its own: ascending insertion leaves full leaves behind.
+            // At either end of a full leaf the range gets a new leaf: insertion in ascending order
+            // leaves full leaves.
             len => {
                 if at.index > 0 && len.is_some() {
                     at.leaf += 1;
@@ -180,8 +184,8 @@ impl Directory {
         let before = vec_bytes(&leaf.ids);
         leaf.ids.reserve(1, flags)?;
         *bytes = *bytes + vec_bytes(&leaf.ids) - before;
-        // INVARIANT: 1. `at` is behind all ranges that are not above it. 2. and 3. The leaf has a range now, and its first one's
-        // address is set where that is the new one.
+        // INVARIANT: 1. `at` is behind all ranges that are not above the new one. 2. The leaf has a
+        // range now. 3. `first` is set below if the new range is the first one.
         if leaf.ids.insert_within_capacity(at.index, id).is_err() {
             return Err(AllocError);
         }
@@ -191,10 +195,10 @@ impl Directory {
         Ok(at)
     }
 
-    /// Removes the range at a position and subtracts what that frees from `bytes`.
+    /// Removes the range at a position. Subtracts the memory that this frees from `bytes`.
     ///
     /// The range is still in the arena, as are the others.
-    pub(super) fn remove(&mut self, arena: &Arena, at: Position, bytes: &mut usize) {
+    pub(super) fn remove(&mut self, arena: &RangeArena, at: Position, bytes: &mut usize) {
         let Some(leaf) = self.leaves.get_mut(at.leaf) else {
             return;
         };
@@ -202,7 +206,7 @@ impl Directory {
         if leaf.ids.remove(at.index).is_err() {
             return;
         }
-        // INVARIANT: 3. The leaf may have another first range now. 2. Without any it goes.
+        // INVARIANT: 3. `first` follows the first range. 2. A leaf without ranges is removed below.
         if let Some(&first) = leaf.ids.first() {
             leaf.first = arena.number(first);
             shrink(&mut leaf.ids, MIN_RANGES);
@@ -219,7 +223,7 @@ impl Directory {
     /// Moves the upper half of a leaf to a new one behind it.
     fn split(
         &mut self,
-        arena: &Arena,
+        arena: &RangeArena,
         leaf: usize,
         bytes: &mut usize,
         flags: Flags,
@@ -236,13 +240,14 @@ impl Directory {
         ids.extend_from_slice(upper, flags)?;
         let first = arena.number(first);
         self.add_leaf(leaf + 1, Leaf { first, ids }, bytes, flags)?;
-        // INVARIANT: 1. What is cut off here stands in the next leaf. 2. Each has a half.
+        // INVARIANT: 1. What is cut off here is in the next leaf. 2. Each leaf has one half.
         if let Some(lower) = self.leaves.get_mut(leaf) {
             lower.ids.truncate(half);
         }
         Ok(())
     }
 
+    /// Inserts a leaf. Adds the memory that this takes to `bytes`.
     fn add_leaf(
         &mut self,
         at: usize,
@@ -267,8 +272,8 @@ impl Directory {
         }
     }
 
-    /// Checks the invariants.
-    pub(super) fn check(&self, arena: &Arena) -> Result<(), &'static str> {
+    /// Checks the invariants, for tests and debugging.
+    pub(super) fn check(&self, arena: &RangeArena) -> Result<(), &'static str> {
         let mut last = None;
         for leaf in &self.leaves {
             match leaf.ids.first() {

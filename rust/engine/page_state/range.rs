@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! The tracked pages of one aligned piece of an address space.
+//!
+//! A compressed array: a bitmap of the pages that are tracked and a vector of their words without
+//! gaps. The word of a page is found by its rank, the number of bits set before its own (G.
+//! Jacobson, "Space-efficient Static Trees and Graphs", FOCS 1989): a count per 64-bit word of the
+//! bitmap is stored, and one `popcnt` does the rest.
 
 use super::super::{
     container::alloc_size::{
@@ -21,12 +26,13 @@ use kernel::{
     prelude::*, //
 };
 
+/// Number of words in the bitmap.
 const WORDS: usize = RANGE_PAGES / 64;
 
-/// Bits in one field of [`Range::ranks`].
+/// Number of bits in one field of [`Range::ranks`].
 const RANK_BITS: usize = 9;
 
-/// A one in each field of [`Range::ranks`].
+/// One in each field of [`Range::ranks`].
 const RANK_ONES: u64 = {
     let mut ones = 0;
     let mut field = 0;
@@ -37,12 +43,12 @@ const RANK_ONES: u64 = {
     ones
 };
 
-/// Room in the first buffer for values: one `kmalloc-32` object.
+/// Capacity of the first buffer for values: one `kmalloc-32` object.
 const MIN_VALUES: usize = 4;
 
-/// One word for each tracked page among [`RANGE_PAGES`], and nothing for the others.
+/// One word for each tracked page among [`RANGE_PAGES`], and none for the others.
 ///
-/// Two cache lines: where every page is tracked, only the second one is ever read.
+/// Takes two cache lines. If every page is tracked, only the second one is read.
 ///
 /// # Invariants
 ///
@@ -58,9 +64,9 @@ pub(super) struct Range {
 }
 
 impl Range {
-    /// Creates a range without tracked pages, with memory for the first one.
+    /// Returns a range without tracked pages, with memory for the first one.
     ///
-    /// `number` is its address in units of ranges, `slot` the mm it belongs to.
+    /// `number` is its address in units of ranges, `slot` the mm that it belongs to.
     ///
     /// # Errors
     ///
@@ -75,7 +81,7 @@ impl Range {
         })
     }
 
-    /// What stands in the place of a range that is not in use. It takes no other memory.
+    /// Placeholder for a range that is not in use. Owns no memory.
     pub(super) const VACANT: Self = Self {
         present: [0; WORDS],
         ranks: 0,
@@ -102,18 +108,19 @@ impl Range {
         self.values.len()
     }
 
-    /// Returns how many bytes the values take.
+    /// Returns the memory that the values take, in bytes.
     #[inline]
     pub(super) const fn value_bytes(&self) -> usize {
         vec_bytes(&self.values)
     }
 
+    /// Returns a word of the bitmap.
     #[inline]
     fn word(&self, w: usize) -> u64 {
         self.present.get(w).copied().unwrap_or(0)
     }
 
-    /// Returns how many tracked pages come before `offset`.
+    /// Returns the number of tracked pages before `offset`.
     #[inline]
     fn rank(&self, offset: usize) -> usize {
         let w = offset / 64;
@@ -131,7 +138,7 @@ impl Range {
         self.len() == RANGE_PAGES || self.word(offset / 64) >> (offset % 64) & 1 != 0
     }
 
-    /// Returns where in `values` the page at `offset` is, if it is tracked.
+    /// Returns the place of the page at `offset` in `values`, if it is tracked.
     #[inline]
     fn place(&self, offset: usize) -> Option<usize> {
         if self.len() == RANGE_PAGES {
@@ -180,17 +187,18 @@ impl Range {
         if self.values.insert_within_capacity(rank, value).is_err() {
             return Err(AllocError);
         }
-        // INVARIANT: 1. The value stands behind those of the lower bits. 2. The ranks of all higher words rise by one.
+        // INVARIANT: 1. The value comes after those of the lower bits. 2. The ranks of all higher
+        // words increase by one.
         *word |= bit;
         self.ranks += RANK_ONES & u64::MAX << (w * RANK_BITS);
         Ok(())
     }
 
-    /// Starts to track the pages at `offsets`, as [`Range::insert`] does, at once where they come behind all others.
+    /// Starts to track the pages at `offsets`, in one step if they come after all others.
     ///
     /// # Errors
     ///
-    /// `AllocError` if there is no memory for all of them: for some there may have been.
+    /// `AllocError` if there is no memory for all of them. Some may be tracked then.
     pub(super) fn insert_all(
         &mut self,
         offsets: core::ops::Range<usize>,
@@ -200,7 +208,7 @@ impl Range {
         let last = self.next(offsets.start).is_none();
         let more = offsets.len() > 1 && offsets.end <= RANGE_PAGES;
         if more && last && self.values.extend_with(offsets.len(), value, flags).is_ok() {
-            // INVARIANT: 1. The values stand behind those of the lower bits.
+            // INVARIANT: 1. The values come after those of the lower bits.
             for (w, word) in self.present.iter_mut().enumerate() {
                 let below = |end: usize| match end.saturating_sub(w * 64) {
                     bits @ 0..64 => (1 << bits) - 1,
@@ -208,7 +216,7 @@ impl Range {
                 };
                 let new = below(offsets.end) & !below(offsets.start);
                 *word |= new;
-                // INVARIANT: 2. The ranks of all higher words rise.
+                // INVARIANT: 2. The ranks of all higher words increase by the new bits.
                 let ones = RANK_ONES & u64::MAX << (w * RANK_BITS);
                 self.ranks += ones * u64::from(new.count_ones());
             }
@@ -220,12 +228,13 @@ impl Range {
         Ok(())
     }
 
-    /// Stops tracking the page at `offset`, and returns its word.
+    /// Stops tracking the page at `offset`. Returns its word.
     #[inline]
     pub(super) fn remove(&mut self, offset: usize) -> Option<u64> {
         let place = self.place(offset)?;
         let (w, bit) = (offset / 64, 1 << (offset % 64));
-        // INVARIANT: 1. Bit and value go together. 2. The ranks of all higher words fall by one.
+        // INVARIANT: 1. Bit and value are removed together. 2. The ranks of all higher words
+        // decrease by one.
         *self.present.get_mut(w)? &= !bit;
         self.ranks -= RANK_ONES & u64::MAX << (w * RANK_BITS);
         let value = self.values.remove(place).ok();
@@ -233,7 +242,7 @@ impl Range {
         value
     }
 
-    /// Returns the first tracked page at or after `offset`.
+    /// Returns the offset of the first tracked page at or after `offset`.
     #[inline]
     pub(super) fn next(&self, offset: usize) -> Option<usize> {
         let mut mask = u64::MAX << (offset % 64);
@@ -247,7 +256,8 @@ impl Range {
         None
     }
 
-    /// Returns the first tracked page at or after `offset` whose word has a bit of `mask`, and the word.
+    /// Returns the first tracked page at or after `offset` whose word has a bit of `mask`, with
+    /// that word.
     pub(super) fn next_with(&self, offset: usize, mask: u64) -> Option<(usize, u64)> {
         let mut at = self.next(offset)?;
         for &value in self.values.get(self.rank(at)..)? {
@@ -259,7 +269,7 @@ impl Range {
         None
     }
 
-    /// Returns the last tracked page at or before `offset`.
+    /// Returns the offset of the last tracked page at or before `offset`.
     #[inline]
     pub(super) fn prev(&self, offset: usize) -> Option<usize> {
         let mut mask = u64::MAX >> (63 - offset % 64);
@@ -273,7 +283,7 @@ impl Range {
         None
     }
 
-    /// Checks the invariants.
+    /// Checks the invariants, for tests and debugging.
     pub(super) fn check(&self) -> Result<(), &'static str> {
         let mut count = 0;
         for (w, word) in self.present.iter().enumerate() {

@@ -24,9 +24,9 @@ impl Fingerprint {
     /// `merge_across_nodes` is off, else 0.
     #[inline]
     pub const fn new(hash: u64, domain: u32) -> Self {
-        // A multiplication by an odd number between two xorshifts is a bijection (the shape of
-        // MurmurHash3's fmix64): hashes of one domain collide only in the bits that are cut off.
-        // The high bits of the product depend on all of its input, so those are kept.
+        // A multiplication by an odd number between two xorshifts is a bijection: hashes of one
+        // domain collide only in the bits that are cut off. The high bits of the product depend on
+        // all of its input, so those are kept.
         let seeded = hash ^ (domain as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mixed = (seeded ^ seeded >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
         Self::from_bits((mixed ^ mixed >> 32) >> (u64::BITS - Self::BITS))

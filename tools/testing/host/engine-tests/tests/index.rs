@@ -129,16 +129,6 @@ impl Checked {
         assert!(!self.index.replace(fingerprint, old, new));
     }
 
-    fn promote(&mut self, entry: Entry) {
-        match self.entries.get(&entry).copied() {
-            Some(fingerprint) => {
-                assert!(self.index.promote(fingerprint, entry));
-                assert_eq!(self.first(fingerprint), Some(entry));
-            }
-            None => assert!(!self.index.promote(Fingerprint::NONE, entry)),
-        }
-    }
-
     /// Everything is found, and what else is found has the same tag: bits 12 to 33.
     fn find(&self, fingerprint: Fingerprint) {
         let found: Vec<_> = self.index.find(fingerprint).collect();
@@ -194,7 +184,6 @@ enum Op {
     Remove(Entry),
     RemoveRun(u64, u32),
     Replace(Entry, Entry),
-    Promote(Entry),
     Find(Fingerprint),
 }
 
@@ -235,7 +224,6 @@ fn op() -> impl Strategy<Value = Op> {
         8 => entry().prop_map(Op::Remove),
         2 => (0..1000u64, 0..300u32).prop_map(|(from, n)| Op::RemoveRun(from, n)),
         2 => (entry(), entry()).prop_map(|(old, new)| Op::Replace(old, new)),
-        2 => entry().prop_map(Op::Promote),
         2 => fingerprint().prop_map(Op::Find),
     ]
 }
@@ -260,7 +248,6 @@ fn apply(checked: &mut Checked, op: &Op) -> bool {
             }
         }
         Op::Replace(old, new) => checked.replace(old, new),
-        Op::Promote(entry) => checked.promote(entry),
         Op::Find(fingerprint) => checked.find(fingerprint),
     }
     true
@@ -350,7 +337,6 @@ fn any_number_of_entries_may_have_one_fingerprint() {
     }
     checked.check_all();
     assert_eq!(checked.index.find(same).count(), 3000);
-    checked.promote(Entry::Stable(NodeId(1234)));
     for node in (0..3000).rev().step_by(3).chain(0..3000) {
         checked.remove(Entry::Stable(NodeId(node)));
         if node % 50 == 0 {

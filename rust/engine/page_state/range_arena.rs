@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Memory for ranges, that stay where they are as long as they live.
+//! Memory for ranges, which never move, so that a [`PageId`](super::super::types::PageId) can name
+//! them.
 
 use super::{
     super::{
@@ -24,6 +25,7 @@ use kernel::{
 /// Number of ranges in a chunk: a page of memory.
 const PER_CHUNK: usize = 32;
 
+/// Memory that the ranges of a chunk take.
 const CHUNK_BYTES: usize = allocated_bytes(PER_CHUNK * size_of::<Range>());
 
 /// End of a list of chunks.
@@ -35,7 +37,8 @@ const NONE: u32 = u32::MAX;
 ///
 /// 1. Bit `i` of `used` is set if and only if `ranges[i]` is in use.
 /// 2. `ranges` has capacity for [`PER_CHUNK`] if any is in use, and none otherwise.
-/// 3. `prev` and `next` link the chunk into the list that [`Arena`] says it is on.
+/// 3. `prev` and `next` link the chunk into the list that it is on by the invariants of
+///    [`RangeArena`].
 struct Chunk {
     ranges: KVec<Range>,
     used: u32,
@@ -47,20 +50,21 @@ struct Chunk {
 ///
 /// # Invariants
 ///
-/// 1. Chunks with some ranges in use and some not are on the doubly linked list that starts at `with_room`.
+/// 1. Chunks with some ranges in use and some not are on the doubly linked list that starts at
+///    `with_room`.
 /// 2. Chunks with none in use are on the list that starts at `empty`, linked by `next`.
 /// 3. `allocated` is the number of chunks with some in use.
-pub(super) struct Arena {
+pub(super) struct RangeArena {
     chunks: KVVec<Chunk>,
     with_room: u32,
     empty: u32,
     allocated: usize,
 }
 
-impl Arena {
-    /// Creates an arena without ranges, without allocating.
+impl RangeArena {
+    /// Returns an arena without ranges, without allocating.
     pub(super) const fn new() -> Self {
-        // INVARIANT: 1. to 3. hold for no chunks.
+        // INVARIANT: 1. to 3. hold without chunks.
         Self {
             chunks: KVVec::new(),
             with_room: NONE,
@@ -69,14 +73,14 @@ impl Arena {
         }
     }
 
-    /// Returns a range in use, or [`Range::VACANT`]'s like.
+    /// Returns a range that is in use. For one that is not, returns `None` or [`Range::VACANT`].
     #[inline]
     pub(super) fn get(&self, id: RangeId) -> Option<&Range> {
         let id = id.get() as usize;
         self.chunks.get(id / PER_CHUNK)?.ranges.get(id % PER_CHUNK)
     }
 
-    /// As [`Arena::get`], for writing.
+    /// As [`RangeArena::get`], for writing.
     #[inline]
     pub(super) fn get_mut(&mut self, id: RangeId) -> Option<&mut Range> {
         let id = id.get() as usize;
@@ -92,11 +96,11 @@ impl Arena {
         self.get(id).map_or(usize::MAX, Range::number)
     }
 
-    /// Puts a range into the arena and returns its handle.
+    /// Stores a range. Returns its handle.
     ///
     /// # Errors
     ///
-    /// `AllocError` if there is no memory, or no handle; nothing has changed then.
+    /// `AllocError` if there is no memory or no handle. Nothing has changed then.
     pub(super) fn insert(&mut self, range: Range, flags: Flags) -> Result<RangeId, AllocError> {
         let c = match self.with_room {
             NONE => self.allocate_chunk(flags)?,
@@ -106,10 +110,12 @@ impl Arena {
         let i = chunk.used.trailing_ones() as usize;
         match chunk.ranges.get_mut(i) {
             Some(vacant) => *vacant = range,
-            // Places are taken lowest first, so the first one never used is the one behind the last.
+            // The lowest vacant place is taken, so a place that was never used is behind the last
+            // one.
             None => chunk.ranges.push(range, flags)?,
         }
-        // INVARIANT: 1. of `Chunk`: it is in use now. 1. of `Arena`: a chunk without room leaves the list.
+        // INVARIANT: 1. of `Chunk`: The range is in use now. 1. of `RangeArena`: A full chunk
+        // leaves the list.
         chunk.used |= 1 << i;
         if chunk.used == u32::MAX {
             self.unlink(c);
@@ -117,7 +123,7 @@ impl Arena {
         RangeId::new(c * PER_CHUNK as u32 + i as u32).ok_or(AllocError)
     }
 
-    /// Frees a range. Whoever kept its handle must forget it.
+    /// Frees a range, whose handle becomes invalid.
     pub(super) fn remove(&mut self, id: RangeId) {
         let (c, i) = (id.get() / PER_CHUNK as u32, id.get() as usize % PER_CHUNK);
         let Some(chunk) = self.chunks.get_mut(c as usize) else {
@@ -127,7 +133,8 @@ impl Arena {
             *range = Range::VACANT;
         }
         let was_full = chunk.used == u32::MAX;
-        // INVARIANT: 1. of `Chunk`: the range is not in use any more. 1. of `Arena`: a full chunk has room now.
+        // INVARIANT: 1. of `Chunk`: The range is no longer in use. 1. of `RangeArena`: A chunk that
+        // was full has room now and is linked below.
         chunk.used &= !(1 << i);
         let emptied = chunk.used == 0;
         if was_full {
@@ -138,12 +145,12 @@ impl Arena {
         }
     }
 
-    /// Returns how many bytes of memory the arena takes, without the values of the ranges.
+    /// Returns the memory that the arena takes, in bytes, without the values of the ranges.
     pub(super) fn bytes(&self) -> usize {
         vec_bytes(&self.chunks) + self.allocated * CHUNK_BYTES
     }
 
-    /// Gives memory to an empty chunk, or makes a new one, and puts it on the list of those with room.
+    /// Allocates the memory of an empty chunk, or a new chunk, and links it as one with room.
     fn allocate_chunk(&mut self, flags: Flags) -> Result<u32, AllocError> {
         let ranges = KVec::with_capacity(PER_CHUNK, flags)?;
         let c = match self.empty {
@@ -164,12 +171,12 @@ impl Arena {
                 c as u32
             }
             c => {
-                // INVARIANT: 2. of `Arena`: it leaves the list from its start.
+                // INVARIANT: 2. of `RangeArena`: The chunk is taken off the start of the list.
                 self.empty = self.chunks.get(c as usize).map_or(NONE, |chunk| chunk.next);
                 c
             }
         };
-        // INVARIANT: 2. of `Chunk`, 3. of `Arena`: the caller is about to use one.
+        // INVARIANT: 2. of `Chunk`, 3. of `RangeArena`: The caller is about to use a range of it.
         if let Some(chunk) = self.chunks.get_mut(c as usize) {
             chunk.ranges = ranges;
         }
@@ -178,21 +185,22 @@ impl Arena {
         Ok(c)
     }
 
-    /// Takes the memory of a chunk with no range in use, and puts it on the list of the empty ones.
+    /// Frees the memory of a chunk with no range in use and puts it on the list of empty chunks.
     fn release_chunk(&mut self, c: u32) {
         self.unlink(c);
         self.allocated -= 1;
         if self.allocated == 0 {
             *self = Self::new();
         } else if let Some(chunk) = self.chunks.get_mut(c as usize) {
-            // INVARIANT: 2. of `Chunk`, 2. and 3. of `Arena`.
+            // INVARIANT: 2. of `Chunk`: Without a range in use it has no capacity. 2. and 3. of
+            // `RangeArena`: It goes to the list of empty chunks and is not counted.
             chunk.ranges = KVec::new();
             chunk.next = self.empty;
             self.empty = c;
         }
     }
 
-    /// Puts a chunk at the start of the list of those with room.
+    /// Puts a chunk at the start of the list of chunks with room.
     fn link(&mut self, c: u32) {
         let next = self.with_room;
         if let Some(chunk) = self.chunks.get_mut(c as usize) {
@@ -205,7 +213,7 @@ impl Arena {
         self.with_room = c;
     }
 
-    /// Takes a chunk off the list of those with room.
+    /// Takes a chunk off the list of chunks with room.
     fn unlink(&mut self, c: u32) {
         let Some(chunk) = self.chunks.get(c as usize) else {
             return;
@@ -236,7 +244,7 @@ impl Arena {
         Ok(())
     }
 
-    /// Checks the invariants.
+    /// Checks the invariants, for tests and debugging.
     pub(super) fn check(&self) -> Result<(), &'static str> {
         let with_room = self
             .chunks
