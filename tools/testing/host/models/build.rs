@@ -2,239 +2,143 @@
 
 //! Makes one copy of the engine's registry as it is, and one for each fix that is taken out.
 //!
-//! The engine itself knows nothing of this: a fix is taken out by replacing a piece of its text,
-//! and the build fails if that piece is not there any more.
+//! The engine itself knows nothing of this: a patch of `tools/testing/races` takes the fix out,
+//! of which the models need what it changes in the files below. The build fails if that does not
+//! apply. What a scenario is to find then stands in the patch's head, as `model: SCENARIO: TEXT`.
 
 use std::{
     env,
     fmt::Write,
     fs,
-    path::Path, //
+    path::{
+        Path,
+        PathBuf, //
+    },
+    process::Command, //
 };
 
-/// The engine's files that the models run, and the threads that run them.
-const ENGINE: [&str; 8] = [
-    "types/mod",
-    "types/fingerprint",
-    "types/id",
-    "types/mm_pin",
-    "types/progress",
-    "types/refusal",
-    "registry",
-    "mm_list",
-];
-const THREADS: &str = "threads";
-
-/// A piece of text in one of the files, and what takes its place.
-struct Edit {
-    file: &'static str,
-    from: &'static str,
-    to: &'static str,
-}
-
-/// A fix that is taken out.
-struct Break {
-    name: &'static str,
-    doc: &'static str,
-    edits: &'static [Edit],
-}
-
-const BREAKS: &[Break] = &[
-    Break {
-        name: "unlock_order",
-        doc: "Lesson 1: the scanner relies on the slot's pin, and drops the mmap lock after the registry's.",
-        edits: &[
-            Edit {
-                file: "types/mm_pin",
-                from: "pub trait MmPin: Sized {",
-                to: "pub trait MmPin: Sized + crate::sim::Borrowed {",
-            },
-            Edit {
-                file: "registry",
-                from: "slot.mm.as_ref().map(M::clone_pin) else {\n            return Next::Idle;",
-                to: "slot.mm.as_ref().map(M::borrowed) else {\n            return Next::Idle;",
-            },
-            Edit {
-                file: THREADS,
-                from: "    tracked: BTreeMap<SlotId, usize>,\n}",
-                to: "    tracked: BTreeMap<SlotId, usize>,\n    kept: Option<MmapRead>,\n}",
-            },
-            Edit {
-                file: THREADS,
-                from: "drop(space);\n    visited",
-                to: "engine.kept = Some(space);\n    visited",
-            },
-            Edit {
-                file: THREADS,
-                from: "// The mmap lock was dropped in there.",
-                to: "engine.kept = None;",
-            },
-        ],
-    },
-    Break {
-        name: "exit_check",
-        doc: "Lesson 2: whether the mm is exiting is looked at before the mmap lock is there.",
-        edits: &[Edit {
-            file: THREADS,
-            from: "let space = mm.mmap_read_lock();\n    let live = !mm.exiting();",
-            to: "let live = !mm.exiting();\n    let space = mm.mmap_read_lock();",
-        }],
-    },
-    Break {
-        name: "two_deletions",
-        doc: "Lesson 3: exit finds the slot under the lock, and removes it under the lock again.",
-        edits: &[
-            Edit {
-                file: "registry",
-                from: "pub fn exit(&mut self, key: usize) -> Exit<M> {\n        let Some(id) = self.find(key) else {\n            return Exit::NotFound;\n        };",
-                to: "pub fn exit(&mut self, id: u32) -> Exit<M> {",
-            },
-            Edit {
-                file: "registry",
-                from: "    fn find(&self, key: usize) -> Option<u32> {",
-                to: "    pub fn find(&self, key: usize) -> Option<u32> {",
-            },
-            Edit {
-                file: "mm_list",
-                from: "match self.locked(|registry| registry.exit(key)) {",
-                to: "let Some(id) = self.locked(|registry| registry.find(key)) else {\n            return false;\n        };\n        match self.locked(|registry| registry.exit(id)) {",
-            },
-        ],
-    },
-    Break {
-        name: "exit_waits",
-        doc: "Lesson 4: exit waits until the scanner is done with the mm.",
-        edits: &[
-            Edit {
-                file: "mm_list",
-                from: "    type Mm: MmPin;",
-                to: "    type Mm: MmPin;\n\n    /// Waits.\n    fn wait(&self);",
-            },
-            Edit {
-                file: "mm_list",
-                from: "Exit::Deferred { reap } => reap,",
-                to: "Exit::Deferred { reap } => {\n                self.wait();\n                reap\n            }",
-            },
-            Edit {
-                file: THREADS,
-                from: "    type Mm = Pin;",
-                to: "    type Mm = Pin;\n\n    fn wait(&self) {\n        drop(self.engine.lock().unwrap());\n    }",
-            },
-        ],
-    },
-    Break {
-        name: "late_reference",
-        doc: "Lesson 5: the anon_vma is referenced after the rmap item is on its list.",
-        edits: &[Edit {
-            file: THREADS,
-            from: "let item = Item::new(anon_vma);\n    node.lock().unwrap().push(anon_vma);\n    drop(space);\n    item",
-            to: "node.lock().unwrap().push(anon_vma);\n    drop(space);\n    Item::new(anon_vma)",
-        }],
-    },
-    Break {
-        name: "uncounted_claim",
-        doc: "Exit frees a slot although the scanner works on it.",
-        edits: &[Edit {
-            file: "registry",
-            from: "slot.claims += 1;",
-            to: "",
-        }],
-    },
-    Break {
-        name: "late_enter",
-        doc: "An mm is registered after its exit was reported.",
-        edits: &[Edit {
-            file: "registry",
-            from: "if mm.exiting() {",
-            to: "if false {",
-        }],
-    },
-    Break {
-        name: "enter_behind_unmerge",
-        doc: "A child that is forked while everything is unmerged goes behind the cursor.",
-        edits: &[Edit {
-            file: "registry",
-            from: "if self.unmerging { NIL } else { self.cursor }",
-            to: "self.cursor",
-        }],
-    },
-    Break {
-        name: "drop_under_lock",
-        doc: "An mm is dropped under the registry's lock.",
-        edits: &[Edit {
-            file: "mm_list",
-            from: "drop(self.locked(|registry| registry.free(dead)));",
-            to: "self.locked(|registry| drop(registry.free(dead)));",
-        }],
-    },
-    Break {
-        name: "forgotten_mm",
-        doc: "An mm that found no room is not remembered.",
-        edits: &[Edit {
-            file: "registry",
-            from: "self.missed = true;\n            return Enter::NoRoom(mm);",
-            to: "return Enter::NoRoom(mm);",
-        }],
-    },
+/// The project's files that the models run: some of the engine, and the threads that run them.
+const FILES: [&str; 9] = [
+    "rust/engine/types/mod.rs",
+    "rust/engine/types/fingerprint.rs",
+    "rust/engine/types/id.rs",
+    "rust/engine/types/mm_pin.rs",
+    "rust/engine/types/progress.rs",
+    "rust/engine/types/refusal.rs",
+    "rust/engine/registry.rs",
+    "rust/engine/mm_list.rs",
+    "tools/testing/host/models/src/threads.rs",
 ];
 
 fn main() {
+    let here = env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+    let top = Path::new(&here).join("../../../..");
     let out = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
     let out = Path::new(&out);
-    let here = env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
-    let here = Path::new(&here);
-    let engine = here.join("../../../../rust/engine");
-
-    let mut files: Vec<(&str, String)> = Vec::new();
-    for (name, dir) in ENGINE
+    let races = top.join("tools/testing/races");
+    for path in FILES
         .iter()
-        .map(|name| (*name, engine.as_path()))
-        .chain([(THREADS, here.join("src").as_path())])
+        .map(|file| top.join(file))
+        .chain([races.clone()])
     {
-        let path = dir.join(name).with_extension("rs");
         println!("cargo::rerun-if-changed={}", path.display());
-        let text = fs::read_to_string(&path)
-            .unwrap_or_else(|err| panic!("cannot read {}: {err}", path.display()));
-        files.push((name, text));
     }
 
     let mut modules = String::new();
-    let fixed = Break {
-        name: "fixed",
-        doc: "The engine as it is.",
-        edits: &[],
-    };
-    for variant in [&fixed].into_iter().chain(BREAKS) {
-        write_variant(out, variant, &files, &mut modules);
+    let mut tests = String::new();
+    write_variant(&top, out, "fixed", "The engine as it is.", &mut modules);
+    let mut patches: Vec<_> = fs::read_dir(&races)
+        .unwrap_or_else(|err| panic!("cannot read {}: {err}", races.display()))
+        .map(|entry| entry.expect("the folder can be read").path())
+        .filter(|path| path.extension().is_some_and(|it| it == "patch"))
+        .collect();
+    patches.sort();
+    for path in patches {
+        let text = fs::read_to_string(&path).expect("a patch can be read");
+        let name = path.file_stem().expect("it has a name").to_string_lossy();
+        let name = name.replace('-', "_");
+        let (head, body) = text.split_at(text.find("\n--- ").expect("a patch changes a file") + 1);
+        let doc = head.lines().next().unwrap_or_default();
+        let dir = write_variant(&top, out, &name, doc, &mut modules);
+        apply(&dir, &name, body);
+        write_tests(&name, head, &mut tests);
     }
     fs::write(out.join("variants.rs"), modules).expect("OUT_DIR can be written to");
+    fs::write(out.join("without_fix.rs"), tests).expect("OUT_DIR can be written to");
 }
 
-/// Writes the files of one variant, and the modules that have them.
-fn write_variant(out: &Path, variant: &Break, files: &[(&str, String)], modules: &mut String) {
-    let dir = out.join(variant.name);
-    fs::create_dir_all(&dir).expect("OUT_DIR can be written to");
-    writeln!(modules, "/// {}\npub mod {} {{", variant.doc, variant.name).unwrap();
-    for (name, text) in files {
-        let mut text = text.clone();
-        for edit in variant.edits.iter().filter(|edit| edit.file == *name) {
-            let found = text.matches(edit.from).count();
-            assert!(
-                found == 1,
-                "models: to take out the fix '{}', this was looked for in {name}.rs and found {found} times:\n{}",
-                variant.name,
-                edit.from
-            );
-            text = text.replace(edit.from, edit.to);
-        }
-        let path = dir.join(name).with_extension("rs");
-        fs::create_dir_all(path.parent().unwrap()).expect("OUT_DIR can be written to");
-        fs::write(&path, text).expect("OUT_DIR can be written to");
+/// Copies the files for one variant, and writes the modules that have them.
+fn write_variant(top: &Path, out: &Path, name: &str, doc: &str, modules: &mut String) -> PathBuf {
+    let dir = out.join(name);
+    writeln!(modules, "/// {doc}\npub mod {name} {{").unwrap();
+    for file in FILES {
+        let to = dir.join(file);
+        fs::create_dir_all(to.parent().unwrap()).expect("OUT_DIR can be written to");
+        fs::copy(top.join(file), &to).unwrap_or_else(|err| panic!("cannot copy {file}: {err}"));
         // A folder's files are found by its `mod.rs`.
-        let module = name.strip_suffix("/mod").unwrap_or(name);
+        let module = file.trim_end_matches("/mod.rs").trim_end_matches(".rs");
+        let module = module.trim_start_matches("rust/engine/");
+        let module = module.trim_start_matches("tools/testing/host/models/src/");
         if !module.contains('/') {
-            writeln!(modules, "    #[path = {path:?}]\n    pub mod {module};").unwrap();
+            writeln!(modules, "    #[path = {to:?}]\n    pub mod {module};").unwrap();
         }
     }
     modules.push_str("}\n\n");
+    dir
+}
+
+/// Applies what a patch changes in [`FILES`].
+fn apply(dir: &Path, name: &str, body: &str) {
+    let mut ours = String::new();
+    let mut taken = false;
+    for line in body.lines() {
+        if let Some(file) = line.strip_prefix("--- a/") {
+            taken = FILES.contains(&file);
+        }
+        if taken {
+            writeln!(ours, "{line}").unwrap();
+        }
+    }
+    let path = dir.join("patch");
+    fs::write(&path, ours).expect("OUT_DIR can be written to");
+    let result = Command::new("patch")
+        .args([
+            "-p1",
+            "--batch",
+            "--forward",
+            "--no-backup-if-mismatch",
+            "-d",
+        ])
+        .args([dir, Path::new("-i"), &path])
+        .output()
+        .expect("patch is installed");
+    assert!(
+        result.status.success(),
+        "models: the fix '{name}' cannot be taken out:\n{}",
+        String::from_utf8_lossy(&result.stdout)
+    );
+}
+
+/// Writes a test for each scenario that finds the fix missing.
+fn write_tests(name: &str, head: &str, tests: &mut String) {
+    let mut scenarios = 0;
+    writeln!(tests, "mod without_{name} {{").unwrap();
+    for line in head.lines() {
+        let Some((scenario, expected)) = line
+            .strip_prefix("model: ")
+            .and_then(|rest| rest.split_once(": "))
+        else {
+            continue;
+        };
+        writeln!(
+            tests,
+            "    #[test]\n    fn {scenario}() {{\n        super::fails(\n            \
+             \"{scenario} without {name}\",\n            \
+             models::{name}::threads::{scenario},\n            {expected:?},\n        );\n    }}"
+        )
+        .unwrap();
+        scenarios += 1;
+    }
+    tests.push_str("}\n\n");
+    assert!(scenarios != 0, "models: no scenario finds '{name}'");
 }

@@ -166,6 +166,14 @@ impl Pin {
     pub fn mm(&self) -> &'static Mm {
         self.mm
     }
+
+    /// A handle to an mm that somebody else's pin is relied on for. Only without a fix.
+    pub fn borrowed(&self) -> Self {
+        Self {
+            mm: self.mm,
+            owned: false,
+        }
+    }
 }
 
 impl Drop for Pin {
@@ -184,25 +192,10 @@ impl Drop for Pin {
     }
 }
 
-/// A handle to an mm that somebody else's pin is relied on for. Only for a fix that is taken out.
-pub trait Borrowed {
-    /// Makes one.
-    fn borrowed(&self) -> Self;
-}
-
-impl Borrowed for Pin {
-    fn borrowed(&self) -> Self {
-        Self {
-            mm: self.mm,
-            owned: false,
-        }
-    }
-}
-
-/// Implements the registry's trait of a variant for [`Pin`].
+/// Implements the registry's trait of a variant for [`Pin`], with `borrowed` where it asks for it.
 #[macro_export]
 macro_rules! pinned_mm {
-    ($trait:path) => {
+    ($trait:path $(, $borrowed:ident)?) => {
         impl $trait for $crate::sim::Pin {
             fn key(&self) -> usize {
                 self.mm().key()
@@ -215,6 +208,12 @@ macro_rules! pinned_mm {
             fn clone_pin(&self) -> Self {
                 self.mm().pin()
             }
+
+            $(
+                fn $borrowed(&self) -> Self {
+                    self.$borrowed()
+                }
+            )?
         }
     };
 }
