@@ -9,12 +9,17 @@
 
 use strict;
 use warnings;
+use FindBin;
+use lib $FindBin::Bin;
+use KselftestRuns qw(each_run);
 use TAP::Parser;
 
-my (%result, %tries, @cases, $ksm, $program, $tap);
+my (%result, %tries, @cases);
 
 # One program's TAP. A program with one test is its options' case.
 sub take {
+    my ($ksm, $program, $tap) = @_;
+    $tries{"$ksm: $program"}++;
     my $parser = TAP::Parser->new({ tap => $tap });
     my $tests = 0;
     while (my $line = $parser->next) {
@@ -37,18 +42,7 @@ sub take {
     $result{$case}{name} = "$program completes";
 }
 
-while (my $line = <STDIN>) {
-    $line =~ s/\r$//;
-    if ($line =~ /^#### exit \d+/) {
-        take();
-    } elsif ($line =~ /^#### (.+?): (.+)$/) {
-        ($ksm, $program, $tap) = ($1, $2, '');
-        $tries{"$ksm: $program"}++;
-    } elsif (defined $tap) {
-        # "Bail out!" is how kselftest ends after a failure that it has reported
-        $tap .= $line unless $line =~ /^Bail out!/;
-    }
-}
+each_run(\*STDIN, \&take);
 
 print "TAP version 13\n1.." . (@cases || 1) . "\n";
 print "not ok 1 no test ran\n" unless @cases;
