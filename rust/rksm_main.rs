@@ -25,10 +25,12 @@ mod ksm;
 mod service;
 mod takeover;
 
-use engine::knobs::{
-    Knobs,
-    Mode,
-    FILES, //
+use engine::sysfs::{
+    attribute::{
+        self,
+        Attribute, //
+    },
+    knobs::Knobs, //
 };
 use kernel_ext::{
     kthread::{
@@ -37,14 +39,15 @@ use kernel_ext::{
     },
     memory_notifier::MemoryNotifier,
     symbols::Symbols,
-    sysfs::ExtraFile,
     tracepoint::Probes, //
 };
 use ksm::worker_pool::NICE;
 use service::{
-    Ksm,
-    NAMES,
-    SCAN_THREADS, //
+    attributes::{
+        builtin,
+        OwnFiles, //
+    },
+    Ksm, //
 };
 use takeover::Takeover;
 
@@ -84,12 +87,12 @@ module! {
 
 /// The loaded module: what has been set up, to be undone in the reverse order.
 struct Rksm {
-    file: Option<Pin<KBox<ExtraFile<Ksm>>>>,
+    files: Option<OwnFiles>,
     thread: Option<Kthread>,
     notifier: Option<Pin<KBox<MemoryNotifier<Ksm>>>>,
     probes: Option<Probes<Ksm>>,
     ksm: Arc<Ksm>,
-    takeover: Takeover<Ksm>,
+    takeover: Takeover<&'static Attribute, Ksm>,
 }
 
 impl kernel::Module for Rksm {
@@ -97,7 +100,7 @@ impl kernel::Module for Rksm {
         kernel_ext::race_window::widen(module_parameters::delay.value());
         let symbols = Symbols::resolve()?;
         takeover::btf::check_layouts(symbols)?;
-        let takeover = Takeover::<Ksm>::new(symbols, &NAMES)?;
+        let takeover = Takeover::new(symbols, builtin().map(|file| (file.name, file)))?;
         let rksm = Self::start(symbols, takeover)
             .inspect_err(|error| pr_err!("cannot load: {error:?}; the built-in KSM goes on\n"))?;
         pr_info!("KSM of the kernel taken over; rmmod rksm hands it back\n");
@@ -106,7 +109,7 @@ impl kernel::Module for Rksm {
 }
 
 impl Rksm {
-    fn start(symbols: Symbols, takeover: Takeover<Ksm>) -> Result<Self> {
+    fn start(symbols: Symbols, takeover: Takeover<&'static Attribute, Ksm>) -> Result<Self> {
         let knobs = initial_knobs(&takeover)?;
         let ksm = Ksm::new(
             symbols,
@@ -116,7 +119,7 @@ impl Rksm {
         )?;
         // From here on dropping it undoes whatever has been done.
         let mut rksm = Self {
-            file: None,
+            files: None,
             thread: None,
             notifier: None,
             probes: None,
@@ -132,9 +135,7 @@ impl Rksm {
             scanner.scan_thread(current)
         })?;
         rksm.thread = Some(thread);
-        let (name, file) = SCAN_THREADS;
-        let mode = FILES.get(file).ok_or(EINVAL)?.mode.bits();
-        rksm.file = Some(ExtraFile::add(symbols, name, mode, file, ksm.clone())?);
+        rksm.files = Some(OwnFiles::create(symbols, &ksm)?);
         rksm.takeover.open(ksm);
         Ok(rksm)
     }
@@ -142,7 +143,7 @@ impl Rksm {
 
 impl Drop for Rksm {
     fn drop(&mut self) {
-        self.file = None;
+        self.files = None;
         self.takeover.close();
         kernel_ext::race_window::sleep();
         let ran = self.thread.take().is_some();
@@ -153,7 +154,7 @@ impl Drop for Rksm {
         self.ksm.shut_down();
         match self
             .ksm
-            .hand_back(|file, text| self.takeover.builtin_store(file, text))
+            .hand_back(|name, text| self.takeover.builtin_store(name, text))
         {
             Ok(run) => self.takeover.set_final_run(run),
             Err(error) => {
@@ -167,29 +168,33 @@ impl Drop for Rksm {
 }
 
 /// The built-in's knob values, overridden by the module's parameters.
-fn initial_knobs(takeover: &Takeover<Ksm>) -> Result<Knobs> {
+fn initial_knobs(takeover: &Takeover<&'static Attribute, Ksm>) -> Result<Knobs> {
     let mut knobs = Knobs::new();
-    for (i, (row, name)) in FILES.iter().zip(NAMES).enumerate() {
-        if row.name.as_bytes() != name.to_bytes() {
-            return Err(EINVAL);
-        }
-        if row.mode == Mode::ReadWrite {
-            knobs.take_over(row.file, &takeover.builtin_show(i)?)?;
-        }
+    for file in builtin().filter(|file| file.store.is_some()) {
+        file.take_over(&mut knobs, &takeover.builtin_show(file.name)?)?;
     }
     let parameters = [
-        ("run", i64::from(module_parameters::run.value())),
-        ("pages_to_scan", module_parameters::pages_to_scan.value()),
+        (&attribute::RUN, i64::from(module_parameters::run.value())),
         (
-            "sleep_millisecs",
+            &attribute::PAGES_TO_SCAN,
+            module_parameters::pages_to_scan.value(),
+        ),
+        (
+            &attribute::SLEEP_MILLISECS,
             module_parameters::sleep_millisecs.value(),
         ),
-        ("scan_threads", module_parameters::scan_threads.value()),
+        (
+            &attribute::SCAN_THREADS,
+            module_parameters::scan_threads.value(),
+        ),
     ];
-    for (name, value) in parameters {
-        if value != -1 && !knobs.set_at_load(name, value, online_cpus()) {
-            pr_err!("cannot load: {name}={value} is no value for {name}\n");
-            return Err(EINVAL);
+    for (file, value) in parameters {
+        if value != -1 {
+            let name = file.name;
+            file.set_at_load(&mut knobs, value, online_cpus())
+                .inspect_err(|_| {
+                    pr_err!("cannot load: {name}={value} is no value for {name}\n");
+                })?;
         }
     }
     Ok(knobs)

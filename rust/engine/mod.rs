@@ -8,12 +8,10 @@
 #![forbid(unsafe_code)]
 
 mod accessed;
-pub mod advisor;
 mod container;
 pub mod content_hash;
 mod glance;
 pub mod index;
-pub mod knobs;
 pub mod lane;
 pub mod memory;
 pub mod mm_list;
@@ -23,4 +21,5 @@ pub mod registry;
 pub mod scan;
 pub mod smart_scan;
 pub mod stats;
+pub mod sysfs;
 pub mod types;

@@ -2,6 +2,8 @@
 
 //! The counters behind the read-only files, and what is derived from them.
 
+use super::types::Refusals;
+
 use kernel::page::PAGE_SIZE;
 
 /// What the scanner counts, in pages unless said otherwise.
@@ -57,6 +59,8 @@ impl Counters {
 pub struct Snapshot {
     /// The engine's counters.
     pub counters: Counters,
+    /// How often each reason kept a page from being merged, since the load.
+    pub refusals: Refusals,
     /// Mappings of the zero page that KSM placed. The core of mm counts them down, so that a
     /// reader may find a value below zero.
     pub zero_pages: i64,

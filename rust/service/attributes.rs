@@ -3,82 +3,131 @@
 //! Reads and writes of the files, and the values that the built-in gets back.
 
 use crate::{
-    engine::knobs::{
-        Action,
-        AdvisorMode,
-        Change,
-        File,
-        Mode,
-        StoreCtx,
-        FILES, //
+    engine::{
+        sysfs::{
+            attribute::{
+                chosen,
+                Attribute,
+                Origin,
+                ADVISOR_MODE,
+                ATTRIBUTES,
+                PAGES_TO_SCAN,
+                RUN, //
+            },
+            knobs::{
+                Action,
+                AdvisorMode,
+                Change,
+                StoreCtx, //
+            },
+            line::Line, //
+        },
+        types::Refusal, //
     },
-    kernel_ext::kthread,
+    kernel_ext::{
+        kthread,
+        symbols::Symbols,
+        sysfs::{
+            AttributeHandler,
+            Directory, //
+        }, //
+    },
     ksm::backend,
-    service::{
-        Ksm,
-        NAMES, //
-    },
-    takeover::attributes::Files, //
+    service::Ksm, //
 };
 use core::fmt::Write;
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+/// The built-in's files.
+pub(crate) fn builtin() -> impl Iterator<Item = &'static Attribute> {
+    ATTRIBUTES
+        .iter()
+        .copied()
+        .filter(|attribute| attribute.origin == Origin::Builtin)
+}
+
+/// The files of our own, in `/sys/kernel/mm/rksm`, which are gone when this is dropped.
+pub(crate) struct OwnFiles {
+    // In the order in which they go.
+    _refused: Directory<Refusal, Ksm>,
+    _files: Directory<&'static Attribute, Ksm>,
+}
+
+impl OwnFiles {
+    /// Creates the files.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn create(symbols: Symbols, ksm: &Arc<Ksm>) -> Result<Self> {
+        let mut files = Directory::in_mm(symbols, c"rksm", ksm.clone())?;
+        for &attribute in ATTRIBUTES {
+            if attribute.origin == Origin::Rksm {
+                files.add(attribute.name, attribute.mode(), attribute)?;
+            }
+        }
+        let mut refused = Directory::in_directory(&files, c"refused", ksm.clone())?;
+        for refusal in Refusal::ALL {
+            refused.add(refusal.name(), 0o444, *refusal)?;
+        }
+        Ok(Self {
+            _refused: refused,
+            _files: files,
+        })
+    }
+}
 
 impl Ksm {
-    /// What each file of the built-in is to be given to have the values from here, in the order to write them.
+    /// Calls `give` with each file of the built-in and what has to be written to it so that it
+    /// shows the value from here, in the order to write them. Returns the `run` to give it.
     ///
     /// # Errors
     ///
     /// The first error of `give`; the other files are given nevertheless.
-    pub(crate) fn hand_back(&self, mut give: impl FnMut(usize, &[u8]) -> Result) -> Result<u8> {
-        let knobs = self.knobs();
+    pub(crate) fn hand_back(&self, mut give: impl FnMut(&CStr, &[u8]) -> Result) -> Result<u8> {
+        let (knobs, stats) = self.values();
         let mut first = Ok(());
-        let mut write = |file: File, text: &[u8]| {
-            if let Some(i) = FILES.iter().position(|row| row.file == file) {
-                let given = give(i, text);
-                if first.is_ok() {
-                    first = given;
-                }
+        let mut write = |name: &CStr, text: &[u8]| {
+            let given = give(name, text);
+            if first.is_ok() {
+                first = given;
             }
         };
         // An advisor keeps `pages_to_scan` from being set, and sets it when it is switched on.
-        write(File::AdvisorMode, b"none\n");
-        let plain = FILES.iter().take(NAMES.len()).filter(|row| {
-            let last = matches!(row.file, File::Run | File::AdvisorMode);
-            let advised = row.file == File::PagesToScan && knobs.advisor_mode != AdvisorMode::None;
-            row.mode == Mode::ReadWrite && !last && !advised
+        write(ADVISOR_MODE.name, b"none\n");
+        let advised = knobs.advisor_mode != AdvisorMode::None;
+        let plain = builtin().filter(|&attribute| {
+            attribute.store.is_some()
+                && *attribute != RUN
+                && *attribute != ADVISOR_MODE
+                && !(advised && *attribute == PAGES_TO_SCAN)
         });
-        for row in plain {
-            let mut text = Line::new();
-            if knobs.hand_back(row.file, &mut text).is_ok() {
-                write(row.file, text.as_bytes());
+        for attribute in Iterator::chain(plain, [&ADVISOR_MODE]) {
+            if let Ok(line) = attribute.line(&knobs, &stats) {
+                write(attribute.name, chosen(line.as_bytes()));
             }
-        }
-        let mut text = Line::new();
-        if knobs.hand_back(File::AdvisorMode, &mut text).is_ok() {
-            write(File::AdvisorMode, text.as_bytes());
         }
         first.map(|()| knobs.run as u8)
     }
 }
-impl Files for Ksm {
-    fn show(&self, file: usize, text: &mut [u8]) -> Result<usize> {
-        let file = FILES.get(file).ok_or(ENOENT)?.file;
-        let (knobs, mut snapshot) = {
-            let published = self.published.lock();
-            (published.knobs, published.snapshot)
-        };
-        snapshot.zero_pages = backend::zero_pages(self.symbols);
-        let mut line = Line::new();
-        knobs.show(file, &snapshot, &mut line).map_err(|_| EINVAL)?;
-        let line = line.as_bytes();
-        text.get_mut(..line.len())
-            .ok_or(EINVAL)?
-            .copy_from_slice(line);
-        Ok(line.len())
+
+impl AttributeHandler<&'static Attribute> for Ksm {
+    fn show(&self, attribute: &'static Attribute, text: &mut [u8]) -> Result<usize> {
+        let (knobs, mut stats) = self.values();
+        stats.zero_pages = backend::zero_pages(self.symbols);
+        let line = attribute.line(&knobs, &stats)?;
+        copy(line.as_bytes(), text)
     }
 
-    fn store(&self, file: usize, data: &[u8]) -> Result {
-        let change = FILES.get(file).ok_or(ENOENT)?.file.parse(data)?;
+    fn store(&self, attribute: &'static Attribute, data: &[u8]) -> Result {
+        let change = attribute.parse(data)?;
         if let Change::Run(_) | Change::MergeAcrossNodes(_) | Change::MaxPageSharing(_) = change {
             return self.with_scan_state(|state| self.change_excluding_scanner(state, change));
         }
@@ -94,30 +143,23 @@ impl Files for Ksm {
     }
 }
 
-/// A line of a file.
-struct Line {
-    text: [u8; 32],
-    len: usize,
-}
-
-impl Line {
-    const fn new() -> Self {
-        Self {
-            text: [0; 32],
-            len: 0,
-        }
+/// `refused/<reason>`: how often pages were not merged for this reason, since the load.
+impl AttributeHandler<Refusal> for Ksm {
+    fn show(&self, refusal: Refusal, text: &mut [u8]) -> Result<usize> {
+        let (_, stats) = self.values();
+        let line = Line::new(|line| writeln!(line, "{}", stats.refusals.get(refusal)))?;
+        copy(line.as_bytes(), text)
     }
 
-    fn as_bytes(&self) -> &[u8] {
-        self.text.get(..self.len).unwrap_or_default()
+    fn store(&self, _refusal: Refusal, _data: &[u8]) -> Result {
+        Err(EIO)
     }
 }
 
-impl Write for Line {
-    fn write_str(&mut self, s: &str) -> core::fmt::Result {
-        let room = self.text.get_mut(self.len..self.len + s.len());
-        room.ok_or(core::fmt::Error)?.copy_from_slice(s.as_bytes());
-        self.len += s.len();
-        Ok(())
-    }
+/// Copies a line to where a reader wants it, and returns its length.
+fn copy(line: &[u8], text: &mut [u8]) -> Result<usize> {
+    text.get_mut(..line.len())
+        .ok_or(EINVAL)?
+        .copy_from_slice(line);
+    Ok(line.len())
 }

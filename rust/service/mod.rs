@@ -29,25 +29,26 @@
 //! 9. `published`, a spinlock: the values of the knobs and the counters last published. A leaf.
 //! 10. The built-in's `ksm_mmlist_lock`, a spinlock: its list of mms. A leaf.
 //!
-//! `mmap_lock` is always dropped before a claim on a slot is released under `mmlist_lock`: from then
-//! on the exit path may free the slot, and only the pin that the release hands back keeps the mm.
+//! `mmap_lock` is always dropped before a claim on a slot is released under `mmlist_lock`: from
+//! then on the exit path may free the slot, and only the pin that the release hands back keeps the
+//! mm.
 
-mod attributes;
+pub(crate) mod attributes;
 mod events;
 mod run;
 mod scanner;
 
 use crate::{
     engine::{
-        knobs::{
-            Knobs,
-            RunState, //
-        },
         lane::Lanes,
         mm_list::MmList,
         registry::Registry,
         scan::Engine,
-        stats::Snapshot, //
+        stats::Snapshot,
+        sysfs::knobs::{
+            Knobs,
+            RunState, //
+        }, //
     },
     kernel_ext::{
         mm::PinnedMm,
@@ -83,37 +84,6 @@ use kernel::{
         Monotonic, //
     },
 };
-
-/// The built-in's files of `/sys/kernel/mm/ksm`, in the order of [`FILES`]. Those of our own come after them.
-pub(crate) const NAMES: [&CStr; 24] = [
-    c"sleep_millisecs",
-    c"pages_to_scan",
-    c"run",
-    c"pages_scanned",
-    c"pages_shared",
-    c"pages_sharing",
-    c"pages_unshared",
-    c"pages_volatile",
-    c"pages_skipped",
-    c"ksm_zero_pages",
-    c"full_scans",
-    c"merge_across_nodes",
-    c"max_page_sharing",
-    c"stable_node_chains",
-    c"stable_node_dups",
-    c"stable_node_chains_prune_millisecs",
-    c"use_zero_pages",
-    c"general_profit",
-    c"smart_scan",
-    c"advisor_mode",
-    c"advisor_max_cpu",
-    c"advisor_min_pages_to_scan",
-    c"advisor_max_pages_to_scan",
-    c"advisor_target_scan_time",
-];
-
-/// The file of our own, and its place in [`FILES`].
-pub(crate) const SCAN_THREADS: (&CStr, usize) = (c"scan_threads", NAMES.len());
 
 /// What only the holder of `thread_mutex` uses.
 struct ScanState {
@@ -281,6 +251,7 @@ impl Ksm {
         let slots = self.locked(|registry| registry.bytes());
         let snapshot = Snapshot {
             counters: state.engine.counters,
+            refusals: state.engine.refusals,
             zero_pages: 0,
             metadata_bytes: (state.engine.bytes() + slots) as u64,
         };
@@ -289,6 +260,12 @@ impl Ksm {
 
     fn knobs(&self) -> Knobs {
         self.published.lock().knobs
+    }
+
+    /// The knobs, and the counters as they were last published.
+    fn values(&self) -> (Knobs, Snapshot) {
+        let published = self.published.lock();
+        (published.knobs, published.snapshot)
     }
 
     /// Whether there is something to scan and `run` says so.

@@ -4,15 +4,15 @@
 
 use crate::{
     engine::{
-        knobs::{
+        mm_list::{
+            MmList,
+            Visited, //
+        },
+        sysfs::knobs::{
             Action,
             Change,
             RunState,
             StoreCtx, //
-        },
-        mm_list::{
-            MmList,
-            Visited, //
         },
         types::Progress, //
     },
@@ -76,7 +76,7 @@ impl Ksm {
     fn unmerge_all(&self, state: &mut ScanState) -> Result {
         let origin = OomOrigin::new();
         let mut result = self.unmerge_registered(state);
-        // Children that found no slot while their parents were unmerged have inherited merged pages.
+        // Children that found no slot while their parents were unmerged inherited merged pages.
         while result.is_ok() && self.locked(|registry| registry.take_missed()) {
             result = self
                 .register_all()

@@ -4,16 +4,16 @@
 
 use crate::{
     engine::{
-        knobs::{
-            AdvisorMode,
-            RunState, //
-        },
         mm_list::{
             MmList,
             Step,
             Visited, //
         },
-        policy::Policy, //
+        policy::Policy,
+        sysfs::knobs::{
+            AdvisorMode,
+            RunState, //
+        }, //
     },
     kernel_ext::{
         folio,

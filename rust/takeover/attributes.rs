@@ -3,9 +3,9 @@
 //! Taking over the files of `/sys/kernel/mm/ksm`.
 //!
 //! The `show` and `store` pointers of the built-in attributes are swapped in place, so that
-//! descriptors which were opened before go on working. [`Attrs`] also closes the two gaps which
-//! that leaves: calls of the built-in functions that began before the swap, and calls of ours that
-//! began before the swap back.
+//! descriptors which were opened before go on working. [`BuiltinAttributes`] also closes the two
+//! gaps which that leaves: calls of the built-in functions that began before the swap, and calls of
+//! ours that began before the swap back.
 //!
 //! # Phases
 //!
@@ -16,8 +16,8 @@
 //!                     └────────────── drop ──────────────────────┴──► Forward ──► built-in
 //! ```
 //!
-//! While *held*, callers wait. When *open*, our [`Files`] answer. In *forward*, which begins when
-//! the pointers are the built-in's again, those who still come or have waited get what the
+//! While *held*, callers wait. When *open*, our [`AttributeHandler`] answers. In *forward*, which
+//! begins when the pointers are the built-in's again, those that still come or have waited get what the
 //! built-in answers. So a user sees neither an error nor a wrong answer at `insmod` and `rmmod`,
 //! at worst a delay.
 
@@ -25,6 +25,10 @@ use crate::{
     bindings::raw,
     kernel_ext::{
         symbols::Symbols,
+        sysfs::{
+            to_errno,
+            AttributeHandler, //
+        },
         wait::{
             new_wait_queue, //
             WaitQueue,
@@ -55,27 +59,6 @@ use kernel::{
     }, //
 };
 
-/// What answers the files.
-///
-/// Called in process context, in several threads at once, and may sleep. Interruptible waits are
-/// fine: the error gets to the caller. `file` is the index in the list given to [`Attrs::hold`].
-pub(crate) trait Files: Send + Sync + 'static {
-    /// Reads a file: fills `text`, which has [`PAGE_SIZE`] zeroed bytes, and returns how many.
-    ///
-    /// # Errors
-    ///
-    /// Any errno is what `read()` returns.
-    fn show(&self, file: usize, text: &mut [u8]) -> Result<usize>;
-
-    /// Writes a file. `data` is what was written, at most a page, as it was; it may contain
-    /// anything.
-    ///
-    /// # Errors
-    ///
-    /// Any errno is what `write()` returns. On success that is the length of `data`.
-    fn store(&self, file: usize, data: &[u8]) -> Result;
-}
-
 /// `Held`, `Open` or `Forward`, see above.
 type Phase = i32;
 const HELD: Phase = 0;
@@ -86,7 +69,10 @@ const FORWARD: Phase = 2;
 static INSTANCE: Atomic<*mut c_void> = Atomic::new(ptr::null_mut());
 
 /// A built-in attribute, and what it was.
-struct File {
+struct BuiltinAttribute<A> {
+    /// What the handler knows it by.
+    id: A,
+    name: &'static CStr,
     attr: *mut raw::kobj_attribute,
     show: raw::rksm_show_t,
     store: raw::rksm_store_t,
@@ -96,7 +82,7 @@ struct File {
     inside: Atomic<i32>,
 }
 
-impl Drop for File {
+impl<A> Drop for BuiltinAttribute<A> {
     fn drop(&mut self) {
         // SAFETY: The reference is ours.
         unsafe { raw::kernfs_put(self.node) };
@@ -104,13 +90,13 @@ impl Drop for File {
 }
 
 #[pin_data]
-struct Inner<F: Files> {
+struct Inner<A, H> {
     kobj: *mut raw::kobject,
-    files: KVec<File>,
+    attributes: KVec<BuiltinAttribute<A>>,
     phase: Atomic<Phase>,
     /// Threads that our functions answer, as opposed to those that wait.
     running: Atomic<i32>,
-    handler: SetOnce<Arc<F>>,
+    handler: SetOnce<Arc<H>>,
     /// For changes of `phase`, and for `running` and `inside` coming down.
     #[pin]
     changed: WaitQueue,
@@ -120,20 +106,22 @@ struct Inner<F: Files> {
 ///
 /// # Invariants
 ///
-/// `INSTANCE` is `inner`. The attributes in `inner.files` have `show::<F>` and `store::<F>`.
-pub(crate) struct Attrs<F: Files> {
-    inner: Pin<KBox<Inner<F>>>,
+/// `INSTANCE` is `inner`. The attributes in `inner.attributes` have `show::<A, H>` and
+/// `store::<A, H>`.
+pub(crate) struct BuiltinAttributes<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> {
+    inner: Pin<KBox<Inner<A, H>>>,
     symbols: Symbols,
 }
 
 // SAFETY: The attributes and nodes are the kernel's, live as long as `mm_kobj`, which is for ever,
-// and their pointers may be used in every thread. The handler is `Send` and `Sync`.
-unsafe impl<F: Files> Send for Inner<F> {}
-// SAFETY: As above; all that changes is atomic or has a lock of its own.
-unsafe impl<F: Files> Sync for Inner<F> {}
+// and their pointers may be used in every thread. What else there is, is `Send`.
+unsafe impl<A: Send, H: Send + Sync> Send for Inner<A, H> {}
+// SAFETY: The pointers may be used in every thread. All that changes is atomic or has a lock of its
+// own.
+unsafe impl<A: Sync, H: Send + Sync> Sync for Inner<A, H> {}
 
 /// What a built-in file says.
-pub(crate) struct Text {
+pub(crate) struct AttributeText {
     page: KBox<PageBuffer>,
     len: usize,
 }
@@ -150,7 +138,7 @@ impl PageBuffer {
     }
 }
 
-impl Text {
+impl AttributeText {
     /// The text `text`, of a page at most.
     ///
     /// # Errors
@@ -169,7 +157,7 @@ impl Text {
     }
 }
 
-impl Deref for Text {
+impl Deref for AttributeText {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -177,8 +165,9 @@ impl Deref for Text {
     }
 }
 
-impl<F: Files> Attrs<F> {
-    /// Takes the files named in `names`, and lets their users wait.
+impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<A, H> {
+    /// Takes the files of `ours`, and lets their users wait. The handler gets what stands beside a
+    /// file's name.
     ///
     /// When this returns, nobody is in a function of a built-in file any more. May sleep for as
     /// long as somebody is in one, such as in the store of `run` while it unmerges.
@@ -187,13 +176,16 @@ impl<F: Files> Attrs<F> {
     ///
     /// After one line in the log: `ENODEV` if the kernel does not have these very files, `EBUSY` if
     /// they are in the hands of another module already. `EINTR` if a signal came.
-    pub(crate) fn hold(symbols: Symbols, names: &[&CStr]) -> Result<Self> {
+    pub(crate) fn hold(
+        symbols: Symbols,
+        ours: impl Iterator<Item = (&'static CStr, A)>,
+    ) -> Result<Self> {
         let kobj = symbols.mm_kobj();
-        let files = find(symbols, kobj, names)?;
+        let attributes = find(symbols, kobj, ours)?;
         let inner = KBox::pin_init(
-            pin_init!(Inner::<F> {
+            pin_init!(Inner::<A, H> {
                 kobj,
-                files,
+                attributes,
                 phase: Atomic::new(HELD),
                 running: Atomic::new(0),
                 handler: SetOnce::new(),
@@ -207,22 +199,22 @@ impl<F: Files> Attrs<F> {
             return Err(EBUSY);
         }
         // INVARIANT: Holds from after this loop on; from here on `drop` undoes it.
-        let attrs = Self { inner, symbols };
-        let our_store: raw::rksm_store_t = Some(store::<F>);
-        for file in &attrs.inner.files {
+        let held = Self { inner, symbols };
+        let our_store: raw::rksm_store_t = Some(store::<A, H>);
+        for file in &held.inner.attributes {
             let store = file.store.and(our_store);
             // SAFETY: The attribute is there for ever, and is not constant.
-            unsafe { raw::rksm_kobj_attribute_set(file.attr, Some(show::<F>), store) };
+            unsafe { raw::rksm_kobj_attribute_set(file.attr, Some(show::<A, H>), store) };
         }
-        attrs.wait_for_builtin()?;
-        Ok(attrs)
+        held.wait_for_builtin()?;
+        Ok(held)
     }
 
     /// Waits until nobody is in a function of the built-in files.
     fn wait_for_builtin(&self) -> Result {
         // Orders the new pointers before the counts. Who is not counted yet will see them.
         smp_mb(Full);
-        for file in &self.inner.files {
+        for file in &self.inner.attributes {
             loop {
                 // All that come to us stay inside until `phase` changes, so if there are no more
                 // active ones than those, no active one is elsewhere. This must be read first:
@@ -245,7 +237,7 @@ impl<F: Files> Attrs<F> {
     /// Lets `handler` answer the files from now on, also for those who wait.
     ///
     /// The first handler stays: after [`Self::close`] this opens the files for it again.
-    pub(crate) fn open(&self, handler: Arc<F>) {
+    pub(crate) fn open(&self, handler: Arc<H>) {
         let _ = self.inner.handler.populate(handler);
         self.inner.set_phase(OPEN);
     }
@@ -259,31 +251,31 @@ impl<F: Files> Attrs<F> {
         inner.changed.wait_idle(|| inner.running.load(Acquire) == 0);
     }
 
-    /// What the built-in says in `file`.
+    /// What the built-in's file `name` shows.
     ///
     /// # Errors
     ///
-    /// `EINVAL` for an index that is none or a file that cannot be read, `ENOMEM`, or what the
-    /// built-in returns.
-    pub(crate) fn builtin_show(&self, file: usize) -> Result<Text> {
+    /// `EINVAL` for a name that is none of its files or a file that cannot be read, `ENOMEM`, or
+    /// what the built-in returns.
+    pub(crate) fn builtin_show(&self, name: &CStr) -> Result<AttributeText> {
         let mut page = PageBuffer::new()?;
-        let file = self.inner.files.get(file).ok_or(EINVAL)?;
+        let file = self.inner.named(name)?;
         let len = self.inner.forward_show(file, page.0.as_mut_ptr().cast());
         to_result(len as c_int)?;
-        Ok(Text {
+        Ok(AttributeText {
             page,
             len: len as usize,
         })
     }
 
-    /// Writes to the built-in's `file`.
+    /// Writes to the built-in's file `name`.
     ///
     /// # Errors
     ///
-    /// `EINVAL` for an index that is none, a file that cannot be written, or more than 63 bytes;
-    /// or what the built-in returns.
-    pub(crate) fn builtin_store(&self, file: usize, data: &[u8]) -> Result {
-        let file = self.inner.files.get(file).ok_or(EINVAL)?;
+    /// `EINVAL` for a name that is none of its files, a file that cannot be written, or more than 63
+    /// bytes; or what the built-in returns.
+    pub(crate) fn builtin_store(&self, name: &CStr, data: &[u8]) -> Result {
+        let file = self.inner.named(name)?;
         // sysfs adds a NUL, on which the built-in relies.
         let mut text = [0u8; 64];
         let (_, head) = text.split_last_mut().ok_or(EINVAL)?;
@@ -297,12 +289,12 @@ impl<F: Files> Attrs<F> {
     }
 }
 
-impl<F: Files> Drop for Attrs<F> {
+impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Drop for BuiltinAttributes<A, H> {
     fn drop(&mut self) {
         if self.inner.phase.load(Relaxed) == OPEN {
             self.close();
         }
-        for file in &self.inner.files {
+        for file in &self.inner.attributes {
             // SAFETY: The attribute is there for ever; these are its own functions.
             unsafe { raw::rksm_kobj_attribute_set(file.attr, file.show, file.store) };
         }
@@ -314,7 +306,7 @@ impl<F: Files> Drop for Attrs<F> {
         let inner = &self.inner;
         let empty = || {
             inner
-                .files
+                .attributes
                 .iter()
                 .all(|file| file.inside.load(Acquire) == 0)
         };
@@ -334,7 +326,13 @@ fn synchronize_rcu_tasks(symbols: Symbols) {
     unsafe { raw::synchronize_rcu_tasks() };
 }
 
-impl<F: Files> Inner<F> {
+impl<A: Copy, H: AttributeHandler<A>> Inner<A, H> {
+    /// The built-in's file `name`.
+    fn named(&self, name: &CStr) -> Result<&BuiltinAttribute<A>> {
+        let mut attributes = self.attributes.iter();
+        attributes.find(|file| file.name == name).ok_or(EINVAL)
+    }
+
     fn set_phase(&self, phase: Phase) {
         self.phase.xchg(phase, Full);
         self.changed.wake_up_all();
@@ -345,15 +343,10 @@ impl<F: Files> Inner<F> {
     fn enter(
         &self,
         attr: *mut raw::kobj_attribute,
-        answer: impl FnOnce(&F, usize) -> isize,
-        forward: impl FnOnce(&File) -> isize,
+        answer: impl FnOnce(&H, A) -> isize,
+        forward: impl FnOnce(&BuiltinAttribute<A>) -> isize,
     ) -> isize {
-        let Some((index, file)) = self
-            .files
-            .iter()
-            .enumerate()
-            .find(|(_, file)| file.attr == attr)
-        else {
+        let Some(file) = self.attributes.iter().find(|file| file.attr == attr) else {
             return to_errno(EIO);
         };
         file.inside.fetch_add(1, Full);
@@ -369,7 +362,7 @@ impl<F: Files> Inner<F> {
             self.changed.wait_idle(|| self.phase.load(Relaxed) != HELD);
         };
         let result = match self.handler.as_ref() {
-            Some(handler) if phase == OPEN => answer(handler, index),
+            Some(handler) if phase == OPEN => answer(handler, file.id),
             _ => forward(file),
         };
         self.leave();
@@ -385,7 +378,7 @@ impl<F: Files> Inner<F> {
         }
     }
 
-    fn forward_show(&self, file: &File, text: *mut c_char) -> isize {
+    fn forward_show(&self, file: &BuiltinAttribute<A>, text: *mut c_char) -> isize {
         match file.show {
             // SAFETY: The built-in's own function with its own arguments; `text` has a page.
             Some(show) => unsafe { show(self.kobj, file.attr, text) },
@@ -393,7 +386,7 @@ impl<F: Files> Inner<F> {
         }
     }
 
-    fn forward_store(&self, file: &File, data: *const c_char, len: usize) -> isize {
+    fn forward_store(&self, file: &BuiltinAttribute<A>, data: *const c_char, len: usize) -> isize {
         match file.store {
             // SAFETY: The built-in's own function with its own arguments; a NUL follows the data.
             Some(store) => unsafe { store(self.kobj, file.attr, data, len) },
@@ -402,13 +395,12 @@ impl<F: Files> Inner<F> {
     }
 }
 
-/// The errno that a function of a file returns.
-pub(crate) fn to_errno(error: Error) -> isize {
-    error.to_errno() as isize
-}
-
-/// Finds the attributes `names` of the built-in, in that order.
-fn find(symbols: Symbols, kobj: *mut raw::kobject, names: &[&CStr]) -> Result<KVec<File>> {
+/// Finds the built-in's attributes of the names in `ours`, in that order.
+fn find<A>(
+    symbols: Symbols,
+    kobj: *mut raw::kobject,
+    ours: impl Iterator<Item = (&'static CStr, A)>,
+) -> Result<KVec<BuiltinAttribute<A>>> {
     let group = symbols.ksm_attr_group();
     // SAFETY: The group and the kobject are the kernel's and constant; the name is a string.
     let dir = unsafe { raw::rksm_kernfs_find_and_get((*kobj).sd, (*group).name) };
@@ -416,20 +408,20 @@ fn find(symbols: Symbols, kobj: *mut raw::kobject, names: &[&CStr]) -> Result<KV
         pr_err!("cannot load: no /sys/kernel/mm/ksm\n");
         return Err(ENODEV);
     }
-    let found = find_in(group, dir, names);
+    let found = find_in(group, dir, ours);
     // SAFETY: The reference is ours.
     unsafe { raw::kernfs_put(dir) };
     found
 }
 
-fn find_in(
+fn find_in<A>(
     group: *const raw::attribute_group,
     dir: *mut raw::kernfs_node,
-    names: &[&CStr],
-) -> Result<KVec<File>> {
-    let mut files = KVec::with_capacity(names.len(), GFP_KERNEL)?;
-    for name in names {
-        let Some(attr) = attributes(group).find(|&(_, there)| there == *name) else {
+    ours: impl Iterator<Item = (&'static CStr, A)>,
+) -> Result<KVec<BuiltinAttribute<A>>> {
+    let mut found: KVec<BuiltinAttribute<A>> = KVec::new();
+    for (name, id) in ours {
+        let Some(attr) = attributes(group).find(|&(_, there)| there == name) else {
             pr_err!(
                 "cannot load: this kernel has no /sys/kernel/mm/ksm/{}\n",
                 name
@@ -441,7 +433,9 @@ fn find_in(
         // SAFETY: Every attribute of this group is in a `kobj_attribute`.
         let file = unsafe {
             let attr = raw::rksm_kobj_attribute(attr.0);
-            File {
+            BuiltinAttribute {
+                id,
+                name,
                 attr,
                 show: raw::rksm_kobj_attribute_show(attr),
                 store: raw::rksm_kobj_attribute_store(attr),
@@ -461,13 +455,14 @@ fn find_in(
             pr_err!("cannot load: no /sys/kernel/mm/ksm/{}\n", name);
             return Err(ENODEV);
         }
-        files.push(file, GFP_KERNEL)?;
+        found.push(file, GFP_KERNEL)?;
     }
-    if let Some((_, name)) = attributes(group).find(|(_, there)| !names.contains(there)) {
+    let known = |there: &CStr| found.iter().any(|file| file.name == there);
+    if let Some((_, name)) = attributes(group).find(|&(_, there)| !known(there)) {
         pr_err!("cannot load: /sys/kernel/mm/ksm/{} is unknown here\n", name);
         return Err(ENODEV);
     }
-    Ok(files)
+    Ok(found)
 }
 
 /// The attributes of the group, with their names.
@@ -490,36 +485,38 @@ fn attributes(
     })
 }
 
-/// The `Inner` of the current [`Attrs`].
+/// The `Inner` of the current [`BuiltinAttributes`].
 ///
 /// # Safety
 ///
-/// To be called from `show` and `store` of the same `F` only.
-unsafe fn instance<'a, F: Files>() -> &'a Inner<F> {
-    // SAFETY: Who is here got the pointer to `show::<F>` or `store::<F>` out of an attribute, which
-    // has them while there is an `Attrs<F>`; its `drop` waits for whoever did.
-    unsafe { &*INSTANCE.load(Acquire).cast::<Inner<F>>() }
+/// To be called from `show` and `store` of the same `A` and `H` only.
+unsafe fn instance<'a, A, H>() -> &'a Inner<A, H> {
+    // SAFETY: The caller was called through a pointer to `show::<A, H>` or `store::<A, H>` in an
+    // attribute. Those are there only while there is a `BuiltinAttributes<A, H>`, whose `drop`
+    // waits for every thread that has read one.
+    unsafe { &*INSTANCE.load(Acquire).cast::<Inner<A, H>>() }
 }
 
 /// Answers a read of a file of the built-in.
 ///
 /// # Safety
 ///
-/// To be called by sysfs only, as `show` of an attribute of the current `Attrs<F>`.
-unsafe extern "C" fn show<F: Files>(
+/// To be called by sysfs only, as `show` of an attribute of the current
+/// `BuiltinAttributes<A, H>`.
+unsafe extern "C" fn show<A: Copy, H: AttributeHandler<A>>(
     _kobj: *mut raw::kobject,
     attr: *mut raw::kobj_attribute,
     text: *mut c_char,
 ) -> isize {
-    // SAFETY: This is `show` of `F`.
-    let inner = unsafe { instance::<F>() };
+    // SAFETY: This is `show` of `A` and `H`.
+    let inner = unsafe { instance::<A, H>() };
     inner.enter(
         attr,
-        |handler, file| {
+        |handler, id| {
             // SAFETY: sysfs gives a zeroed page, for us alone.
             let page = unsafe { slice::from_raw_parts_mut(text.cast::<u8>(), PAGE_SIZE) };
             handler
-                .show(file, page)
+                .show(id, page)
                 .map_or_else(to_errno, |len| len as isize)
         },
         |file| inner.forward_show(file, text),
@@ -530,22 +527,23 @@ unsafe extern "C" fn show<F: Files>(
 ///
 /// # Safety
 ///
-/// To be called by sysfs only, as `store` of an attribute of the current `Attrs<F>`.
-unsafe extern "C" fn store<F: Files>(
+/// To be called by sysfs only, as `store` of an attribute of the current
+/// `BuiltinAttributes<A, H>`.
+unsafe extern "C" fn store<A: Copy, H: AttributeHandler<A>>(
     _kobj: *mut raw::kobject,
     attr: *mut raw::kobj_attribute,
     data: *const c_char,
     len: usize,
 ) -> isize {
-    // SAFETY: This is `store` of `F`.
-    let inner = unsafe { instance::<F>() };
+    // SAFETY: This is `store` of `A` and `H`.
+    let inner = unsafe { instance::<A, H>() };
     inner.enter(
         attr,
-        |handler, file| {
+        |handler, id| {
             // SAFETY: sysfs gives that many bytes, which nobody changes during the call.
             let data = unsafe { slice::from_raw_parts(data.cast::<u8>(), len) };
             handler
-                .store(file, data)
+                .store(id, data)
                 .map_or_else(to_errno, |()| len as isize)
         },
         |file| inner.forward_store(file, data, len),

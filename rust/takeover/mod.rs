@@ -12,12 +12,14 @@ pub(crate) mod builtin;
 
 use crate::{
     bindings::raw,
-    kernel_ext::symbols::Symbols,
+    kernel_ext::{
+        symbols::Symbols,
+        sysfs::AttributeHandler, //
+    },
     takeover::{
         attributes::{
-            Attrs,
-            Files,
-            Text, //
+            AttributeText,
+            BuiltinAttributes, //
         },
         builtin::{
             Builtin,
@@ -39,6 +41,9 @@ use kernel::{
     },
 };
 
+/// The built-in's file that is kept at 0 meanwhile.
+const RUN: &CStr = c"run";
+
 /// How often and how long (ms) the built-in is given time to get rid of its last merged pages,
 /// which may belong to processes that are just exiting.
 const DRAIN_TRIES: u32 = 100;
@@ -49,39 +54,38 @@ const DRAIN_PAUSE: c_uint = 100;
 /// Dropping it gives all back: the built-in's `run` is set to [`Self::set_final_run`], and then its
 /// files answer again. Whatever else was changed must have been put back before, with
 /// [`Self::builtin_store`].
-pub(crate) struct Takeover<F: Files> {
+pub(crate) struct Takeover<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> {
     builtin: Builtin,
-    run_file: usize,
     final_run: Atomic<i32>,
-    attrs: Attrs<F>,
+    attributes: BuiltinAttributes<A, H>,
 }
 
-impl<F: Files> Takeover<F> {
-    /// Takes the files named in `names`, which must have `run`, and drains the built-in.
+impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
+    /// Takes the files of `ours`, which must have `run`, and drains the built-in; see
+    /// [`BuiltinAttributes::hold`].
     ///
     /// Users of the files wait from here on until [`Self::open`]. Sleeps, for as long as the
     /// built-in takes to unmerge everything.
     ///
     /// # Errors
     ///
-    /// After one line in the log, with everything as it was (but unmerged): see [`Attrs::hold`];
+    /// After one line in the log, with everything as it was (but unmerged): see
+    /// [`BuiltinAttributes::hold`];
     /// `EBUSY` if merged memory remains, `ENOMEM` or `EINTR` if unmerging failed with that.
-    pub(crate) fn new(symbols: Symbols, names: &[&CStr]) -> Result<Self> {
-        let run_file = names
-            .iter()
-            .position(|name| *name == c"run")
-            .ok_or(EINVAL)?;
-        let attrs = Attrs::hold(symbols, names)?;
-        let before = attrs.builtin_show(run_file)?;
+    pub(crate) fn new(
+        symbols: Symbols,
+        ours: impl Iterator<Item = (&'static CStr, A)>,
+    ) -> Result<Self> {
+        let attributes = BuiltinAttributes::hold(symbols, ours)?;
+        let before = attributes.builtin_show(RUN)?;
         let before = str::from_utf8(&before)
             .ok()
             .and_then(|text| text.trim_end().parse::<u8>().ok())
             .ok_or(EINVAL)?;
         let takeover = Self {
             builtin: Builtin::new(symbols),
-            run_file,
-            final_run: Atomic::new(i32::from(before & !(RUN_OFFLINE))),
-            attrs,
+            final_run: Atomic::new(i32::from(before & !RUN_OFFLINE)),
+            attributes,
         };
         takeover.drain()?;
         Ok(takeover)
@@ -107,7 +111,7 @@ impl<F: Files> Takeover<F> {
     }
 
     fn set_run(&self, run: u8) -> Result {
-        self.attrs.builtin_store(self.run_file, &[b'0' + run])
+        self.attributes.builtin_store(RUN, &[b'0' + run])
     }
 
     /// Chooses what `run` the built-in gets when this is dropped.
@@ -121,37 +125,38 @@ impl<F: Files> Takeover<F> {
         self.builtin
     }
 
-    /// What the built-in says in `file`; see [`Attrs::builtin_show`]. In `run` that is what it said
-    /// before it was stopped, unless [`Self::set_final_run`] has chosen another value.
-    pub(crate) fn builtin_show(&self, file: usize) -> Result<Text> {
-        if file == self.run_file {
-            return Text::new(&[b'0' + self.final_run.load(Relaxed) as u8, b'\n']);
+    /// What the built-in's file `name` shows; see [`BuiltinAttributes::builtin_show`]. In `run` that
+    /// is what it said before it was stopped, unless [`Self::set_final_run`] has chosen another value.
+    pub(crate) fn builtin_show(&self, name: &CStr) -> Result<AttributeText> {
+        if name == RUN {
+            return AttributeText::new(&[b'0' + self.final_run.load(Relaxed) as u8, b'\n']);
         }
-        self.attrs.builtin_show(file)
+        self.attributes.builtin_show(name)
     }
 
-    /// Writes to the built-in's `file`; see [`Attrs::builtin_store`]. Not for `run`.
-    pub(crate) fn builtin_store(&self, file: usize, data: &[u8]) -> Result {
-        if file == self.run_file {
+    /// Writes to the built-in's file `name`; see [`BuiltinAttributes::builtin_store`]. Not for
+    /// `run`.
+    pub(crate) fn builtin_store(&self, name: &CStr, data: &[u8]) -> Result {
+        if name == RUN {
             return Err(EINVAL);
         }
-        self.attrs.builtin_store(file, data)
+        self.attributes.builtin_store(name, data)
     }
 
-    /// Lets `handler` answer the files; see [`Attrs::open`].
-    pub(crate) fn open(&self, handler: Arc<F>) {
-        self.attrs.open(handler);
+    /// Lets `handler` answer the files; see [`BuiltinAttributes::open`].
+    pub(crate) fn open(&self, handler: Arc<H>) {
+        self.attributes.open(handler);
     }
 
-    /// Lets users of the files wait; see [`Attrs::close`].
+    /// Lets users of the files wait; see [`BuiltinAttributes::close`].
     pub(crate) fn close(&self) {
-        self.attrs.close();
+        self.attributes.close();
     }
 }
 
-impl<F: Files> Drop for Takeover<F> {
+impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Drop for Takeover<A, H> {
     fn drop(&mut self) {
-        self.attrs.close();
+        self.attributes.close();
         let run = self.final_run.load(Relaxed) as u8;
         // It may show that it is unmerging, which would make it ignore that value.
         let given = self.set_run(RUN_STOP).and_then(|()| self.set_run(run));

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #define KSM_DIR "/sys/kernel/mm/ksm/"
+#define RKSM_DIR "/sys/kernel/mm/rksm/"
 #define LONG_SLEEP_MS 600000u
 #define WHOLE_SCAN (1u << 30)
 #define POLL_US 2000
@@ -34,11 +35,22 @@ static unsigned int sleep_toggle;
 static const char *extra_knobs[8];
 static size_t nr_extra_knobs;
 
-uint64_t ksm_get(const char *file)
+/* The built-in's files are in one directory, rksm's own in another. */
+static const char *path_of(const char *file)
 {
-	char path[128], buf[64];
+	static char path[128];
 
 	snprintf(path, sizeof(path), KSM_DIR "%s", file);
+	if (access(path, F_OK))
+		snprintf(path, sizeof(path), RKSM_DIR "%s", file);
+	return path;
+}
+
+uint64_t ksm_get(const char *file)
+{
+	const char *path = path_of(file);
+	char buf[64];
+
 	if (!read_text(path, buf, sizeof(buf)))
 		die("cannot read %s", path);
 	return strtoull(buf, NULL, 10);
@@ -46,9 +58,8 @@ uint64_t ksm_get(const char *file)
 
 void ksm_set(const char *file, const char *value)
 {
-	char path[128];
+	const char *path = path_of(file);
 
-	snprintf(path, sizeof(path), KSM_DIR "%s", file);
 	if (!write_text(path, value))
 		die("cannot write %s to %s: %s", value, path, strerror(errno));
 }

@@ -392,7 +392,7 @@ void run_scale(void)
 {
 	char value[32];
 
-	if (!read_text("/sys/kernel/mm/ksm/scan_threads", value, sizeof(value))) {
+	if (!read_text("/sys/kernel/mm/rksm/scan_threads", value, sizeof(value))) {
 		note("S: this KSM has no scan_threads");
 		return;
 	}

@@ -256,18 +256,12 @@ static void take_records(int kind)
 
 static char looks[2][16384];
 
-/* rksm has a file that the built-in has not; threads.c is about that */
-static int is_shared(const struct dirent *entry)
-{
-	return strcmp(entry->d_name, "scan_threads");
-}
-
 static void look(int kind)
 {
 	struct dirent **entry;
 	char *text = looks[kind];
 	size_t at = 0, size = sizeof(looks[kind]);
-	int n = scandir(DIR_KSM, &entry, is_shared, alphasort);
+	int n = scandir(DIR_KSM, &entry, NULL, alphasort);
 
 	for (int i = 0; i < n; i++) {
 		char path[512], value[64] = "", other[64];

@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #define KSM_DIR "/sys/kernel/mm/ksm/"
+#define RKSM_DIR "/sys/kernel/mm/rksm/"
 /* From one ksm_reset() to the next; RKSM_WATCHDOG=N in the environment has it be longer */
 #define WATCHDOG_SECONDS 600
 
@@ -133,8 +134,12 @@ void rnd_fork(uint64_t salt)
 static const char *ksm_path(const char *file)
 {
 	static char path[128];
+	const char *dir = RKSM_DIR;
 
-	snprintf(path, sizeof(path), KSM_DIR "%s", file);
+	for (int i = 0; i < KSM_FILES; i++)
+		if (!strcmp(ksm_files[i], file))
+			dir = KSM_DIR;
+	snprintf(path, sizeof(path), "%s%s", dir, file);
 	return path;
 }
 

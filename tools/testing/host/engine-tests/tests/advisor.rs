@@ -2,10 +2,10 @@
 
 //! The scan-time advisor against figures that the built-in's own code gave for the same input.
 
-use engine_tests::engine::{
+use engine_tests::engine::sysfs::{
     advisor::Advice,
+    attribute::*,
     knobs::{
-        File,
         Knobs,
         StoreCtx, //
     }, //
@@ -22,17 +22,18 @@ const MSEC: i64 = 1_000_000;
 fn knobs(max_cpu: &str, min: &str, max: &str, target: &str) -> Knobs {
     let mut knobs = Knobs::new();
     for (file, text) in [
-        (File::AdvisorMaxCpu, max_cpu),
-        (File::AdvisorMinPagesToScan, min),
-        (File::AdvisorMaxPagesToScan, max),
-        (File::AdvisorTargetScanTime, target),
-        (File::AdvisorMode, "scan-time"),
+        (&ADVISOR_MAX_CPU, max_cpu),
+        (&ADVISOR_MIN_PAGES_TO_SCAN, min),
+        (&ADVISOR_MAX_PAGES_TO_SCAN, max),
+        (&ADVISOR_TARGET_SCAN_TIME, target),
+        (&ADVISOR_MODE, "scan-time"),
     ] {
         let ctx = StoreCtx {
             pages_shared: 0,
             cpus: 1,
         };
-        assert!(knobs.store(file, text.as_bytes(), &ctx).is_ok());
+        let change = file.parse(text.as_bytes()).unwrap();
+        assert!(knobs.apply(change, &ctx).is_ok());
     }
     knobs
 }

@@ -3,19 +3,24 @@
 //! The files: what a write to each is taken for, and what a read of each shows.
 
 use engine_tests::engine::{
-    knobs::{
-        Action,
-        AdvisorMode,
-        File,
-        Knobs,
-        Mode,
-        RunState,
-        StoreCtx,
-        FILES, //
-    },
     stats::{
         Counters,
         Snapshot, //
+    },
+    sysfs::{
+        attribute::{
+            chosen,
+            Attribute,
+            ATTRIBUTES,
+            *, //
+        },
+        knobs::{
+            Action,
+            AdvisorMode,
+            Knobs,
+            RunState,
+            StoreCtx, //
+        }, //
     }, //
 };
 
@@ -46,19 +51,36 @@ const BUSY: StoreCtx = StoreCtx {
     cpus: CPUS,
 };
 
-fn show(knobs: &Knobs, file: File) -> String {
+fn show(knobs: &Knobs, file: &'static Attribute) -> String {
     shown(knobs, file, &Snapshot::default())
 }
 
-fn shown(knobs: &Knobs, file: File, stats: &Snapshot) -> String {
+fn shown(knobs: &Knobs, file: &'static Attribute, stats: &Snapshot) -> String {
     let mut text = String::new();
-    knobs.show(file, stats, &mut text).unwrap();
-    assert!(text.ends_with('\n') && text.len() <= 32);
+    (file.show)(knobs, stats, &mut text).unwrap();
+    assert!(text.ends_with('\n') && !text.trim_end().contains('\n'));
+    assert_eq!(file.line(knobs, stats).unwrap().as_bytes(), text.as_bytes());
     text
 }
 
+/// A write to a file.
+trait Store {
+    fn store(&mut self, file: &'static Attribute, buf: &[u8], ctx: &StoreCtx) -> Result<Action>;
+}
+
+impl Store for Knobs {
+    fn store(&mut self, file: &'static Attribute, buf: &[u8], ctx: &StoreCtx) -> Result<Action> {
+        self.apply(file.parse(buf)?, ctx)
+    }
+}
+
 /// Stores, and does what the caller of the engine does when all goes well.
-fn store(knobs: &mut Knobs, file: File, buf: &[u8], ctx: &StoreCtx) -> Result<Action> {
+fn store(
+    knobs: &mut Knobs,
+    file: &'static Attribute,
+    buf: &[u8],
+    ctx: &StoreCtx,
+) -> Result<Action> {
     let action = knobs.store(file, buf, ctx)?;
     if let Action::RemoveNodes(pending) = action {
         knobs.commit(pending);
@@ -95,11 +117,12 @@ fn the_files_are_those_of_the_built_in() {
         ("advisor_target_scan_time", 0o644, "200"),
         // Ours, after theirs.
         ("scan_threads", 0o644, "1"),
+        ("version", 0o444, RELEASE),
     ];
     let knobs = Knobs::default();
-    let rows: Vec<_> = FILES
+    let rows: Vec<_> = ATTRIBUTES
         .iter()
-        .map(|row| (row.name, row.mode.bits(), show(&knobs, row.file)))
+        .map(|&file| (file.name.to_str().unwrap(), file.mode(), show(&knobs, file)))
         .collect();
     assert_eq!(rows.len(), expected.len());
     for ((name, mode, text), (ename, emode, etext)) in rows.iter().zip(expected) {
@@ -107,16 +130,6 @@ fn the_files_are_those_of_the_built_in() {
             (*name, *mode, text.as_str()),
             (ename, emode, format!("{etext}\n").as_str())
         );
-    }
-}
-
-#[test]
-fn a_file_is_found_by_its_whole_name() {
-    for row in FILES {
-        assert_eq!(File::by_name(row.name.as_bytes()), Some(row.file));
-    }
-    for name in [&b""[..], b"ru", b"run ", b"Run", b"runs"] {
-        assert_eq!(File::by_name(name), None);
     }
 }
 
@@ -136,20 +149,21 @@ fn counters_show_in_their_own_files() {
         },
         zero_pages: -9,
         metadata_bytes: 1000,
+        ..Snapshot::default()
     };
     let knobs = Knobs::new();
     for (file, text) in [
-        (File::PagesScanned, "18446744073709551615\n"),
-        (File::PagesShared, "2\n"),
-        (File::PagesSharing, "3\n"),
-        (File::PagesUnshared, "4\n"),
-        (File::PagesVolatile, "91\n"),
-        (File::PagesSkipped, "5\n"),
-        (File::FullScans, "6\n"),
-        (File::StableNodeChains, "7\n"),
-        (File::StableNodeDups, "8\n"),
-        (File::KsmZeroPages, "-9\n"),
-        (File::GeneralProfit, "-25576\n"),
+        (&PAGES_SCANNED, "18446744073709551615\n"),
+        (&PAGES_SHARED, "2\n"),
+        (&PAGES_SHARING, "3\n"),
+        (&PAGES_UNSHARED, "4\n"),
+        (&PAGES_VOLATILE, "91\n"),
+        (&PAGES_SKIPPED, "5\n"),
+        (&FULL_SCANS, "6\n"),
+        (&STABLE_NODE_CHAINS, "7\n"),
+        (&STABLE_NODE_DUPS, "8\n"),
+        (&KSM_ZERO_PAGES, "-9\n"),
+        (&GENERAL_PROFIT, "-25576\n"),
     ] {
         assert_eq!(shown(&knobs, file, &stats), text, "{file:?}");
     }
@@ -157,7 +171,7 @@ fn counters_show_in_their_own_files() {
 
 /// What a number becomes in a file that takes numbers.
 struct Number {
-    file: File,
+    file: &'static Attribute,
     signed: bool,
     /// The widest type that the file parses.
     max: i128,
@@ -182,33 +196,33 @@ fn numbers() -> Vec<Number> {
         erange: false,
     };
     vec![
-        number(File::SleepMillisecs, U32),
-        number(File::PagesToScan, U32),
-        number(File::StableNodeChainsPruneMillisecs, U32),
-        number(File::AdvisorMinPagesToScan, U64),
-        number(File::AdvisorMaxPagesToScan, U64),
+        number(&SLEEP_MILLISECS, U32),
+        number(&PAGES_TO_SCAN, U32),
+        number(&STABLE_NODE_CHAINS_PRUNE_MILLISECS, U32),
+        number(&ADVISOR_MIN_PAGES_TO_SCAN, U64),
+        number(&ADVISOR_MAX_PAGES_TO_SCAN, U64),
         Number {
             valid: |value| value <= 2,
-            ..number(File::Run, U32)
+            ..number(&RUN, U32)
         },
         Number {
             kept: |value| value & U32,
-            ..number(File::AdvisorMaxCpu, U64)
+            ..number(&ADVISOR_MAX_CPU, U64)
         },
         Number {
             valid: |value| value >= 1,
-            ..number(File::AdvisorTargetScanTime, U64)
+            ..number(&ADVISOR_TARGET_SCAN_TIME, U64)
         },
         Number {
             valid: |value| value <= 1,
             erange: true,
-            ..number(File::MergeAcrossNodes, U64)
+            ..number(&MERGE_ACROSS_NODES, U64)
         },
         Number {
             signed: true,
             valid: |value| value >= 2,
             erange: true,
-            ..number(File::MaxPageSharing, i128::from(i32::MAX))
+            ..number(&MAX_PAGE_SHARING, i128::from(i32::MAX))
         },
     ]
 }
@@ -311,22 +325,22 @@ proptest! {
 proptest! {
     #[test]
     fn a_rejected_write_changes_nothing(
-        writes in prop::collection::vec((0..FILES.len(), bytes(), any::<bool>()), 1..40),
+        writes in prop::collection::vec((0..ATTRIBUTES.len(), bytes(), any::<bool>()), 1..40),
         advisor in any::<bool>(),
     ) {
         let mut knobs = Knobs::new();
         if advisor {
-            assert!(knobs.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
+            assert!(knobs.store(&ADVISOR_MODE, b"scan-time", &IDLE).is_ok());
         }
         for (file, buf, busy) in writes {
-            let row = FILES[file];
+            let file = ATTRIBUTES[file];
             let before = knobs;
             let ctx = if busy { BUSY } else { IDLE };
-            let result = store(&mut knobs, row.file, &buf, &ctx);
+            let result = store(&mut knobs, file, &buf, &ctx);
             if result.is_err() {
                 prop_assert_eq!(knobs, before);
             }
-            if row.mode == Mode::ReadOnly {
+            if file.store.is_none() {
                 prop_assert_eq!(result, Err(EIO));
             }
         }
@@ -334,37 +348,35 @@ proptest! {
 
     #[test]
     fn what_the_built_in_shows_is_taken_over_and_handed_back(
-        writes in prop::collection::vec((0..FILES.len(), bytes()), 0..40),
+        writes in prop::collection::vec((0..ATTRIBUTES.len(), bytes()), 0..40),
         advisor in any::<bool>(),
     ) {
         let mut there = Knobs::new();
         for (file, buf) in writes {
-            let _ = store(&mut there, FILES[file].file, &buf, &IDLE);
+            let _ = store(&mut there, ATTRIBUTES[file], &buf, &IDLE);
         }
         if advisor {
-            assert!(there.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
+            assert!(there.store(&ADVISOR_MODE, b"scan-time", &IDLE).is_ok());
         }
-        let writable = || FILES.iter().filter(|row| row.mode == Mode::ReadWrite);
+        let writable = || ATTRIBUTES.iter().filter(|file| file.store.is_some());
 
         let mut here = Knobs::new();
-        for row in writable() {
-            here.take_over(row.file, show(&there, row.file).as_bytes()).unwrap();
+        for file in writable() {
+            file.take_over(&mut here, show(&there, file).as_bytes()).unwrap();
         }
         prop_assert_eq!(here, there);
 
         // pages_to_scan goes back first, while there is no advisor, and advisor_mode last.
         let mut back = Knobs::new();
-        let last = File::AdvisorMode;
-        for row in writable().filter(|row| row.file != last) {
-            let mut text = String::new();
-            here.hand_back(row.file, &mut text).unwrap();
-            prop_assert!(store(&mut back, row.file, text.as_bytes(), &IDLE).is_ok());
+        let last = &ADVISOR_MODE;
+        for file in writable().filter(|&&file| file != last) {
+            let text = show(&here, file);
+            prop_assert!(store(&mut back, file, chosen(text.as_bytes()), &IDLE).is_ok());
         }
-        let mut text = String::new();
-        here.hand_back(last, &mut text).unwrap();
-        prop_assert!(store(&mut back, last, text.as_bytes(), &IDLE).is_ok());
-        for row in writable().filter(|row| row.file != File::PagesToScan) {
-            prop_assert_eq!(show(&back, row.file), show(&there, row.file));
+        let text = show(&here, last);
+        prop_assert!(store(&mut back, last, chosen(text.as_bytes()), &IDLE).is_ok());
+        for file in writable().filter(|&&file| file != &PAGES_TO_SCAN) {
+            prop_assert_eq!(show(&back, file), show(&there, file));
         }
         if there.advisor_mode == AdvisorMode::None {
             prop_assert_eq!(back, there);
@@ -383,7 +395,7 @@ fn truth_values_go_by_their_first_letters() {
     let neither = [
         "\n", "\0", "\x001", "2", "o", "o\n", "o\0n", "-1", "+1", " 1", "a", "\x7f",
     ];
-    for file in [File::UseZeroPages, File::SmartScan] {
+    for file in [&USE_ZERO_PAGES, &SMART_SCAN] {
         for (texts, expected) in [(truths.as_slice(), "1\n"), (lies.as_slice(), "0\n")] {
             for text in texts {
                 let mut knobs = Knobs::new();
@@ -399,10 +411,7 @@ fn truth_values_go_by_their_first_letters() {
             assert_eq!(result, Err(EINVAL), "{text:?}");
         }
     }
-    assert_eq!(
-        Knobs::new().store(File::SmartScan, b"\xc3", &IDLE),
-        Err(EINVAL)
-    );
+    assert_eq!(Knobs::new().store(&SMART_SCAN, b"\xc3", &IDLE), Err(EINVAL));
 }
 
 #[test]
@@ -410,7 +419,7 @@ fn advisor_mode_takes_two_words() {
     let mode = |text: &str| {
         let mut knobs = Knobs::new();
         knobs
-            .store(File::AdvisorMode, text.as_bytes(), &IDLE)
+            .store(&ADVISOR_MODE, text.as_bytes(), &IDLE)
             .map(|_| knobs.advisor_mode)
     };
     for text in [
@@ -444,45 +453,43 @@ fn advisor_mode_takes_two_words() {
 fn an_advisor_brings_its_own_pages_to_scan() {
     let mut knobs = Knobs::new();
     assert_eq!(
-        knobs.store(File::PagesToScan, b"1234", &IDLE),
+        knobs.store(&PAGES_TO_SCAN, b"1234", &IDLE),
         Ok(Action::Done)
     );
     // Nothing changes by choosing what there is already.
-    assert!(knobs.store(File::AdvisorMode, b"none", &IDLE).is_ok());
-    assert_eq!(show(&knobs, File::PagesToScan), "1234\n");
+    assert!(knobs.store(&ADVISOR_MODE, b"none", &IDLE).is_ok());
+    assert_eq!(show(&knobs, &PAGES_TO_SCAN), "1234\n");
 
-    assert!(knobs.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
-    assert_eq!(show(&knobs, File::AdvisorMode), "none [scan-time]\n");
-    assert_eq!(show(&knobs, File::PagesToScan), "500\n");
-    assert_eq!(knobs.store(File::PagesToScan, b"1", &IDLE), Err(EINVAL));
-    assert_eq!(knobs.store(File::PagesToScan, b"x", &IDLE), Err(EINVAL));
-    assert_eq!(show(&knobs, File::PagesToScan), "500\n");
+    assert!(knobs.store(&ADVISOR_MODE, b"scan-time", &IDLE).is_ok());
+    assert_eq!(show(&knobs, &ADVISOR_MODE), "none [scan-time]\n");
+    assert_eq!(show(&knobs, &PAGES_TO_SCAN), "500\n");
+    assert_eq!(knobs.store(&PAGES_TO_SCAN, b"1", &IDLE), Err(EINVAL));
+    assert_eq!(knobs.store(&PAGES_TO_SCAN, b"x", &IDLE), Err(EINVAL));
+    assert_eq!(show(&knobs, &PAGES_TO_SCAN), "500\n");
 
-    assert!(knobs.store(File::AdvisorMode, b"none", &IDLE).is_ok());
-    assert_eq!(show(&knobs, File::PagesToScan), "100\n");
+    assert!(knobs.store(&ADVISOR_MODE, b"none", &IDLE).is_ok());
+    assert_eq!(show(&knobs, &PAGES_TO_SCAN), "100\n");
 
     // pages_to_scan is 32 bits wide, what it starts from is 64.
     let wide = b"4294967303";
-    assert!(knobs
-        .store(File::AdvisorMinPagesToScan, wide, &IDLE)
-        .is_ok());
-    assert!(knobs.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
-    assert_eq!(show(&knobs, File::PagesToScan), "7\n");
+    assert!(knobs.store(&ADVISOR_MIN_PAGES_TO_SCAN, wide, &IDLE).is_ok());
+    assert!(knobs.store(&ADVISOR_MODE, b"scan-time", &IDLE).is_ok());
+    assert_eq!(show(&knobs, &PAGES_TO_SCAN), "7\n");
 }
 
 #[test]
 fn the_advisor_forgets_what_was_before_it_was_switched_on() {
     let sec = 1_000_000_000;
     let mut knobs = Knobs::new();
-    assert!(knobs.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
+    assert!(knobs.store(&ADVISOR_MODE, b"scan-time", &IDLE).is_ok());
     knobs.scan_started(100 * sec);
     let first = knobs.scan_ended(200 * sec, 0).unwrap();
-    assert!(knobs.store(File::AdvisorMode, b"none", &IDLE).is_ok());
+    assert!(knobs.store(&ADVISOR_MODE, b"none", &IDLE).is_ok());
     knobs.scan_started(300 * sec);
     assert_eq!(knobs.scan_ended(400 * sec, 0), None);
-    assert_eq!(show(&knobs, File::PagesToScan), "100\n");
+    assert_eq!(show(&knobs, &PAGES_TO_SCAN), "100\n");
 
-    assert!(knobs.store(File::AdvisorMode, b"scan-time", &IDLE).is_ok());
+    assert!(knobs.store(&ADVISOR_MODE, b"scan-time", &IDLE).is_ok());
     knobs.scan_started(500 * sec);
     assert_eq!(knobs.scan_ended(600 * sec, 0), Some(first));
 }
@@ -492,48 +499,42 @@ fn a_wake_up_follows_where_the_built_in_gives_one() {
     let mut knobs = Knobs::new();
     let mut action = |file, text: &str| knobs.store(file, text.as_bytes(), &IDLE);
     // Even if nothing changes.
-    assert_eq!(action(File::SleepMillisecs, "20"), Ok(Action::WakeIter));
-    assert_eq!(action(File::Run, "0"), Ok(Action::RunChanged));
-    assert_eq!(action(File::Run, "1"), Ok(Action::RunChanged));
-    assert_eq!(action(File::Run, "1"), Ok(Action::RunChanged));
-    assert_eq!(action(File::Run, "2"), Ok(Action::Unmerge));
-    assert_eq!(action(File::Run, "2"), Ok(Action::RunChanged));
-    assert_eq!(action(File::Run, "0"), Ok(Action::RunChanged));
-    assert_eq!(action(File::Run, "2"), Ok(Action::Unmerge));
-    assert_eq!(action(File::PagesToScan, "7"), Ok(Action::Done));
-    assert_eq!(action(File::Run, "3"), Err(EINVAL));
-    assert_eq!(action(File::Run, "4"), Err(EINVAL));
+    assert_eq!(action(&SLEEP_MILLISECS, "20"), Ok(Action::WakeIter));
+    assert_eq!(action(&RUN, "0"), Ok(Action::RunChanged));
+    assert_eq!(action(&RUN, "1"), Ok(Action::RunChanged));
+    assert_eq!(action(&RUN, "1"), Ok(Action::RunChanged));
+    assert_eq!(action(&RUN, "2"), Ok(Action::Unmerge));
+    assert_eq!(action(&RUN, "2"), Ok(Action::RunChanged));
+    assert_eq!(action(&RUN, "0"), Ok(Action::RunChanged));
+    assert_eq!(action(&RUN, "2"), Ok(Action::Unmerge));
+    assert_eq!(action(&PAGES_TO_SCAN, "7"), Ok(Action::Done));
+    assert_eq!(action(&RUN, "3"), Err(EINVAL));
+    assert_eq!(action(&RUN, "4"), Err(EINVAL));
 }
 
 #[test]
 fn run_shows_what_became_of_it() {
     let mut knobs = Knobs::new();
-    assert_eq!(knobs.store(File::Run, b"2", &BUSY), Ok(Action::Unmerge));
-    assert_eq!(show(&knobs, File::Run), "2\n");
+    assert_eq!(knobs.store(&RUN, b"2", &BUSY), Ok(Action::Unmerge));
+    assert_eq!(show(&knobs, &RUN), "2\n");
     knobs.unmerge_failed();
     assert_eq!(
-        (show(&knobs, File::Run), knobs.run),
+        (show(&knobs, &RUN), knobs.run),
         ("0\n".into(), RunState::Stop)
     );
 
-    assert!(knobs.store(File::Run, b"1", &BUSY).is_ok());
+    assert!(knobs.store(&RUN, b"1", &BUSY).is_ok());
     knobs.offline = true;
-    assert_eq!(
-        (show(&knobs, File::Run), knobs.run_bits()),
-        ("5\n".into(), 5)
-    );
+    assert_eq!((show(&knobs, &RUN), knobs.run_bits()), ("5\n".into(), 5));
     knobs.offline = false;
-    assert_eq!(
-        (show(&knobs, File::Run), knobs.run_bits()),
-        ("1\n".into(), 1)
-    );
+    assert_eq!((show(&knobs, &RUN), knobs.run_bits()), ("1\n".into(), 1));
 }
 
 #[test]
 fn some_knobs_change_only_while_nothing_is_merged() {
     for (file, same, other, bad) in [
-        (File::MergeAcrossNodes, "1", "0", "2"),
-        (File::MaxPageSharing, "256", "2", "1"),
+        (&MERGE_ACROSS_NODES, "1", "0", "2"),
+        (&MAX_PAGE_SHARING, "256", "2", "1"),
     ] {
         let mut knobs = Knobs::new();
         let before = knobs;
@@ -562,12 +563,12 @@ fn some_knobs_change_only_while_nothing_is_merged() {
 fn there_are_no_more_threads_than_cpus() {
     let mut knobs = Knobs::new();
     for threads in 1..=CPUS {
-        let written = knobs.store(File::ScanThreads, format!("{threads}\n").as_bytes(), &BUSY);
+        let written = knobs.store(&SCAN_THREADS, format!("{threads}\n").as_bytes(), &BUSY);
         assert_eq!(written, Ok(Action::Done));
         assert_eq!(knobs.scan_threads, threads);
     }
     for bad in ["0", "5", "-1", "4294967296", "", "two", "2 2"] {
-        let written = knobs.store(File::ScanThreads, bad.as_bytes(), &IDLE);
+        let written = knobs.store(&SCAN_THREADS, bad.as_bytes(), &IDLE);
         assert_eq!(written, Err(EINVAL), "{bad}");
         assert_eq!(knobs.scan_threads, CPUS);
     }
@@ -576,33 +577,30 @@ fn there_are_no_more_threads_than_cpus() {
 #[test]
 fn module_parameters_set_some_files() {
     let mut knobs = Knobs::new();
-    for (name, value, file, text) in [
-        ("run", 0, File::Run, "0\n"),
-        ("run", 1, File::Run, "1\n"),
-        ("run", 2, File::Run, "2\n"),
-        (
-            "pages_to_scan",
-            i64::from(u32::MAX),
-            File::PagesToScan,
-            "4294967295\n",
-        ),
-        ("sleep_millisecs", 0, File::SleepMillisecs, "0\n"),
-        ("scan_threads", 4, File::ScanThreads, "4\n"),
+    for (file, value, text) in [
+        (&RUN, 0, "0\n"),
+        (&RUN, 1, "1\n"),
+        (&RUN, 2, "2\n"),
+        (&PAGES_TO_SCAN, i64::from(u32::MAX), "4294967295\n"),
+        (&SLEEP_MILLISECS, 0, "0\n"),
+        (&SCAN_THREADS, 4, "4\n"),
     ] {
-        assert!(knobs.set_at_load(name, value, CPUS), "{name}={value}");
+        let set = file.set_at_load(&mut knobs, value, CPUS);
+        assert_eq!(set, Ok(()), "{file:?}={value}");
         assert_eq!(show(&knobs, file), text);
     }
     let before = knobs;
-    for (name, value) in [
-        ("run", 3),
-        ("run", -1),
-        ("pages_to_scan", -1),
-        ("sleep_millisecs", 1 << 32),
-        ("use_zero_pages", 1),
-        ("scan_threads", 0),
-        ("scan_threads", 5),
+    for (file, value) in [
+        (&RUN, 3),
+        (&RUN, -1),
+        (&PAGES_TO_SCAN, -1),
+        (&SLEEP_MILLISECS, 1 << 32),
+        (&USE_ZERO_PAGES, 1),
+        (&SCAN_THREADS, 0),
+        (&SCAN_THREADS, 5),
     ] {
-        assert!(!knobs.set_at_load(name, value, CPUS), "{name}={value}");
+        let set = file.set_at_load(&mut knobs, value, CPUS);
+        assert_eq!(set, Err(EINVAL), "{file:?}={value}");
         assert_eq!(knobs, before);
     }
 }
@@ -612,15 +610,15 @@ fn what_the_built_in_cannot_show_is_not_taken_over() {
     let mut knobs = Knobs::new();
     let before = knobs;
     for (file, text) in [
-        (File::AdvisorMode, "none scan-time\n"),
-        (File::AdvisorMode, "none [scan-time\n"),
-        (File::AdvisorMode, "none ]scan-time[\n"),
-        (File::AdvisorMode, "[later] scan-time\n"),
-        (File::Run, "4\n"),
-        (File::MaxPageSharing, "1\n"),
-        (File::PagesShared, "1\n"),
+        (&ADVISOR_MODE, "none scan-time\n"),
+        (&ADVISOR_MODE, "none [scan-time\n"),
+        (&ADVISOR_MODE, "none ]scan-time[\n"),
+        (&ADVISOR_MODE, "[later] scan-time\n"),
+        (&RUN, "4\n"),
+        (&MAX_PAGE_SHARING, "1\n"),
+        (&PAGES_SHARED, "1\n"),
     ] {
-        let result: Result<(), Error> = knobs.take_over(file, text.as_bytes());
+        let result: Result<(), Error> = file.take_over(&mut knobs, text.as_bytes());
         assert!(result.is_err(), "{text:?}");
         assert_eq!(knobs, before);
     }
