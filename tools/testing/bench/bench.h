@@ -30,6 +30,9 @@ struct options {
 
 extern struct options opt;
 
+/* Whether the command line asks for this case. */
+bool wants(const char *kase);
+
 /* util.c */
 
 void die(const char *fmt, ...) __attribute__((format(printf, 1, 2), noreturn));
@@ -157,21 +160,18 @@ void fill_memory(char *area, const struct shape *shape);
 uint64_t xxh64(const void *input, size_t len, uint64_t seed);
 
 /* The workloads. */
-void run_w1(void);
-void run_w2(void);
-void run_w3(void);
+void run_unique(void);
+void run_tail(void);
+void run_copies(void);
 void warm_up(void);
-void run_w4(void);
-void run_w5(void);
-void run_w6(void);
-void run_w7(void);
-void run_w8(void);
-void run_w9(void);
-void run_w10(void);
-void run_m(void);
-void run_scale(void);
-
-/* Whether the command line asks for this case. */
-bool wants(const char *kase);
+void run_steady(void);
+void run_rewrite(void);
+void run_churn(void);
+void run_thp(void);
+void run_apps(void);
+void run_latency(void);
+void run_unmerge(void);
+void run_metadata(void);
+void run_threads(void);
 
 #endif

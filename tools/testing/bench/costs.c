@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* What merging costs others: time to undo it (W10), memory to remember it (M). */
+/* What merging costs others: time to undo it (unmerge), memory to remember it (metadata). */
 #define _GNU_SOURCE
 #include "bench.h"
 
@@ -31,7 +31,7 @@ static void merge_all(uint64_t goal)
 	    (unsigned long long)goal);
 }
 
-void run_w10(void)
+void run_unmerge(void)
 {
 	size_t pages = opt.quick ? 16 * KI : 64 * KI, distinct = pages / 8;
 	struct shape shape = {
@@ -142,7 +142,7 @@ static void metadata(const char *kase, const struct shape *shape, uint64_t goal)
 	worker_kill(&w);
 }
 
-void run_m(void)
+void run_metadata(void)
 {
 	size_t div = opt.quick ? 4 : 1, copies = 64 * KI / div;
 	struct shape dense = { .content = UNIQUE, .pages = 256 * KI / div, .stride = 1 };

@@ -18,7 +18,7 @@ now() {
 start=$(now)
 
 run() {
-	printf '%5d s  round %d/%d  %-7s  %-3s  smart_scan=%d\n' \
+	printf '%5d s  round %d/%d  %-7s  %-8s  smart_scan=%d\n' \
 		$(($(now) - start)) "$round" "$rounds" "$2" "$1" "$3" >&2
 	# shellcheck disable=SC2086 # options are words
 	timeout 900 $bench $options --impl "$2" --smart-scan "$3" --round "$round" "$1" || {
@@ -41,13 +41,13 @@ side() {
 		}
 	fi
 	for w; do
-		# shellcheck disable=SC2046 # a row of the list: name, smart scan too, no KSM too
+		# shellcheck disable=SC2046 # a row of the list: name, alias, smart scan too, no KSM too
 		set -- $($bench --list | grep "^$w ")
-		if [ "$impl" = builtin ] && [ "$3" = 1 ]; then
+		if [ "$impl" = builtin ] && [ "$4" = 1 ]; then
 			run "$w" none 0
 		fi
 		run "$w" "$impl" 0
-		[ "$2" = 0 ] || [ "$w-$size" = W7-quick ] || run "$w" "$impl" 1
+		[ "$3" = 0 ] || [ "$w-$size" = thp-quick ] || run "$w" "$impl" 1
 	done
 	if [ "$impl" = rksm ]; then
 		echo 2 >/sys/kernel/mm/ksm/run

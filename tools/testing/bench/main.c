@@ -8,32 +8,55 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct options opt = { .impl = "builtin", .round = 1, .seed = 1 };
-
 static const struct workload {
 	const char *name;
+	const char *alias;	/* by which older results know it */
 	void (*run)(void);
 	bool smart_scan;	/* both settings are of interest */
 	bool none;		/* so is no KSM at all */
 	const char *what;
 } workloads[] = {
-	{ "W1", run_w1, true, false, "unique random pages" },
-	{ "W2", run_w2, true, false, "pages that differ in the last 8 bytes" },
-	{ "W3", run_w3, true, false, "8 copies of each page, in 1 and 8 processes" },
-	{ "W4", run_w4, true, false, "steady state" },
-	{ "W5", run_w5, true, false, "a quarter rewritten between scans" },
-	{ "W6", run_w6, true, false, "many small processes that come and go" },
-	{ "W7", run_w7, true, false, "huge pages" },
-	{ "W8", run_w8, false, false, "redis and python" },
-	{ "W9", run_w9, false, true, "latency of a process that is scanned" },
-	{ "W10", run_w10, false, false, "COW break and unmerge" },
-	{ "M", run_m, false, false, "memory of the metadata" },
-	{ "S", run_scale, false, false, "1 and 2 scan_threads" },
+	{ "unique", "W1", run_unique, true, false,
+	  "unique random pages: scanner CPU per page and full scan, over the first "
+	  "4 full scans of fresh memory" },
+	{ "tail", "W2", run_tail, true, false,
+	  "pages that differ only in their last 8 bytes: the same figure" },
+	{ "copies", "W3", run_copies, true, false,
+	  "8 copies of each page: until 99 % of the possible saving is there" },
+	{ "steady", "W4", run_steady, true, false,
+	  "steady state, half of the pages copies (8 each), half unique, nothing "
+	  "changes" },
+	{ "rewrite", "W5", run_rewrite, true, false,
+	  "as steady, but a random quarter of the pages is rewritten before each "
+	  "of 6 full scans" },
+	{ "churn", "W6", run_churn, true, false,
+	  "processes of 1 MiB, one replaced and one forking every 10 ms, scanned "
+	  "at an equal rate" },
+	{ "thp", "W7", run_thp, true, false,
+	  "huge pages: unique, 8 copies of each 4 KiB, and zeros but for 4 KiB in "
+	  "2 MiB" },
+	{ "apps", "W8", run_apps, false, false,
+	  "3 redis-server and 3 Python processes, each kind with the same data (2 "
+	  "x 16 MB a pair)" },
+	{ "latency", "W9", run_latency, false, true,
+	  "latency seen by a process that faults, mmaps and forks while its 32 MiB "
+	  "are scanned at an equal rate" },
+	{ "unmerge", "W10", run_unmerge, false, false,
+	  "time to undo merging of 256 MiB: a write to every page, run=2, "
+	  "MADV_UNMERGEABLE" },
+	{ "metadata", "M", run_metadata, false, false,
+	  "kernel memory that the scanner's knowledge takes: dense, one page "
+	  "present of 64, and merged (8 copies)" },
+	{ "threads", "S", run_threads, false, false,
+	  "full scans with 1 and 2 scan_threads" },
 };
 
-bool wants(const char *kase)
+static const struct workload *find(const char *name)
 {
-	return !opt.kase || strcmp(opt.kase, kase) == 0;
+	for (size_t i = 0; i < ARRAY_SIZE(workloads); i++)
+		if (!strcmp(workloads[i].name, name) || !strcmp(workloads[i].alias, name))
+			return &workloads[i];
+	return NULL;
 }
 
 static void usage(FILE *f)
@@ -47,10 +70,11 @@ static void usage(FILE *f)
 		"  --seed N                  of all random contents (1)\n"
 		"  --knob NAME=VALUE         one more knob of /sys/kernel/mm/ksm; repeatable\n"
 		"  --quick                   smaller\n"
-		"  --list                    workloads: NAME SMART NONE\n"
+		"  --list                    workloads: NAME ALIAS SMART NONE WHAT\n"
 		"Workloads:\n");
 	for (size_t i = 0; i < ARRAY_SIZE(workloads); i++)
-		fprintf(f, "  %-4s %s\n", workloads[i].name, workloads[i].what);
+		fprintf(f, "  %-8s %-3s %s\n", workloads[i].name, workloads[i].alias,
+			workloads[i].what);
 }
 
 int main(int argc, char **argv)
@@ -67,6 +91,7 @@ int main(int argc, char **argv)
 		{ "help", no_argument, NULL, 'h' },
 		{ 0 },
 	};
+	const struct workload *workload;
 	int c;
 
 	while ((c = getopt_long(argc, argv, "", long_options, NULL)) != -1) {
@@ -94,8 +119,9 @@ int main(int argc, char **argv)
 			break;
 		case 'l':
 			for (size_t i = 0; i < ARRAY_SIZE(workloads); i++)
-				printf("%s %d %d\n", workloads[i].name,
-				       workloads[i].smart_scan, workloads[i].none);
+				printf("%s %s %d %d %s\n", workloads[i].name, workloads[i].alias,
+				       workloads[i].smart_scan, workloads[i].none,
+				       workloads[i].what);
 			return 0;
 		case 'h':
 			usage(stdout);
@@ -110,14 +136,13 @@ int main(int argc, char **argv)
 		usage(stderr);
 		return 2;
 	}
-	for (size_t i = 0; i < ARRAY_SIZE(workloads); i++) {
-		if (strcmp(workloads[i].name, argv[optind]) == 0) {
-			opt.workload = workloads[i].name;
-			if (strcmp(opt.impl, "none") != 0)
-				warm_up();
-			workloads[i].run();
-			return 0;
-		}
+	workload = find(argv[optind]);
+	if (workload) {
+		opt.workload = workload->name;
+		if (strcmp(opt.impl, "none") != 0)
+			warm_up();
+		workload->run();
+		return 0;
 	}
 	fprintf(stderr, "rksm-bench: no workload is called %s\n", argv[optind]);
 	usage(stderr);

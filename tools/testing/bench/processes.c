@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* Processes that come, go and suffer: W6, W8, W9. */
+/* Processes that come, go and suffer: churn, apps, latency. */
 #define _GNU_SOURCE
 #include "bench.h"
 
@@ -67,25 +67,25 @@ static void print_rate(const struct scan *spent)
 	json_f("rate", (double)(spent->scanned + spent->skipped) * 1e9 / spent->wall_ns);
 }
 
-#define W6_PROCESSES 256
-#define W6_PAGES 256
-#define W6_RATE 30000
+#define CHURN_PROCESSES 256
+#define CHURN_PAGES 256
+#define CHURN_RATE 30000
 
 static struct shape w6_shape(size_t nr)
 {
 	return (struct shape) {
-		.content = MIXED, .pages = W6_PAGES, .stride = 1,
-		.first = nr * W6_PAGES, .distinct = W6_PAGES / 2,
+		.content = MIXED, .pages = CHURN_PAGES, .stride = 1,
+		.first = nr * CHURN_PAGES, .distinct = CHURN_PAGES / 2,
 	};
 }
 
-void run_w6(void)
+void run_churn(void)
 {
-	unsigned int processes = opt.quick ? W6_PROCESSES / 4 : W6_PROCESSES;
+	unsigned int processes = opt.quick ? CHURN_PROCESSES / 4 : CHURN_PROCESSES;
 	uint64_t until, seconds = opt.quick ? 3 : 8;
 	struct times enter = { 0 }, leave = { 0 }, forks = { 0 };
-	struct worker w[W6_PROCESSES];
-	struct rate rate = { .target = opt.quick ? W6_RATE / 4 : W6_RATE, .sleep_ms = 20 };
+	struct worker w[CHURN_PROCESSES];
+	struct rate rate = { .target = opt.quick ? CHURN_RATE / 4 : CHURN_RATE, .sleep_ms = 20 };
 	struct rnd rnd = { opt.seed | 1 };
 	struct scan before, spent;
 
@@ -112,7 +112,7 @@ void run_w6(void)
 	spent = scan_since(&before);
 	ksm_stop();
 	json_begin("churn");
-	json_u64("pages", processes * W6_PAGES);
+	json_u64("pages", processes * CHURN_PAGES);
 	json_scan(&spent);
 	print_rate(&spent);
 	json_times("register", &enter);
@@ -123,9 +123,9 @@ void run_w6(void)
 		worker_kill(&w[i]);
 }
 
-#define W9_PAGES (8 * 1024ul)
-#define W9_RATE 20000
-#define W9_CHUNK 16
+#define LATENCY_PAGES (8 * 1024ul)
+#define LATENCY_RATE 20000
+#define LATENCY_CHUNK 16
 
 struct victim {
 	bool ready, go;
@@ -145,17 +145,17 @@ static void victim_add(struct victim *v, unsigned int op, uint64_t from)
 
 static void __attribute__((noreturn)) be_victim(volatile struct victim *shared, uint64_t seconds)
 {
-	struct shape shape = { .content = UNIQUE, .pages = W9_PAGES, .stride = 1 };
+	struct shape shape = { .content = UNIQUE, .pages = LATENCY_PAGES, .stride = 1 };
 	struct victim *v = (struct victim *)shared;
-	char *area = mmap(NULL, W9_PAGES * PAGE, PROT_READ | PROT_WRITE,
+	char *area = mmap(NULL, LATENCY_PAGES * PAGE, PROT_READ | PROT_WRITE,
 			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	uint64_t until;
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	if (area == MAP_FAILED || madvise(area, W9_PAGES * PAGE, MADV_NOHUGEPAGE))
+	if (area == MAP_FAILED || madvise(area, LATENCY_PAGES * PAGE, MADV_NOHUGEPAGE))
 		die("the victim's memory: %s", strerror(errno));
 	fill_memory(area, &shape);
-	if (strcmp(opt.impl, "none") && madvise(area, W9_PAGES * PAGE, MADV_MERGEABLE))
+	if (strcmp(opt.impl, "none") && madvise(area, LATENCY_PAGES * PAGE, MADV_MERGEABLE))
 		die("madvise(MADV_MERGEABLE): %s", strerror(errno));
 	shared->ready = true;
 	while (!shared->go)
@@ -163,18 +163,18 @@ static void __attribute__((noreturn)) be_victim(volatile struct victim *shared, 
 	until = now_ns() + seconds * 1000000000;
 	for (unsigned int i = 0; now_ns() < until; i++) {
 		uint64_t from = now_ns();
-		char *chunk = mmap(NULL, W9_CHUNK * PAGE, PROT_READ | PROT_WRITE,
+		char *chunk = mmap(NULL, LATENCY_CHUNK * PAGE, PROT_READ | PROT_WRITE,
 				   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 		victim_add(v, 1, from);
-		if (chunk == MAP_FAILED || madvise(chunk, W9_CHUNK * PAGE, MADV_NOHUGEPAGE))
+		if (chunk == MAP_FAILED || madvise(chunk, LATENCY_CHUNK * PAGE, MADV_NOHUGEPAGE))
 			die("mmap: %s", strerror(errno));
-		for (size_t j = 0; j < W9_CHUNK; j++) {
+		for (size_t j = 0; j < LATENCY_CHUNK; j++) {
 			from = now_ns();
 			*(volatile char *)(chunk + j * PAGE) = 1;
 			victim_add(v, 0, from);
 		}
-		if (munmap(chunk, W9_CHUNK * PAGE))
+		if (munmap(chunk, LATENCY_CHUNK * PAGE))
 			die("munmap: %s", strerror(errno));
 		if (i % 8 == 0) {
 			pid_t pid;
@@ -194,14 +194,14 @@ static void __attribute__((noreturn)) be_victim(volatile struct victim *shared, 
 	_exit(0);
 }
 
-void run_w9(void)
+void run_latency(void)
 {
 	struct victim *shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE,
 				     MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	volatile struct victim *v = shared;
 	bool scanning = strcmp(opt.impl, "none");
 	uint64_t seconds = opt.quick ? 3 : 8;
-	struct rate rate = { .target = W9_RATE, .sleep_ms = 20 };
+	struct rate rate = { .target = LATENCY_RATE, .sleep_ms = 20 };
 	struct scan before = { 0 }, spent = { 0 };
 	int status;
 	pid_t pid;
@@ -250,9 +250,9 @@ void run_w9(void)
 }
 
 /* Programs that are opted in as systemd's MemoryKSM= does, each with the same data. */
-#define W8_EACH 3
-#define W8_PORT 7700
-#define W8_SAMPLES 128
+#define APPS_EACH 3
+#define APPS_PORT 7700
+#define APPS_SAMPLES 128
 
 static const char python_program[] =
 	"import random, sys, time\n"
@@ -309,12 +309,12 @@ static void load_redis(unsigned int port, unsigned int rows)
 		die("redis-cli could not load the data");
 }
 
-void run_w8(void)
+void run_apps(void)
 {
 	unsigned int rows = opt.quick ? 4000 : 16000;
-	uint64_t series[W8_SAMPLES][3], seconds = opt.quick ? 6 : 20;
+	uint64_t series[APPS_SAMPLES][3], seconds = opt.quick ? 6 : 20;
 	struct scan before, spent;
-	pid_t pids[2 * W8_EACH];
+	pid_t pids[2 * APPS_EACH];
 	size_t n = 0, samples = 0;
 	char text[32], ready[32];
 
@@ -322,7 +322,7 @@ void run_w8(void)
 		die("needs redis and python: boot with --root demo");
 	ksm_reset();
 	snprintf(text, sizeof(text), "%u", rows);
-	for (unsigned int i = 0; i < W8_EACH; i++) {
+	for (unsigned int i = 0; i < APPS_EACH; i++) {
 		char port[16], *redis[] = {
 			"redis-server", "--port", port, "--save", "", "--appendonly", "no",
 			"--daemonize", "no", NULL,
@@ -331,9 +331,9 @@ void run_w8(void)
 			"python3", "-c", (char *)python_program, text, ready, NULL,
 		};
 
-		snprintf(port, sizeof(port), "%u", W8_PORT + i);
+		snprintf(port, sizeof(port), "%u", APPS_PORT + i);
 		pids[n++] = launch(redis);
-		load_redis(W8_PORT + i, rows);
+		load_redis(APPS_PORT + i, rows);
 		snprintf(ready, sizeof(ready), "/tmp/python-%u", i);
 		unlink(ready);
 		pids[n++] = launch(python);
@@ -353,7 +353,7 @@ void run_w8(void)
 		row[0] = spent.wall_ns / 1000000;
 		row[1] = spent.cpu_ns / 1000000;
 		row[2] = ksm_get("pages_sharing") + ksm_get("ksm_zero_pages");
-	} while (spent.wall_ns < seconds * 1000000000 && samples < W8_SAMPLES);
+	} while (spent.wall_ns < seconds * 1000000000 && samples < APPS_SAMPLES);
 	ksm_stop();
 	json_begin("programs");
 	json_scan(&spent);

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-only
-"""Usage: report.py RAW.JSONL OUTDIR
+"""Usage: report.py RAW.JSONL OUTDIR LIST
 
 Tables (report.md, also printed), figures (results.json) and plots (*.png) of what
-rksm-bench printed. Works with one side missing and with a run that broke off. Exit
+rksm-bench printed. LIST is what rksm-bench --list prints. Works with one side missing and with a run that broke off. Exit
 status 1 if a workload failed.
 """
 
@@ -18,22 +18,6 @@ NAMES = {"builtin": "built-in", "rksm": "rksm", "none": "no KSM", "floor": "floo
 COLOURS = {"builtin": "tab:red", "rksm": "tab:blue", "floor": "tab:gray"}
 MIB = 256  # pages
 
-WHAT = {
-    "W1": "unique random pages: scanner CPU per page and full scan, over the first 4 full scans of fresh memory",
-    "W2": "pages that differ only in their last 8 bytes: the same figure",
-    "W3": "8 copies of each page: until 99 % of the possible saving is there",
-    "W4": "steady state, half of the pages copies (8 each), half unique, nothing changes",
-    "W5": "as W4, but a random quarter of the pages is rewritten before each of 6 full scans",
-    "W6": "processes of 1 MiB, one replaced and one forking every 10 ms, scanned at an equal rate",
-    "W7": "huge pages: unique, 8 copies of each 4 KiB, and zeros but for 4 KiB in 2 MiB",
-    "W8": "3 redis-server and 3 Python processes, each kind with the same data (2 x 16 MB a pair)",
-    "W9": "latency seen by a process that faults, mmaps and forks while its 32 MiB are scanned at an equal rate",
-    "W10": "time to undo merging of 256 MiB: a write to every page, run=2, MADV_UNMERGEABLE",
-    "S": "full scans with 1 and 2 scan_threads",
-    "M": "kernel memory that the scanner's knowledge takes: dense, one page present of 64, and merged (8 copies)",
-}
-
-
 class Metric:
     def __init__(self, key, unit, of, more=False, digits=2):
         self.key, self.unit, self.of, self.more, self.digits = key, unit, of, more, digits
@@ -41,7 +25,7 @@ class Metric:
 
 def visits(r):
     """Pages that the scans went over, whether looked at or skipped."""
-    if r["workload"] in ("W6", "W9"):
+    if r["workload"] in ("churn", "latency"):
         return r["scanned"] + r["skipped"]
     return r["pages"] * max(r["full_scans"], 1)
 
@@ -94,66 +78,66 @@ CPU_PER_PAGE = Metric("CPU per page", "µs", us_per_page, digits=3)
 RATE = Metric("pages per second", "1/s", lambda r: r["rate"], digits=0)
 
 METRICS = {
-    "W1": [
+    "unique": [
         CPU_PER_PAGE,
         Metric("of the first scan", "µs", scan_us(slice(0, 1)), digits=3),
         Metric("of later scans", "µs", scan_us(slice(1, None)), digits=3),
     ],
-    "W2": [
+    "tail": [
         CPU_PER_PAGE,
         Metric("of the first scan", "µs", scan_us(slice(0, 1)), digits=3),
         Metric("of later scans", "µs", scan_us(slice(1, None)), digits=3),
     ],
-    "W3": [
+    "copies": [
         Metric("merged per CPU second", "MiB/s", mib_per_cpu_s, more=True, digits=1),
         Metric("CPU to 99 %", "s", lambda r: r["cpu_at_goal_ns"] / 1e9, digits=3),
         Metric("full scans to 99 %", "", lambda r: r["full_scans"], digits=0),
         CPU_PER_PAGE,
     ],
-    "W4": [
+    "steady": [
         CPU_PER_PAGE,
         Metric("CPU per full scan", "ms", lambda r: r["cpu_ns"] / r["full_scans"] / 1e6),
         Metric("saved, of what is possible", "%", lambda r: 100 * r["saved"] / r["goal"], more=True, digits=1),
     ],
-    "W5": [
+    "rewrite": [
         CPU_PER_PAGE,
         Metric("pages merged", "", lambda r: r["merged"], digits=0),
         Metric("merged pages broken", "", lambda r: r["broken"], digits=0),
         Metric("saved at the end", "MiB", lambda r: r["saved"] / MIB, more=True, digits=1),
     ],
-    "W6": [
+    "churn": [
         CPU_PER_PAGE,
         Metric("register, p50", "µs", lambda r: r["register_p50_ns"] / 1e3),
         Metric("leave, p50", "µs", lambda r: r["leave_p50_ns"] / 1e3),
         Metric("fork to exit, p50", "µs", lambda r: r["fork_exit_p50_ns"] / 1e3),
         RATE,
     ],
-    "W7": [
+    "thp": [
         CPU_PER_PAGE,
         Metric("freed per CPU second", "MiB/s", freed_per_cpu_s, more=True, digits=1),
         Metric("freed, of what is possible", "%", lambda r: 100 * r["freed"] / r["possible"], more=True, digits=1),
         Metric("full scans", "", lambda r: r["full_scans"], digits=0),
         Metric("huge pages kept", "%", lambda r: 100 * r["huge_kept"] / r["huge_before"], more=True, digits=1),
     ],
-    "W8": [
+    "apps": [
         Metric("saved at the end", "MiB", lambda r: r["saved"] / MIB, more=True, digits=1),
         Metric("CPU to 90 % of it", "s", time_to_saving(1), digits=3),
         Metric("time to 90 % of it", "s", time_to_saving(0)),
         Metric("CPU in all", "s", lambda r: r["cpu_ns"] / 1e9, digits=3),
         Metric("pages visited", "", lambda r: r["scanned"] + r["skipped"], more=True, digits=0),
     ],
-    "W9": [latency(op, p) for op in ("fault", "mmap", "fork") for p in ("p50", "p99", "p999")] + [RATE],
-    "W10": [
+    "latency": [latency(op, p) for op in ("fault", "mmap", "fork") for p in ("p50", "p99", "p999")] + [RATE],
+    "unmerge": [
         Metric("write to a merged page", "µs/page", lambda r: r["cow_ns"] / r["pages"] / 1e3, digits=3),
         Metric("run=2", "µs/page", lambda r: r["run2_ns"] / r["pages"] / 1e3, digits=3),
         Metric("MADV_UNMERGEABLE", "µs/page", lambda r: r["madvise_ns"] / r["pages"] / 1e3, digits=3),
     ],
-    "M": [
+    "metadata": [
         Metric("all memory", "B/page", per_page("total_bytes"), digits=1),
         Metric("of it in slabs", "B/page", per_page("slab_bytes"), digits=1),
         Metric("of it in vmalloc", "B/page", per_page("vmalloc_bytes"), digits=1),
     ],
-    "S": [
+    "threads": [
         Metric("pages per second", "1/s", lambda r: r["pages"] * r["full_scans"] / (r["wall_ns"] / 1e9), more=True, digits=0),
     ],
 }
@@ -170,6 +154,17 @@ class Figure:
     def text(self, digits):
         spread = f" [{self.low:.{digits}f} … {self.high:.{digits}f}]" if len(self.values) > 1 else ""
         return f"{self.median:.{digits}f}{spread}"
+
+
+def load_list(path):
+    """What each workload is, by its name, and the names by their aliases."""
+    what, names = {}, {}
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            name, alias, _, _, text = line.rstrip("\n").split(" ", 4)
+            what[name] = text
+            names[alias] = name
+    return what, names
 
 
 def load(path):
@@ -243,13 +238,13 @@ def table(head, rows):
     return "\n".join(lines)
 
 
-def tables(res):
+def tables(res, what):
     parts = []
     for w in METRICS:
         cases = res.of_workload(w)
         if not cases:
             continue
-        extra = {"W9": "none"}.get(w, "floor")
+        extra = {"latency": "none"}.get(w, "floor")
         with_extra = any(res.get(*c, extra, m.key) for c in cases for m in METRICS[w])
         head = ["case", "smart_scan", "figure", "unit", "built-in", "rksm", "rksm : built-in"]
         if with_extra:
@@ -267,7 +262,7 @@ def tables(res):
                 row.append(times(res.ratio(*c, m.key)))
                 rows.append(row)
         # The row without any KSM has a smart_scan of its own.
-        parts.append(f"## {w}: {WHAT[w]}\n\n{table(head, rows)}")
+        parts.append(f"## {w}: {what[w]}\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
 
@@ -314,30 +309,30 @@ def targets(res):
     t = Targets(res)
     cpu = "CPU per page"
     for smart in (0, 1):
-        sizes = {c[1]: c for c in res.of_workload("W1", smart)}
+        sizes = {c[1]: c for c in res.of_workload("unique", smart)}
         for size, limit in (("64Ki", 6), ("256Ki", 7)):
             if size in sizes:
                 t.at_most(cpu, sizes[size], cpu, 1 / limit, f"at most 1/{limit}")
-        small, large = (res.get("W1", s, smart, "rksm", cpu) for s in ("16Ki", "256Ki"))
+        small, large = (res.get("unique", s, smart, "rksm", cpu) for s in ("16Ki", "256Ki"))
         if small and large:
             g = large.median / small.median
-            t.add(f"W1, smart_scan={smart}: 256 Ki against 16 Ki", "at most 1.15", f"{g:.2f}", g <= 1.15)
+            t.add(f"unique, smart_scan={smart}: 256 Ki against 16 Ki", "at most 1.15", f"{g:.2f}", g <= 1.15)
         for c in sizes.values():
             t.floor(c, 1.5, "at most 1.5 times")
-        for c in res.of_workload("W2", smart):
+        for c in res.of_workload("tail", smart):
             t.at_most(cpu, c, cpu, 1 / 12, "at most 1/12")
-        for c in res.of_workload("W3", smart):
+        for c in res.of_workload("copies", smart):
             t.at_least("merged per CPU second", c, "merged per CPU second", 3, "at least 3 times")
             t.no_worse("full scans to 99 %", c, "full scans to 99 %")
-        for c in res.of_workload("W4", smart):
+        for c in res.of_workload("steady", smart):
             t.at_most(cpu, c, cpu, 1 / 5, "at most 1/5")
             t.floor(c, 1, "below it")
-        for c in res.of_workload("W5", smart):
+        for c in res.of_workload("rewrite", smart):
             t.at_most(cpu, c, cpu, 1 / 4, "at most 1/4")
             t.no_worse("merged pages broken again", c, "merged pages broken")
-        for c in res.of_workload("W6", smart):
+        for c in res.of_workload("churn", smart):
             t.at_most(cpu, c, cpu, 1 / 3, "at most 1/3")
-        for c in res.of_workload("W7", smart):
+        for c in res.of_workload("thp", smart):
             # A scan that frees memory does more than one that does not: there it counts what is freed for the CPU.
             if c[1] != "unique":
                 t.at_least("freed per CPU second", c, "freed per CPU second", 1, "not less")
@@ -350,26 +345,26 @@ def targets(res):
                 freed = res.get(*c, "rksm", "freed, of what is possible")
                 t.add(f"{t.name(c)}: freed with use_zero_pages=0 (no collapse)", "at least 99 %",
                       freed.text(1) + " %" if freed else "not measured", freed.low >= 99 if freed else None)
-    for c in res.of_workload("W9"):
+    for c in res.of_workload("latency"):
         if res.get(*c, "rksm", "fault p50") or res.get(*c, "builtin", "fault p50"):
-            for m in METRICS["W9"][:-1]:
+            for m in METRICS["latency"][:-1]:
                 t.no_worse(m.key + ", µs", c, m.key)
-    for c in res.of_workload("W10"):
-        for m in METRICS["W10"]:
+    for c in res.of_workload("unmerge"):
+        for m in METRICS["unmerge"]:
             t.no_worse(m.key + ", µs/page", c, m.key)
     for case, limit in (("dense", 24), ("sparse", 96)):
-        if ("M", case, 0) in res.cases:
-            f = res.get("M", case, 0, "rksm", "all memory")
-            t.add(f"M {case}: bytes per tracked page", f"at most {limit}", f.text(1) if f else "not measured",
+        if ("metadata", case, 0) in res.cases:
+            f = res.get("metadata", case, 0, "rksm", "all memory")
+            t.add(f"metadata {case}: bytes per tracked page", f"at most {limit}", f.text(1) if f else "not measured",
                   f.median <= limit if f else None)
-    if ("M", "merged", 0) in res.cases:
-        t.no_worse("bytes per merged page", ("M", "merged", 0), "all memory")
-    for c in {x[1].split(",")[0]: x for x in res.of_workload("S")}:
+    if ("metadata", "merged", 0) in res.cases:
+        t.no_worse("bytes per merged page", ("metadata", "merged", 0), "all memory")
+    for c in {x[1].split(",")[0]: x for x in res.of_workload("threads")}:
         for smart in (0, 1):
-            one, two = (res.get("S", f"{c},{n}", smart, "rksm", "pages per second") for n in (1, 2))
+            one, two = (res.get("threads", f"{c},{n}", smart, "rksm", "pages per second") for n in (1, 2))
             if one and two:
                 r = two.median / one.median
-                t.add(f"S {c}: pages per second, 2 threads against 1", "at least 1.7 times", f"{r:.2f} times", r >= 1.7)
+                t.add(f"threads {c}: pages per second, 2 threads against 1", "at least 1.7 times", f"{r:.2f} times", r >= 1.7)
     return t.rows
 
 
@@ -395,7 +390,7 @@ def plots(res, where, caption):
         return next(r["pages"] for r in res.records if (r["workload"], r["case"], r["smart_scan"]) == case)
 
     for smart in (0, 1):
-        cases = sorted(res.of_workload("W1", smart), key=pages_of)
+        cases = sorted(res.of_workload("unique", smart), key=pages_of)
         if not cases:
             continue
         fig, ax = plt.subplots(figsize=(8, 5))
@@ -414,7 +409,7 @@ def plots(res, where, caption):
         ax.set_ylabel("scanner CPU per page and full scan (µs)")
         ax.grid(True, which="both", alpha=0.3)
         ax.legend()
-        save(fig, f"w1-cost-smart{smart}.png", f"W1: cost per page against size, smart_scan={smart} (median, min to max)")
+        save(fig, f"unique-cost-smart{smart}.png", f"unique: cost per page against size, smart_scan={smart} (median, min to max)")
 
     def over_time(workload, case, smart, name, title):
         runs = [r for r in res.records if (r["workload"], r["case"], r["smart_scan"]) == (workload, case, smart)]
@@ -438,22 +433,24 @@ def plots(res, where, caption):
             ax.legend()
         save(fig, name, title + " (one line per round)")
 
-    for c in res.of_workload("W8"):
-        over_time(*c, "w8-time.png", "W8: redis and Python, memory saved and CPU against time")
-    for c in res.of_workload("W3", 0):
-        over_time(*c, f"w3-time-{c[1]}.png", f"W3, {c[1]}: memory saved and CPU against time, smart_scan=0")
+    for c in res.of_workload("apps"):
+        over_time(*c, "apps-time.png", "apps: redis and Python, memory saved and CPU against time")
+    for c in res.of_workload("copies", 0):
+        over_time(*c, f"copies-time-{c[1]}.png", f"copies, {c[1]}: memory saved and CPU against time, smart_scan=0")
     return made
 
 
 def main():
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4:
         sys.exit(__doc__)
-    raw, where = sys.argv[1:]
+    raw, where, list_path = sys.argv[1:]
+    what, names = load_list(list_path)
     meta, host, records, failed = load(raw)
     if not records:
         sys.exit(f"{raw}: no result at all")
     for r in records:
-        if r["workload"] == "W9" and r["impl"] == "none":
+        r["workload"] = names.get(r["workload"], r["workload"])
+        if r["workload"] == "latency" and r["impl"] == "none":
             r["smart_scan"] = 0
     res = Results(records)
     how = {
@@ -473,7 +470,7 @@ def main():
         f"(on {host.get('cpus', '?')} CPUs; the guest alone makes about 1); it took {host.get('seconds', '?')} s. "
         "CPU is the run time of the scanning threads from /proc/PID/schedstat. The floor is one xxh64, by a program, "
         "of each page of the same memory. A page counts once for each full scan that goes over it.",
-        tables(res),
+        tables(res, what),
         "## Targets (issue: ratios to the built-in of the same boot)",
         table(["what", "target", "measured", "met"],
               [[r["what"], r["target"], r["measured"], {True: "yes", False: "NO", None: "-"}[r["met"]]] for r in rows]),
@@ -489,7 +486,7 @@ def main():
         json.dump({
             "caption": caption, "guest": meta, "host": host, "failed": failed, "targets": rows,
             "figures": [
-                {"workload": w, "case": c, "smart_scan": s, "impl": i, "figure": k, "what": WHAT[w],
+                {"workload": w, "case": c, "smart_scan": s, "impl": i, "figure": k, "what": what[w],
                  "unit": units[w, k], "median": v.median, "min": v.low, "max": v.high, "rounds": v.values}
                 for (w, c, s, i, k), v in res.figures.items()
             ],

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* What a scan costs: W1 to W5, W7, and the same with several threads. */
+/* What a scan costs: unique to rewrite, thp, and the same with several threads. */
 #define _GNU_SOURCE
 #include "bench.h"
 
@@ -104,7 +104,7 @@ static void unmergeable(const char *kase, enum content content, size_t pages)
 	worker_kill(&w);
 }
 
-void run_w1(void)
+void run_unique(void)
 {
 	static const struct {
 		const char *kase;
@@ -120,7 +120,7 @@ void run_w1(void)
 			unmergeable(sizes[i].kase, UNIQUE, sizes[i].pages);
 }
 
-void run_w2(void)
+void run_tail(void)
 {
 	unmergeable(opt.quick ? "16Ki" : "64Ki", TAIL, scaled(64 * KI));
 }
@@ -209,7 +209,7 @@ static void copies(const char *kase, unsigned int processes)
 		worker_kill(&w[i]);
 }
 
-void run_w3(void)
+void run_copies(void)
 {
 	if (wants("1process"))
 		copies("1process", 1);
@@ -221,7 +221,7 @@ void run_w3(void)
  * Half copies, half unique, nothing changes. Smart scan looks at an old page every ninth
  * time, so nine scans are one period, and twelve before that make every page old.
  */
-void run_w4(void)
+void run_steady(void)
 {
 	size_t pages = scaled(64 * KI), distinct = pages / 16;
 	struct shape shape = {
@@ -261,7 +261,7 @@ static uint64_t merged_now(void)
 }
 
 /* A random quarter is rewritten while the scanner sleeps between two full scans. */
-void run_w5(void)
+void run_rewrite(void)
 {
 	size_t pages = scaled(64 * KI), distinct = pages / 16;
 	struct shape shape = {
@@ -345,7 +345,7 @@ static void huge(const char *kase, enum content content, bool use_zero_pages)
 	worker_kill(&w);
 }
 
-void run_w7(void)
+void run_thp(void)
 {
 	huge("unique", UNIQUE, false);
 	huge("copies", COPIES, false);
@@ -353,7 +353,7 @@ void run_w7(void)
 	huge("zeros,use_zero_pages", HUGE_ZERO, true);
 }
 
-/* As many full scans of fresh memory as W1 does, with so many threads */
+/* As many full scans of fresh memory as unique does, with so many threads */
 static void scale(const char *kase, enum content content, unsigned int processes,
 		  unsigned int nr_threads)
 {
@@ -388,7 +388,7 @@ static void scale(const char *kase, enum content content, unsigned int processes
 	ksm_set_u64("scan_threads", 1);
 }
 
-void run_scale(void)
+void run_threads(void)
 {
 	char value[32];
 
