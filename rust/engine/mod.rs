@@ -8,12 +8,11 @@
 #![forbid(unsafe_code)]
 
 mod accessed;
+pub mod backend;
 mod container;
 pub mod content_hash;
-mod glance;
 pub mod index;
-pub mod lane;
-pub mod memory;
+pub mod metadata;
 pub mod mm_list;
 pub mod page_state;
 pub mod policy;
@@ -23,3 +22,4 @@ pub mod smart_scan;
 pub mod stats;
 pub mod sysfs;
 pub mod types;
+pub mod worker_pool;

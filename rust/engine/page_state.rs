@@ -39,6 +39,10 @@ mod range_arena;
 
 use super::{
     container::paged_vec::PagedVec,
+    smart_scan::{
+        History,
+        MAX_AGE, //
+    },
     types::{
         Fingerprint,
         ItemId,
@@ -66,9 +70,6 @@ use kernel::{
     prelude::*, //
 };
 
-/// Greatest age and greatest number of skips that a state can hold.
-pub const MAX_AGE: u8 = 15;
-
 /// What is known of one page.
 ///
 /// A page is `Tracked` from when it is first seen, becomes `Merged` when its mapping is replaced by one of a merged page, and
@@ -76,16 +77,7 @@ pub const MAX_AGE: u8 = 15;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum PageState {
     /// Not merged.
-    Tracked {
-        /// Of the content when the page was last looked at.
-        fingerprint: Fingerprint,
-        /// Number of scans since the page was merged or newly seen, at most [`MAX_AGE`].
-        age: u8,
-        /// Number of scans still to leave it out, at most [`MAX_AGE`].
-        skips: u8,
-        /// Whether the index has a candidate entry for it, under `fingerprint`.
-        indexed: bool,
-    },
+    Tracked(Tracked),
     /// Mapped to a merged page, by this rmap item.
     Merged(ItemId),
 }
@@ -99,24 +91,18 @@ static_assert!(SKIPS_SHIFT + 4 < 63);
 
 impl PageState {
     /// State of a page that was never looked at.
-    pub const NEW: Self = Self::Tracked {
-        fingerprint: Fingerprint::NONE,
-        age: 0,
-        skips: 0,
-        indexed: false,
-    };
+    pub const NEW: Self = Self::Tracked(Tracked::NEW);
 
     #[inline]
     fn to_bits(self) -> u64 {
         match self {
-            Self::Tracked {
+            Self::Tracked(Tracked {
                 fingerprint,
-                age,
-                skips,
+                history,
                 indexed,
-            } => {
-                let age = u64::from(age.min(MAX_AGE));
-                let skips = u64::from(skips.min(MAX_AGE));
+            }) => {
+                let age = u64::from(history.age.min(MAX_AGE));
+                let skips = u64::from(history.skips.min(MAX_AGE));
                 let indexed = if indexed { INDEXED } else { 0 };
                 fingerprint.to_bits() | age << AGE_SHIFT | skips << SKIPS_SHIFT | indexed
             }
@@ -129,11 +115,53 @@ impl PageState {
         if bits & MERGED != 0 {
             return Self::Merged(ItemId(bits as u32));
         }
-        Self::Tracked {
+        Self::Tracked(Tracked {
             fingerprint: Fingerprint::from_bits(bits),
-            age: (bits >> AGE_SHIFT) as u8 & MAX_AGE,
-            skips: (bits >> SKIPS_SHIFT) as u8 & MAX_AGE,
+            history: History {
+                age: (bits >> AGE_SHIFT) as u8 & MAX_AGE,
+                skips: (bits >> SKIPS_SHIFT) as u8 & MAX_AGE,
+            },
             indexed: bits & INDEXED != 0,
+        })
+    }
+}
+
+/// What is known of a page that is not merged.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Tracked {
+    /// Fingerprint of the content when it was last read.
+    pub fingerprint: Fingerprint,
+    /// What smart scan remembers; ages and skips above [`MAX_AGE`] are stored as that.
+    pub history: History,
+    /// Whether the index has a candidate entry for the page, under `fingerprint`.
+    pub indexed: bool,
+}
+
+impl Tracked {
+    /// A page that was never looked at.
+    pub const NEW: Self = Self {
+        fingerprint: Fingerprint::NONE,
+        history: History { age: 0, skips: 0 },
+        indexed: false,
+    };
+
+    /// Returns the same page with another content, which is not in the index.
+    #[inline]
+    pub const fn with_fingerprint(self, fingerprint: Fingerprint) -> Self {
+        Self {
+            fingerprint,
+            history: self.history,
+            indexed: false,
+        }
+    }
+
+    /// Returns the same page in the index, or not.
+    #[inline]
+    pub const fn with_indexed(self, indexed: bool) -> Self {
+        Self {
+            fingerprint: self.fingerprint,
+            history: self.history,
+            indexed,
         }
     }
 }
@@ -393,7 +421,7 @@ impl PageStates {
     #[inline]
     pub fn fingerprint(&self, page: PageId) -> Option<Fingerprint> {
         match self.get(page)? {
-            PageState::Tracked { fingerprint, .. } => Some(fingerprint),
+            PageState::Tracked(tracked) => Some(tracked.fingerprint),
             PageState::Merged(_) => None,
         }
     }

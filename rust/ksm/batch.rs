@@ -2,15 +2,29 @@
 
 //! Pages that a walk has collected, and the references to them.
 
+use crate::engine::{
+    backend::{
+        self,
+        HugeId, //
+    },
+    content_hash::ContentKey, //
+};
 use crate::{
     bindings::raw,
-    ksm::page::HeldPage, //
+    ksm::page::{
+        self,
+        page_nid,
+        HeldPage, //
+    }, //
 };
 use core::{
     ops::Range,
     ptr::NonNull, //
 };
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
 
 /// Folios that are freed at a time.
 const FOLIOS: usize = 64;
@@ -21,11 +35,11 @@ struct Collected {
     /// `None` once it has been given up.
     page: Option<NonNull<raw::page>>,
     /// This entry owns a reference to the page's folio.
-    owns: bool,
+    holds_ref: bool,
     /// The page was given up for a huge page to be split.
-    lost: bool,
+    released_for_split: bool,
     /// The page may have been touched since a walk last took it.
-    touched: bool,
+    accessed: bool,
 }
 
 /// A huge page of which the mark that it was touched has been taken away, for all of its pages but before all were
@@ -79,27 +93,12 @@ impl Batch {
     /// Has the batch be full with `limit` pages more, of an mm that other threads walk too, but not at the addresses of
     /// its `own`.
     pub(crate) fn set_limit(&mut self, limit: usize, own: &Range<usize>) {
-        self.limit = (self.len() + limit).min(self.entries.capacity());
+        self.limit = (self.entries.len() + limit).min(self.entries.capacity());
         self.own = own.clone();
     }
 
-    /// Pages in the batch.
-    pub(crate) fn len(&self) -> usize {
-        self.entries.len()
-    }
-
     pub(super) fn full(&self) -> bool {
-        self.len() >= self.limit
-    }
-
-    /// Address of the `i`th page.
-    pub(crate) fn addr(&self, i: usize) -> usize {
-        self.entry(i).map_or(0, |e| e.addr)
-    }
-
-    /// Whether the `i`th page may have been touched since a walk last took it.
-    pub(crate) fn touched(&self, i: usize) -> bool {
-        self.entry(i).is_none_or(|e| e.touched)
+        self.entries.len() >= self.limit
     }
 
     fn entry(&self, i: usize) -> Option<&Collected> {
@@ -138,8 +137,8 @@ impl Batch {
                 .is_some_and(|page| raw::rksm_page_folio(page.as_ptr()) == folio.as_ptr())
         };
         let shares = match last {
-            Some(last) if last.owns && same(last) => {
-                last.owns = false;
+            Some(last) if last.holds_ref && same(last) => {
+                last.holds_ref = false;
                 true
             }
             _ => false,
@@ -153,29 +152,10 @@ impl Batch {
         let _ = self.entries.push_within_capacity(Collected {
             addr,
             page: Some(page),
-            owns: true,
-            lost: false,
-            touched: mapped.touched,
+            holds_ref: true,
+            released_for_split: false,
+            accessed: mapped.touched,
         });
-    }
-
-    /// Gives up the `i`th page.
-    pub(crate) fn release(&mut self, i: usize) {
-        let Some(entry) = self.entries.get_mut(i) else {
-            return;
-        };
-        let (page, owns) = (entry.page.take(), core::mem::take(&mut entry.owns));
-        if let (Some(page), true) = (page, owns) {
-            let mut before = self.entries[self.released.min(i)..i].iter_mut().rev();
-            match before.find(|entry| entry.page.is_some()) {
-                // INVARIANT: It has relied on this entry, and is of the same folio.
-                Some(before) if !before.owns => before.owns = true,
-                _ => self.put(page),
-            }
-        }
-        if self.released == i {
-            self.released += 1;
-        }
     }
 
     /// Gives up a reference to the folio that a page is part of now: at once, or if it is the last one, when the batch
@@ -194,8 +174,72 @@ impl Batch {
         }
     }
 
-    /// Gives up all references to a huge page, but one for the page `keep`.
-    pub(crate) fn make_way(&mut self, huge: *mut raw::folio, keep: Option<usize>) {
+    /// Whether the `i`th page was given up by `release_huge_folio`.
+    pub(crate) fn released_for_split(&self, i: usize) -> bool {
+        self.entry(i).is_some_and(|entry| entry.released_for_split)
+    }
+
+    /// Has the batch have an `i`th page again.
+    pub(crate) fn reacquire(&mut self, i: usize, held: HeldPage) {
+        if let Some(entry) = self.entries.get_mut(i) {
+            // INVARIANT: The entry takes over the reference.
+            (entry.page, entry.holds_ref, entry.released_for_split) =
+                (Some(held.into_page()), true, false);
+            self.released = self.released.min(i);
+        }
+    }
+}
+
+impl backend::Batch for Batch {
+    type Key = Arc<ContentKey>;
+
+    fn nr_pages(&self) -> usize {
+        self.entries.len()
+    }
+
+    fn addr(&self, i: usize) -> usize {
+        self.entry(i).map_or(0, |e| e.addr)
+    }
+
+    fn accessed(&self, i: usize) -> bool {
+        self.entry(i).is_none_or(|e| e.accessed)
+    }
+
+    fn nid(&self, i: usize) -> u32 {
+        self.page(i).map_or(0, page_nid)
+    }
+
+    fn huge(&self, i: usize) -> Option<HugeId> {
+        self.huge_folio(i).map(|folio| HugeId(folio as usize))
+    }
+
+    fn hash(&self, i: usize, key: &Arc<ContentKey>) -> u64 {
+        self.page(i).map_or(0, |page| {
+            // SAFETY: The batch holds a reference to the page.
+            unsafe { page::content_hash(key, page) }
+        })
+    }
+
+    fn release(&mut self, i: usize) {
+        let Some(entry) = self.entries.get_mut(i) else {
+            return;
+        };
+        let (page, owns) = (entry.page.take(), core::mem::take(&mut entry.holds_ref));
+        if let (Some(page), true) = (page, owns) {
+            let mut before = self.entries[self.released.min(i)..i].iter_mut().rev();
+            match before.find(|entry| entry.page.is_some()) {
+                // INVARIANT: It has relied on this entry, and is of the same folio.
+                Some(before) if !before.holds_ref => before.holds_ref = true,
+                _ => self.put(page),
+            }
+        }
+        if self.released == i {
+            self.released += 1;
+        }
+    }
+
+    fn release_huge_folio(&mut self, huge: HugeId, keep: Option<usize>) {
+        let huge = huge.0 as *mut raw::folio;
         let mut references = 0;
         for (i, entry) in self.entries.iter_mut().enumerate() {
             let Some(page) = entry.page else { continue };
@@ -203,12 +247,12 @@ impl Batch {
             if unsafe { raw::rksm_page_folio(page.as_ptr()) } != huge {
                 continue;
             }
-            references += usize::from(core::mem::take(&mut entry.owns));
+            references += usize::from(core::mem::take(&mut entry.holds_ref));
             if Some(i) == keep {
                 // INVARIANT: The page had a reference, of this entry or of one after it.
-                entry.owns = true;
+                entry.holds_ref = true;
             } else {
-                (entry.page, entry.lost) = (None, true);
+                (entry.page, entry.released_for_split) = (None, true);
             }
         }
         let kept = keep.is_some_and(|i| self.page(i).is_some());
@@ -218,23 +262,8 @@ impl Batch {
         }
     }
 
-    /// Whether the `i`th page was given up by [`Batch::make_way`].
-    pub(crate) fn lost(&self, i: usize) -> bool {
-        self.entry(i).is_some_and(|entry| entry.lost)
-    }
-
-    /// Has the batch have an `i`th page again.
-    pub(crate) fn regain(&mut self, i: usize, held: HeldPage) {
-        if let Some(entry) = self.entries.get_mut(i) {
-            // INVARIANT: The entry takes over the reference.
-            (entry.page, entry.owns, entry.lost) = (Some(held.into_page()), true, false);
-            self.released = self.released.min(i);
-        }
-    }
-
-    /// Gives up all pages.
-    pub(crate) fn clear(&mut self) {
-        for i in self.released..self.len() {
+    fn clear(&mut self) {
+        for i in self.released..self.entries.len() {
             self.release(i);
         }
         for folios in self.last_refs.chunks_mut(FOLIOS) {
@@ -249,6 +278,6 @@ impl Batch {
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        self.clear();
+        backend::Batch::clear(self);
     }
 }

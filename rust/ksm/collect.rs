@@ -6,7 +6,7 @@
 //! MMUs know), and flushes the TLBs before it ends: a page that is not marked when the next walk comes by has not been
 //! touched through an address space since. Reclaim and DAMON take marks away, too; so this is a hint.
 
-use crate::engine::memory::Interest;
+use crate::engine::backend::WalkAction;
 use crate::{
     bindings::raw,
     kernel_ext::mm::LiveMm,
@@ -35,11 +35,11 @@ use kernel::{
 /// What [`collect`] hands to its callback.
 struct Walk<'a, F> {
     batch: &'a mut Batch,
-    look: &'a mut F,
+    filter: &'a mut F,
     live: LiveMm<'a>,
     /// Where to go on after a walk that has ended early.
     next: usize,
-    /// `look` has ended the walk, or somebody waits for the mmap lock.
+    /// `filter` has ended the walk, or somebody waits for the mmap lock.
     stopped: bool,
     /// Whether a page table has been walked.
     begun: bool,
@@ -47,7 +47,7 @@ struct Walk<'a, F> {
     cleared: Range<usize>,
 }
 
-impl<F: FnMut(usize, &raw::rksm_mapped) -> Interest> Walk<'_, F> {
+impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
     /// Collects a page if it is wanted. Returns whether the mark that it was touched is to be taken away.
     ///
     /// # Safety
@@ -57,15 +57,15 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> Interest> Walk<'_, F> {
         if let Some(huge) = &self.batch.huge {
             mapped.touched |= huge.mm == self.mm() && huge.pages.contains(&addr);
         }
-        match (self.look)(addr, mapped) {
-            Interest::Take => {
+        match (self.filter)(addr, mapped) {
+            WalkAction::Collect => {
                 // SAFETY: By the contract.
                 unsafe { self.batch.push(addr, mapped) };
                 return true;
             }
-            Interest::Note => return true,
-            Interest::Pass => {}
-            Interest::Stop => self.stopped = true,
+            WalkAction::SkipClearAccessed => return true,
+            WalkAction::Skip => {}
+            WalkAction::Stop => self.stopped = true,
         }
         false
     }
@@ -88,15 +88,15 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> Interest> Walk<'_, F> {
     }
 }
 
-/// Collects the pages of mergeable vmas `within` that `look` takes, by their address and what is mapped there.
+/// Collects the pages of mergeable vmas `within` that `filter` takes, by their address and what is mapped there.
 /// Returns where to go on, or `None` at the end.
 ///
-/// `look` is called with a page table lock held. The caller holds the mmap lock, as `mm` shows.
+/// `filter` is called with a page table lock held. The caller holds the mmap lock, as `mm` shows.
 pub(crate) fn collect(
     mm: LiveMm<'_>,
     within: Range<usize>,
     batch: &mut Batch,
-    look: &mut impl FnMut(usize, &raw::rksm_mapped) -> Interest,
+    filter: &mut impl FnMut(usize, &raw::rksm_mapped) -> WalkAction,
 ) -> Option<usize> {
     let start = within.start;
     let bound = start.saturating_add(WALK_SPAN).min(within.end);
@@ -114,7 +114,7 @@ pub(crate) fn collect(
             return Some(at);
         }
         let end = vma.end().min(bound);
-        match collect_vma(mm, vma, at, end, batch, look) {
+        match collect_vma(mm, vma, at, end, batch, filter) {
             Some(next) => return Some(next),
             None => at = end,
         }
@@ -126,17 +126,17 @@ pub(crate) fn collect(
 }
 
 /// Walks one vma; returns where the walk ended, if it was early.
-fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
+fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
     mm: LiveMm<'_>,
     vma: &VmaRef,
     start: usize,
     end: usize,
     batch: &mut Batch,
-    look: &mut F,
+    filter: &mut F,
 ) -> Option<usize> {
     let mut walk = Walk {
         batch,
-        look,
+        filter,
         live: mm,
         next: end,
         stopped: false,
@@ -169,7 +169,7 @@ fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
 /// # Safety
 ///
 /// Called by the page walk of [`collect_vma`] alone.
-unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
+unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
     pmd: *mut raw::pmd_t,
     addr: c_ulong,
     end: c_ulong,
@@ -243,7 +243,7 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> Interest>
 /// # Safety
 ///
 /// `pmd` maps `folio`, and at `range.start` its page `first`; its lock is held. `range` lies within the mapping.
-unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> Interest>(
+unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
     walk: &mut Walk<'_, F>,
     vma: *mut raw::vm_area_struct,
     pmd: *mut raw::pmd_t,

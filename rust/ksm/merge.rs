@@ -3,9 +3,9 @@
 //! Merging: a page joins a node, or two pages become the merged page of a new one.
 
 use crate::engine::{
-    memory::{
+    backend::{
         self,
-        Memory as _, //
+        StableNodes as _, //
     },
     types::Refusal, //
 };
@@ -65,24 +65,24 @@ pub(super) fn in_vma<R>(
 pub(crate) struct Merge {
     pub(super) trace: Trace,
     pub(super) page: NonNull<raw::page>,
-    pub(super) with: With,
+    pub(super) prepared: Prepared,
     pub(super) outcome: Result<(), Refusal>,
 }
 
 // SAFETY: All pointers are to objects of the kernel that any thread may use.
 unsafe impl Send for Merge {}
 
-pub(super) enum With {
-    Zero {
+pub(super) enum Prepared {
+    ZeroPage {
         mm: PinnedMm,
         addr: usize,
     },
-    Node {
+    Join {
         node: NonNull<StableNode>,
         kfolio: FolioRef,
         item: OwnItem,
     },
-    Page(Couple),
+    NewNode(NewNode),
 }
 
 /// The vmas of an mm whose mmap lock is held for several merges.
@@ -113,18 +113,18 @@ impl<'g> Vmas<'g> {
 impl Merge {
     /// The mm whose mmap lock is the only one that the merge needs.
     fn only_mm(&self) -> Option<&PinnedMm> {
-        match &self.with {
-            With::Zero { mm, .. } => Some(mm),
-            With::Node { item, .. } => Some(item.mm()),
-            With::Page(_) => None,
+        match &self.prepared {
+            Prepared::ZeroPage { mm, .. } => Some(mm),
+            Prepared::Join { item, .. } => Some(item.mm()),
+            Prepared::NewNode(_) => None,
         }
     }
 
     /// Does a merge that needs the mmap lock of one mm only, which is held.
     fn run_in(&mut self, vmas: &mut Vmas<'_>, before_split: impl FnOnce()) {
         let (trace, page) = (self.trace, self.page);
-        match &self.with {
-            With::Zero { mm, addr } => {
+        match &self.prepared {
+            Prepared::ZeroPage { mm, addr } => {
                 self.outcome = vmas.at(*addr).and_then(|(live, vma)| {
                     replace_pte::share(
                         live,
@@ -140,29 +140,29 @@ impl Merge {
                 let pfn = unsafe { raw::rksm_zero_pfn() };
                 trace.merge_one_page(pfn, 0, mm.as_mm(), outcome(&self.outcome));
             }
-            With::Node { node, kfolio, item } => {
+            Prepared::Join { node, kfolio, item } => {
                 self.outcome = vmas
                     .at(item.addr())
                     .and_then(|place| share_with(place, page, (*node, kfolio), item, before_split));
                 let kpage = kfolio.page().as_ptr();
                 trace_merge(trace, page, kpage, item, &self.outcome);
             }
-            With::Page(_) => {}
+            Prepared::NewNode(_) => {}
         }
     }
 
     /// Merges two pages, neither of which is a merged page yet.
-    fn run_couple(&mut self, before_split: impl FnOnce()) {
+    fn run_new_node(&mut self, before_split: impl FnOnce()) {
         let (trace, page) = (self.trace, self.page);
-        let With::Page(couple) = &mut self.with else {
+        let Prepared::NewNode(new) = &mut self.prepared else {
             return;
         };
-        let first = couple
+        let first = new
             .look(page)
             // A huge page is split by this, and the first page's frame stays.
-            .and_then(|()| couple.share_first(page, before_split));
+            .and_then(|()| new.share_first(page, before_split));
         let kpage = core::ptr::null_mut();
-        trace_merge(trace, page, kpage, &couple.first, &first);
+        trace_merge(trace, page, kpage, &new.first, &first);
         self.outcome = first.and_then(|()| {
             // SAFETY: The batch's reference keeps the page; it is a small folio now.
             let kfolio = unsafe {
@@ -171,19 +171,19 @@ impl Merge {
                 FolioRef::from_raw(NonNull::new_unchecked(folio))
             };
             race_window::sleep();
-            couple.share_second(&kfolio, trace)
+            new.share_second(&kfolio, trace)
         });
     }
 }
 
-impl memory::Merge for Merge {
+impl backend::Merge for Merge {
     fn run(&mut self, before_split: impl FnOnce()) {
         match self.only_mm().map(|mm| mm.clone()) {
             Some(mm) => {
                 let guard = mm.mmap_read_lock();
                 self.run_in(&mut Vmas::new(&guard), before_split);
             }
-            None => self.run_couple(before_split),
+            None => self.run_new_node(before_split),
         }
     }
 
@@ -192,7 +192,7 @@ impl memory::Merge for Merge {
         let mut merges = merges.peekable();
         while let Some(first) = merges.next() {
             let Some(mm) = first.only_mm().map(|mm| mm.clone()) else {
-                first.run_couple(|| ());
+                first.run_new_node(|| ());
                 continue;
             };
             let guard = mm.mmap_read_lock();
@@ -212,13 +212,13 @@ impl memory::Merge for Merge {
 }
 
 /// Two pages that are to become the merged page of a node that no folio names yet.
-pub(super) struct Couple {
+pub(super) struct NewNode {
     pub(super) node: NonNull<StableNode>,
     pub(super) first: OwnItem,
     pub(super) second: OwnItem,
     pub(super) nid: Option<u32>,
     /// The first page has become the merged page: whether it may have been touched until then.
-    pub(super) shared: Option<bool>,
+    pub(super) accessed: Option<bool>,
 }
 
 /// Replaces the page at an address by the merged page of `node`, whose folio is `kfolio`.
@@ -248,7 +248,7 @@ fn share_with(
     Ok(())
 }
 
-impl Couple {
+impl NewNode {
     /// Looks at the other page: most refusals show here, before anything has been touched.
     fn look(&self, page: NonNull<raw::page>) -> Result<(), Refusal> {
         let addr = self.second.addr();
@@ -283,7 +283,7 @@ impl Couple {
         before_split: impl FnOnce(),
     ) -> Result<(), Refusal> {
         let (node, addr) = (self.node, self.first.addr());
-        let touched = in_vma(self.first.mm(), addr, |live, vma| {
+        let accessed = in_vma(self.first.mm(), addr, |live, vma| {
             self.first.place_in(vma)?;
             race_window::sleep();
             // The page becomes findable with its item on the node.
@@ -295,7 +295,7 @@ impl Couple {
                 let _ = unsafe { StableNode::pop(node) };
             })
         })?;
-        self.shared = Some(touched);
+        self.accessed = Some(accessed);
         Ok(())
     }
 
@@ -339,13 +339,13 @@ fn trace_merge(
 }
 
 /// What the trace events show for a refusal.
-fn outcome<T>(result: &Result<T, Refusal>) -> Result {
-    result.as_ref().map(|_| ()).map_err(|_| EFAULT)
+fn outcome(result: &Result<(), Refusal>) -> Result {
+    (*result).map_err(|refusal| Error::from_errno(refusal.trace_code()))
 }
 
 impl StableNodes {
     /// Unshares a page that has just become a merged page alone.
-    pub(super) fn undo_first(&mut self, first: &OwnItem) {
+    pub(super) fn unmerge_first(&mut self, first: &OwnItem) {
         let (mm, addr, first) = (first.mm(), first.addr(), first.id());
         let node = self.node_of(first);
         if let Some(_user) = mm.mmget_not_zero() {
@@ -354,7 +354,7 @@ impl StableNodes {
         }
         let _ = self.release_item(first);
         if let Some(node) = node {
-            let _ = self.remove_node(node, &mut |_| {});
+            let _ = self.remove(node, &mut |_| {});
         }
     }
 }

@@ -3,11 +3,15 @@
 //! All stable nodes and rmap items: where they are, and the pages that nodes stand for.
 
 use crate::engine::{
-    content_hash::ContentKey,
-    memory::{
+    backend::{
+        self,
+        NodeMeta,
+        NodeState,
+        PageAddr,
         PageKind,
-        Place, //
+        Released, //
     },
+    content_hash::ContentKey,
     types::{
         Fingerprint,
         ItemId,
@@ -35,13 +39,17 @@ use crate::{
             kpfn,
             OwnItem,
             RmapItem,
-            StableNode, //
+            StableNode,
+            HEAD, //
         },
         page,
         trace::Trace, //
     }, //
 };
-use core::ptr::NonNull;
+use core::{
+    ops::Range,
+    ptr::NonNull, //
+};
 use kernel::{
     prelude::*,
     sync::{
@@ -182,14 +190,14 @@ impl StableNodes {
     /// Makes an rmap item that is on no node yet.
     ///
     /// Not under the mmap lock, which the OOM killer may need to free memory.
-    pub(super) fn new_item(&mut self, at: &Place<'_, PinnedMm>) -> Result<OwnItem, Refusal> {
+    pub(super) fn new_item(&mut self, page: &PageAddr<'_, PinnedMm>) -> Result<OwnItem, Refusal> {
         let item = RmapItem {
             anon_vma: None,
-            mm: at.mm.clone(),
-            address: at.addr,
+            mm: page.mm.clone(),
+            address: page.addr,
             linear_page_index: 0,
             node: NodeId(0),
-            range: at.page.range(),
+            range: page.page.range(),
             next: core::ptr::null_mut(),
         };
         let (_, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
@@ -286,5 +294,149 @@ impl StableNodes {
     pub(super) fn discard_node(&mut self, id: NodeId) {
         let _ = self.nodes.remove(id.0);
         self.put_module();
+    }
+}
+
+impl backend::StableNodes for StableNodes {
+    fn node_of(&self, item: ItemId) -> Option<NodeId> {
+        // SAFETY: The item is in the arena.
+        self.item(item).map(|item| unsafe { (*item.as_ptr()).node })
+    }
+
+    fn release_item(&mut self, id: ItemId) -> Option<Released> {
+        let item = self.item(id)?;
+        let node_id = self.node_of(id)?;
+        let node = self.node(node_id)?;
+        // SAFETY: Both are in their arenas; the folio is locked, or names the node no more.
+        let unlink = || unsafe { StableNode::unlink(node, item) };
+        let locked = self.with_locked(node, |lock| (unlink(), lock.folio().mapped()));
+        let (gone, mapped) = match locked {
+            Some((gone, mapped)) => (gone, Some(mapped)),
+            None => (unlink(), None),
+        };
+        // SAFETY: The item is in the arena still, and pins its mm.
+        let mm = unsafe { (*gone.as_ptr()).mm.as_mm() };
+        self.trace
+            .remove_rmap_item(kpfn(node), item.as_ptr() as usize, mm);
+        // SAFETY: As above.
+        self.free_item(ItemId(unsafe { Arena::number_of(gone) }));
+        let remaining = self.mappings(node_id);
+        Some(Released {
+            node: node_id,
+            remaining,
+            due: match mapped {
+                None => true,
+                Some(mapped) => remaining == 0 && !mapped,
+            },
+            moved: (gone != item).then(|| {
+                // SAFETY: Another item has come to this place, which is in the arena.
+                (unsafe { (*item.as_ptr()).page() }, id)
+            }),
+        })
+    }
+
+    fn meta(&self, node: NodeId) -> Option<NodeMeta> {
+        let node = self.node(node)?.as_ptr();
+        // SAFETY: The node is in the arena; only the engine, whose lock is held, looks at these.
+        let (content, next, prev) = unsafe { ((*node).content, (*node).next, (*node).prev) };
+        Some(NodeMeta {
+            fingerprint: Fingerprint::from_bits(content),
+            next,
+            prev,
+            head: content & HEAD != 0,
+        })
+    }
+
+    fn set_meta(&mut self, node: NodeId, meta: NodeMeta) {
+        let Some(node) = self.node(node) else { return };
+        let head = if meta.head { HEAD } else { 0 };
+        // SAFETY: As above.
+        unsafe {
+            (*node.as_ptr()).content = meta.fingerprint.to_bits() | head;
+            (*node.as_ptr()).next = meta.next;
+            (*node.as_ptr()).prev = meta.prev;
+        }
+    }
+
+    fn nid(&self, node: NodeId) -> u32 {
+        self.node(node).map_or(0, |node| {
+            // SAFETY: The node is in the arena; only the engine, whose lock is held, changes `nid`.
+            unsafe { (*node.as_ptr()).nid as u32 }
+        })
+    }
+
+    fn set_nid(&mut self, node: NodeId, nid: u32) {
+        if let Some(node) = self.node(node) {
+            // SAFETY: As above.
+            unsafe { (*node.as_ptr()).nid = nid as c_int };
+        }
+    }
+
+    fn mappings(&self, node: NodeId) -> u32 {
+        self.node(node).map_or(0, |node| {
+            // SAFETY: The node is in the arena; only the engine, whose lock is held, changes the length.
+            unsafe { (*node.as_ptr()).rmap_hlist_len as u32 }
+        })
+    }
+
+    fn state(&self, node: NodeId) -> NodeState {
+        match self.node(node).and_then(|node| self.get_folio(node)) {
+            None => NodeState::Stale,
+            Some(_) => NodeState::Alive,
+        }
+    }
+
+    fn remove(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool {
+        let Some(node) = self.node(node) else {
+            return true;
+        };
+        let mapped = self.with_locked(node, |lock| {
+            let mapped = lock.folio().mapped();
+            if !mapped {
+                // SAFETY: The folio is locked, and nobody maps it: it may end its days without a node.
+                unsafe {
+                    raw::rksm_folio_set_mapping(
+                        lock.folio().as_ptr(),
+                        FolioMapping::KSM_WITHOUT_NODE.as_raw(),
+                    )
+                };
+            }
+            mapped
+        });
+        if mapped == Some(true) {
+            return false;
+        }
+        self.free_node(node, orphan);
+        true
+    }
+
+    fn forget(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) {
+        if let Some(node) = self.node(node) {
+            self.free_node(node, orphan);
+        }
+    }
+
+    fn next(&self, after: Option<NodeId>) -> Option<NodeId> {
+        self.nodes.next(after.map(|id| id.0)).map(NodeId)
+    }
+
+    fn next_in(&self, after: Option<NodeId>, frames: Range<usize>) -> Option<NodeId> {
+        let mut at = after;
+        while let Some(id) = self.next(at) {
+            let kpfn = self.node(id).map(kpfn);
+            if kpfn.is_some_and(|kpfn| frames.contains(&kpfn)) {
+                return Some(id);
+            }
+            at = Some(id);
+        }
+        None
+    }
+
+    fn count(&self) -> usize {
+        self.nodes.len()
+    }
+
+    fn bytes(&self) -> usize {
+        self.nodes.bytes() + self.items.bytes()
     }
 }

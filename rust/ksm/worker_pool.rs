@@ -2,9 +2,9 @@
 
 //! Threads that work together: one leads, and the others help.
 
-use crate::engine::lane::{
-    Crew,
-    Leader, //
+use crate::engine::worker_pool::{
+    Stage,
+    WorkerPool, //
 };
 use crate::{
     bindings::raw,
@@ -334,12 +334,12 @@ fn cond_resched() {
     unsafe { raw::rksm_cond_resched() };
 }
 
-impl Crew for Team {
-    fn follow<T: Send + Unpin>(&self, leader: &mut impl Leader<T>, work: impl Fn(&mut T) + Sync) {
+impl WorkerPool for Team {
+    fn run<T: Send + Unpin>(&self, stage: &mut impl Stage<T>, work: impl Fn(&mut T) + Sync) {
         if self.helpers.is_empty() {
-            while let Some(mut job) = leader.next() {
+            while let Some(mut job) = stage.next_job() {
                 work(&mut job);
-                leader.finish(job);
+                stage.complete(job);
                 cond_resched();
             }
             return;
@@ -358,16 +358,16 @@ impl Crew for Team {
         let mut handed_out = 0;
         let most = (self.helpers.len() * AHEAD).min(HANDED_OUT);
         // The first one is nothing to call helpers for, if there is no other.
-        let mut first = leader.next();
+        let mut first = stage.next_job();
         loop {
             cond_resched();
             if let Some(job) = jobs.taken_back() {
                 handed_out -= 1;
-                leader.finish(job);
+                stage.complete(job);
                 continue;
             }
             if board.waiting.jobs.load(Relaxed) < most && handed_out < HANDED_OUT {
-                if let Some(job) = leader.next() {
+                if let Some(job) = stage.next_job() {
                     handed_out += 1;
                     jobs.post(job);
                     continue;
@@ -379,7 +379,7 @@ impl Crew for Team {
             });
             if let Some(mut job) = own {
                 (jobs.work)(&mut job);
-                leader.finish(job);
+                stage.complete(job);
             } else if handed_out == 0 {
                 break;
             } else {

@@ -59,6 +59,7 @@ impl MemoryEvents for Ksm {
             let mut state = self.thread_mutex.lock();
             state
                 .engine
+                .metadata
                 .forget_frames(start_pfn..start_pfn.saturating_add(nr_pages));
             self.publish(&state);
         }

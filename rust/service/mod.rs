@@ -40,10 +40,12 @@ mod scanner;
 
 use crate::{
     engine::{
-        lane::Lanes,
         mm_list::MmList,
         registry::Registry,
-        scan::Engine,
+        scan::{
+            Engine,
+            PassBuffers, //
+        },
         stats::Snapshot,
         sysfs::knobs::{
             Knobs,
@@ -90,15 +92,15 @@ struct ScanState {
     engine: Engine<StableNodes>,
     /// The other threads.
     pool: Team,
-    partitions: Lanes<StableNodes>,
-    /// `scan_threads` that `pool` and `partitions` have been made for.
+    buffers: PassBuffers<StableNodes>,
+    /// `scan_threads` that `pool` and `buffers` have been made for.
     threads: u32,
     /// When the next round of [`Ksm::prune`] may begin, ns since the load.
     prune_at: i64,
 }
 
-fn partitions(threads: u32) -> Result<Lanes<StableNodes>> {
-    Lanes::new(threads as usize, Batch::new)
+fn pass_buffers(threads: u32) -> Result<PassBuffers<StableNodes>> {
+    PassBuffers::new(threads as usize, Batch::new)
 }
 
 /// What every reader of a file may look at.
@@ -152,7 +154,7 @@ impl Ksm {
         let state = ScanState {
             engine: Engine::new(StableNodes::new(trace)?),
             pool: Team::new()?,
-            partitions: partitions(1)?,
+            buffers: pass_buffers(1)?,
             threads: 1,
             prune_at: 0,
         };
@@ -250,10 +252,10 @@ impl Ksm {
     fn publish(&self, state: &ScanState) {
         let slots = self.locked(|registry| registry.bytes());
         let snapshot = Snapshot {
-            counters: state.engine.counters,
-            refusals: state.engine.refusals,
+            counters: state.engine.metadata.counters,
+            refusals: state.engine.metadata.refusals,
             zero_pages: 0,
-            metadata_bytes: (state.engine.bytes() + slots) as u64,
+            metadata_bytes: (state.engine.metadata.bytes() + slots) as u64,
         };
         self.published.lock().snapshot = snapshot;
     }
@@ -282,7 +284,7 @@ impl Ksm {
         let mut state = self.thread_mutex.lock();
         // A smaller pool needs no memory, so this does not fail.
         let _ = state.pool.resize(self.symbols, 1);
-        self.clear(|slot, mm| state.engine.forget_mm(slot, mm));
-        state.engine.remove_all_nodes();
+        self.clear(|slot, mm| state.engine.metadata.forget_mm(slot, mm));
+        state.engine.metadata.remove_all_nodes();
     }
 }

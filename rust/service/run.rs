@@ -33,7 +33,7 @@ impl Ksm {
     /// `EBUSY` while pages are merged, or those of [`Self::unmerge_all`].
     pub(super) fn change_excluding_scanner(&self, state: &mut ScanState, change: Change) -> Result {
         let ctx = StoreCtx {
-            pages_shared: state.engine.counters.pages_shared,
+            pages_shared: state.engine.metadata.counters.pages_shared,
             cpus: 0,
         };
         let action = self.published.lock().knobs.apply(change, &ctx)?;
@@ -59,7 +59,7 @@ impl Ksm {
                 })
             }
             Action::RemoveNodes(pending) => {
-                if !state.engine.remove_all_nodes() {
+                if !state.engine.metadata.remove_all_nodes() {
                     return Err(EBUSY);
                 }
                 self.published.lock().knobs.commit(pending);
@@ -86,11 +86,11 @@ impl Ksm {
             }
         }
         drop(origin);
-        self.reap(|slot, mm| state.engine.forget_mm(slot, mm));
+        self.reap(|slot, mm| state.engine.metadata.forget_mm(slot, mm));
         result?;
         // Nodes of pages that are just going, with their last process, are left to `prune`.
-        state.engine.remove_all_nodes();
-        state.engine.counters.full_scans = 0;
+        state.engine.metadata.remove_all_nodes();
+        state.engine.metadata.counters.full_scans = 0;
         Ok(())
     }
 
@@ -98,7 +98,7 @@ impl Ksm {
     fn unmerge_registered(&self, state: &mut ScanState) -> Result {
         MmList::unmerge(self, |claim| {
             unmerge::unmerge_mm(claim.mm())?;
-            state.engine.forget_mm(claim.id(), claim.mm());
+            state.engine.metadata.forget_mm(claim.id(), claim.mm());
             self.publish(state);
             self.refill(GFP_KERNEL)?;
             Ok(Visited {

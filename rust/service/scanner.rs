@@ -10,6 +10,7 @@ use crate::{
             Visited, //
         },
         policy::Policy,
+        scan::ScanTarget,
         sysfs::knobs::{
             AdvisorMode,
             RunState, //
@@ -21,7 +22,7 @@ use crate::{
         race_window, //
     },
     service::{
-        partitions,
+        pass_buffers,
         Ksm,
         ScanState, //
     }, //
@@ -63,7 +64,7 @@ impl Ksm {
                 // Read under the mutex: a user that stops the scanner, changes the pause and starts
                 // it again does not wait for the new pause.
                 let pause = self.ksmd_should_run().then(|| self.knobs().sleep_millisecs);
-                (settled && state.engine.nodes() == 0, pause)
+                (settled && state.engine.metadata.nodes() == 0, pause)
             });
             let woken = || current.should_stop() || self.housekeeping_due.load(Relaxed);
             // The result of a wait does not matter: the loop looks at everything again.
@@ -90,7 +91,7 @@ impl Ksm {
     /// for new ones, registers mms that found no slot. Returns whether all of it is done.
     fn housekeeping(&self, state: &mut ScanState) -> bool {
         self.housekeeping_due.store(false, Relaxed);
-        self.reap(|slot, mm| state.engine.forget_mm(slot, mm));
+        self.reap(|slot, mm| state.engine.metadata.forget_mm(slot, mm));
         if self.refill(GFP_KERNEL).is_err() {
             return false;
         }
@@ -112,8 +113,8 @@ impl Ksm {
             return;
         }
         state.threads = threads;
-        let resized = partitions(threads).and_then(|partitions| {
-            state.partitions = partitions;
+        let resized = pass_buffers(threads).and_then(|buffers| {
+            state.buffers = buffers;
             state.pool.resize(self.symbols, threads as usize)
         });
         if let Err(error) = resized {
@@ -138,27 +139,24 @@ impl Ksm {
             let ScanState {
                 engine,
                 pool,
-                partitions,
+                buffers,
                 ..
             } = state;
-            let most = SLICE * partitions.count() as u32;
+            let most = SLICE * buffers.partitions() as u32;
             let slice = budget.min(most);
             budget -= slice;
             let mut left = slice;
             let step = self.visit(|claim| {
-                let (id, mm) = (claim.id(), claim.mm());
-                let progress = engine.scan_mm(
-                    &policy,
-                    self,
-                    (id, mm),
-                    claim.address(),
-                    (pool, partitions),
-                    &mut left,
-                );
+                let target = ScanTarget {
+                    slot: claim.id(),
+                    mm: claim.mm(),
+                    start: claim.address(),
+                };
+                let progress = engine.scan_mm(&policy, self, &target, pool, buffers, &mut left);
                 race_window::sleep();
                 Visited {
                     progress,
-                    tracked: engine.tracks(id),
+                    tracked: engine.metadata.tracks(target.slot),
                 }
             });
             budget += left;
@@ -182,7 +180,7 @@ impl Ksm {
         }
         let now = self.now();
         self.published.lock().knobs.scan_started(now);
-        let counters = &state.engine.counters;
+        let counters = &state.engine.metadata.counters;
         self.trace
             .start_scan(counters.full_scans, counters.tracked as usize);
         folio::lru_add_drain_all(self.symbols);
@@ -201,7 +199,7 @@ impl Ksm {
                 );
             }
         }
-        let counters = &state.engine.counters;
+        let counters = &state.engine.metadata.counters;
         self.trace
             .stop_scan(counters.full_scans, counters.tracked as usize);
         state.engine.end_full_scan();
@@ -218,7 +216,7 @@ impl Ksm {
         }
         let (broken, live, left) =
             self.locked(|registry| (registry.check(), registry.len(), registry.nr_left()));
-        if let Err(what) = broken.and_then(|()| state.engine.check()) {
+        if let Err(what) = broken.and_then(|()| state.engine.metadata.check()) {
             pr_err!("invariant broken: {what} ({live} mms, {left} have left)\n");
             kernel::warn_on!(true);
         }
@@ -238,7 +236,12 @@ impl Ksm {
         } else {
             knobs.pages_to_scan as usize / 32
         };
-        if state.engine.sweep(count.clamp(PRUNE_MIN, PRUNE_MAX)) && !idle {
+        if state
+            .engine
+            .metadata
+            .prune(count.clamp(PRUNE_MIN, PRUNE_MAX))
+            && !idle
+        {
             let pause = i64::from(knobs.stable_node_chains_prune_millisecs) * 1_000_000;
             state.prune_at = now.saturating_add(pause);
         }

@@ -16,13 +16,15 @@ use engine_tests::engine::{
     },
     page_state::{
         PageState,
-        PageStates, //
-    }, //
+        PageStates,
+        Tracked, //
+    },
+    smart_scan::History,
     types::{
         Fingerprint,
         PageId,
         SlotId, //
-    },
+    }, //
 };
 
 use kernel::{
@@ -93,12 +95,11 @@ impl Engine {
 
     fn insert(&mut self, page: PageId, content: u64) {
         let fingerprint = fingerprint(content);
-        let state = PageState::Tracked {
+        let state = PageState::Tracked(Tracked {
             fingerprint,
-            age: 0,
-            skips: 0,
+            history: History::default(),
             indexed: true,
-        };
+        });
         self.states.set(page, state);
         let entry = Entry::Candidate(page);
         self.index

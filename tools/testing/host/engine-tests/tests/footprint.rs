@@ -9,13 +9,15 @@ use engine_tests::engine::{
     },
     page_state::{
         PageState,
-        PageStates, //
-    }, //
+        PageStates,
+        Tracked, //
+    },
+    smart_scan::History,
     types::{
         Fingerprint,
         SlotId,
         RANGE_PAGES, //
-    },
+    }, //
 };
 
 use kernel::{
@@ -35,12 +37,11 @@ fn fill(pages: usize, step: usize, mut at: impl FnMut(usize, usize)) {
             .track(slot, i * step * PAGE_SIZE, GFP_KERNEL)
             .unwrap();
         let fingerprint = Fingerprint::new((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15), 0);
-        let state = PageState::Tracked {
+        let state = PageState::Tracked(Tracked {
             fingerprint,
-            age: 1,
-            skips: 0,
+            history: History { age: 1, skips: 0 },
             indexed: true,
-        };
+        });
         states.set(page, state);
         index
             .insert(

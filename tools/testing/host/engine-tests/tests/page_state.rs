@@ -8,8 +8,12 @@ use engine_tests::engine::{
     page_state::{
         PageState,
         PageStates,
+        Tracked, //
+    },
+    smart_scan::{
+        History,
         MAX_AGE, //
-    }, //
+    },
     types::{
         Fingerprint,
         ItemId,
@@ -237,12 +241,11 @@ fn within() -> impl Strategy<Value = Range<usize>> {
 fn state() -> impl Strategy<Value = PageState> {
     prop_oneof![
         3 => (any::<u64>(), 0..=MAX_AGE, 0..=MAX_AGE, any::<bool>()).prop_map(
-            |(bits, age, skips, indexed)| PageState::Tracked {
+            |(bits, age, skips, indexed)| PageState::Tracked(Tracked {
                 fingerprint: Fingerprint::from_bits(bits),
-                age,
-                skips,
+                history: History { age, skips },
                 indexed,
-            }
+            })
         ),
         1 => any::<u32>().prop_map(|item| PageState::Merged(ItemId(item))),
     ]
@@ -385,12 +388,11 @@ fn states_survive_packing() {
     };
     for fingerprint in [0, 1, (1 << 54) - 1].map(Fingerprint::from_bits) {
         for (age, skips, indexed) in [(0, 0, false), (MAX_AGE, 0, true), (0, MAX_AGE, false)] {
-            expect(PageState::Tracked {
+            expect(PageState::Tracked(Tracked {
                 fingerprint,
-                age,
-                skips,
+                history: History { age, skips },
                 indexed,
-            });
+            }));
         }
     }
     expect(PageState::Merged(ItemId(0)));
@@ -407,11 +409,12 @@ fn states_survive_packing() {
 fn ages_and_skips_stop_at_their_greatest() {
     let mut states = PageStates::new();
     let page = states.track(SLOT, 0, GFP_KERNEL).unwrap();
-    let old = |age, skips| PageState::Tracked {
-        fingerprint: Fingerprint::NONE,
-        age,
-        skips,
-        indexed: false,
+    let old = |age, skips| {
+        PageState::Tracked(Tracked {
+            fingerprint: Fingerprint::NONE,
+            history: History { age, skips },
+            indexed: false,
+        })
     };
     states.set(page, old(16, 255));
     assert_eq!(states.get(page), Some(old(MAX_AGE, MAX_AGE)));

@@ -20,18 +20,17 @@ use crate::{
 };
 
 use engine_tests::engine::{
-    lane::{
-        Crew,
-        Lanes,
-        Leader, //
-    },
     mm_list::{
         MmList,
         Step,
         Visited, //
     },
     policy::Policy,
-    scan::Engine,
+    scan::{
+        Engine,
+        PassBuffers,
+        ScanTarget, //
+    },
     stats::Counters, //
     types::{
         Fingerprint,
@@ -40,6 +39,10 @@ use engine_tests::engine::{
         Progress,
         Refusal, //
     },
+    worker_pool::{
+        Stage,
+        WorkerPool, //
+    }, //
 };
 
 use kernel::{
@@ -83,7 +86,7 @@ pub(crate) enum Op {
     FullScan {
         beside: Vec<(u32, Event)>,
     },
-    Sweep(usize),
+    Prune(usize),
     /// `run` = 2, which fails after so many pages.
     Unmerge {
         fail_after: Option<u32>,
@@ -105,13 +108,13 @@ pub(crate) enum Op {
     Fail(Option<Chance>),
 }
 
-/// A crew of one thread, which does what several could do at once in an order of its own.
-struct Disorder {
+/// A pool of one thread, which runs what several threads could run at once in a random order.
+struct RandomOrderPool {
     threads: usize,
     random: Cell<u64>,
 }
 
-impl Disorder {
+impl RandomOrderPool {
     /// A number below `n`.
     fn below(&self, n: usize) -> usize {
         // Knuth's MMIX generator; its high bits are the random ones.
@@ -121,17 +124,17 @@ impl Disorder {
     }
 }
 
-impl Crew for Disorder {
-    fn follow<T: Send + Unpin>(&self, leader: &mut impl Leader<T>, work: impl Fn(&mut T) + Sync) {
+impl WorkerPool for RandomOrderPool {
+    fn run<T: Send + Unpin>(&self, stage: &mut impl Stage<T>, work: impl Fn(&mut T) + Sync) {
         let (mut waiting, mut done) = (Vec::new(), Vec::new());
         loop {
             // Nothing is left only when there is nothing next either.
             let next = (waiting.len() < self.threads && self.below(3) > 0)
                 || (waiting.is_empty() && done.is_empty());
-            match next.then(|| leader.next()).flatten() {
+            match next.then(|| stage.next_job()).flatten() {
                 Some(job) => waiting.push(job),
                 None if !done.is_empty() && (waiting.is_empty() || self.below(2) == 0) => {
-                    leader.finish(done.swap_remove(self.below(done.len())));
+                    stage.complete(done.swap_remove(self.below(done.len())));
                 }
                 None if !waiting.is_empty() => {
                     let mut job = waiting.swap_remove(self.below(waiting.len()));
@@ -144,12 +147,17 @@ impl Crew for Disorder {
     }
 }
 
+/// Buffers of the simulation for a number of threads.
+fn pass_buffers(threads: usize, world: &Rc<RefCell<World>>) -> PassBuffers<SimMemory> {
+    PassBuffers::new(threads, |_| Ok(Batch::new(world.clone()))).unwrap()
+}
+
 pub(crate) struct Machine {
     pub(crate) world: Rc<RefCell<World>>,
     pub(crate) list: Rc<List>,
     pub(crate) engine: Engine<SimMemory>,
-    lanes: Lanes<SimMemory>,
-    crew: Disorder,
+    buffers: PassBuffers<SimMemory>,
+    pool: RandomOrderPool,
     threads: usize,
     pub(crate) policy: Policy,
     fail: Fail,
@@ -171,10 +179,10 @@ impl Machine {
         testing::fail(Fail::Never);
         Self {
             engine: Engine::new(SimMemory(world.clone())),
-            world,
             list,
-            lanes: Lanes::new(1, |_| Ok(Batch::default())).unwrap(),
-            crew: Disorder {
+            buffers: pass_buffers(1, &world),
+            world,
+            pool: RandomOrderPool {
                 threads: 1,
                 random: Cell::new(0),
             },
@@ -210,8 +218,8 @@ impl Machine {
                 self.full_scan();
                 self.overtake();
             }
-            Op::Sweep(count) => {
-                self.engine.sweep(*count);
+            Op::Prune(count) => {
+                self.engine.metadata.prune(*count);
             }
             Op::Unmerge { fail_after, beside } => {
                 self.beside(beside);
@@ -237,9 +245,9 @@ impl Machine {
                 }
             }
             Op::ScanThreads(threads, seed) => {
-                self.lanes = Lanes::new(*threads, |_| Ok(Batch::default())).unwrap();
-                self.crew.random.set(*seed);
-                self.crew.threads = *threads;
+                self.buffers = pass_buffers(*threads, &self.world);
+                self.pool.random.set(*seed);
+                self.pool.threads = *threads;
                 self.threads = *threads;
             }
             Op::Chance(chance) => self.world.borrow_mut().chance = *chance,
@@ -255,7 +263,7 @@ impl Machine {
 
     /// Whether nothing is merged, as a change of some files needs it.
     fn empty(&mut self) -> bool {
-        self.engine.counters.pages_shared == 0 && self.engine.remove_all_nodes()
+        self.engine.metadata.counters.pages_shared == 0 && self.engine.metadata.remove_all_nodes()
     }
 
     /// Has things happen while the engine is at work.
@@ -274,7 +282,8 @@ impl Machine {
     /// What the scanner does before it scans: lets go of those that have left, and takes in those missed.
     pub(crate) fn attend(&mut self) {
         let engine = &mut self.engine;
-        self.list.reap(|slot, mm| engine.forget_mm(slot, mm));
+        self.list
+            .reap(|slot, mm| engine.metadata.forget_mm(slot, mm));
         if self.list.refill(GFP_KERNEL).is_ok()
             && self.list.locked(|registry| registry.take_missed())
         {
@@ -298,34 +307,33 @@ impl Machine {
             let Self {
                 engine,
                 policy,
-                lanes,
-                crew,
+                buffers,
+                pool,
                 list,
                 ..
             } = self;
             let step = list.visit(|claim| {
                 let (id, mm) = (claim.id(), claim.mm());
-                let (before, scanned) = (budget, engine.counters.pages_scanned);
-                let progress = engine.scan_mm(
-                    policy,
-                    &**list,
-                    (id, mm),
-                    claim.address(),
-                    (&*crew, &mut *lanes),
-                    &mut budget,
-                );
-                let scanned = engine.counters.pages_scanned - scanned;
+                let (before, scanned) = (budget, engine.metadata.counters.pages_scanned);
+                let target = ScanTarget {
+                    slot: id,
+                    mm,
+                    start: claim.address(),
+                };
+                let progress =
+                    engine.scan_mm(policy, &**list, &target, &*pool, buffers, &mut budget);
+                let scanned = engine.metadata.counters.pages_scanned - scanned;
                 assert_eq!(
                     u64::from(before - budget),
                     scanned,
                     "pages scanned beyond the budget"
                 );
                 if progress == Progress::Exiting {
-                    assert!(mm.exiting() && !engine.tracks(id));
+                    assert!(mm.exiting() && !engine.metadata.tracks(id));
                 }
                 Visited {
                     progress,
-                    tracked: engine.tracks(id),
+                    tracked: engine.metadata.tracks(id),
                 }
             });
             over = step == Step::End;
@@ -357,18 +365,19 @@ impl Machine {
                 .break_ksm(claim.mm().key(), 0..usize::MAX, &mut left)
                 .map_err(|()| ENOMEM)?;
             drop(world);
-            engine.forget_mm(claim.id(), claim.mm());
+            engine.metadata.forget_mm(claim.id(), claim.mm());
             Ok(Visited {
                 progress: Progress::Done,
                 tracked: false,
             })
         });
-        self.list.reap(|slot, mm| engine.forget_mm(slot, mm));
+        self.list
+            .reap(|slot, mm| engine.metadata.forget_mm(slot, mm));
         if result.is_err() {
             return;
         }
-        engine.remove_all_nodes();
-        engine.counters.full_scans = 0;
+        engine.metadata.remove_all_nodes();
+        engine.metadata.counters.full_scans = 0;
         self.assert_nothing_known();
         if advised {
             // What is opted in behind the walk may have inherited merged pages.
@@ -404,7 +413,7 @@ impl Machine {
         if !self.world.borrow_mut().take_offline(block.clone()) {
             return;
         }
-        self.engine.forget_frames(block.clone());
+        self.engine.metadata.forget_frames(block.clone());
         let world = self.world.borrow();
         let mut nodes = world.nodes.iter();
         assert!(
@@ -415,7 +424,7 @@ impl Machine {
 
     /// No page is known, so that there is nothing to count but nodes whose pages are still mapped.
     pub(crate) fn assert_nothing_known(&self) {
-        let counters = self.engine.counters;
+        let counters = self.engine.metadata.counters;
         let none = Counters {
             pages_shared: 0,
             pages_sharing: 0,
@@ -429,7 +438,7 @@ impl Machine {
     /// Checks what has to hold after every step.
     pub(crate) fn check(&mut self) {
         *self.world.borrow().asked.borrow_mut() = Some(Vec::new());
-        if let Err(what) = self.engine.check() {
+        if let Err(what) = self.engine.metadata.check() {
             panic!("{what}");
         }
         let world = self.world.borrow();
@@ -448,7 +457,7 @@ impl Machine {
         let rings = rings(&world);
         let chains = rings.iter().filter(|ring| ring.len() > 1);
         let tracked: isize = world.spaces.values().map(|space| space.tracked).sum();
-        let counters = self.engine.counters;
+        let counters = self.engine.metadata.counters;
         let recounted = Counters {
             pages_shared: shared,
             pages_sharing: mapped.iter().sum::<u64>() - shared,
@@ -485,7 +494,7 @@ impl Machine {
         }
         for &refusal in Refusal::ALL {
             let (counted, given) = (
-                self.engine.refusals.get(refusal),
+                self.engine.metadata.refusals.get(refusal),
                 world.refusals.get(refusal),
             );
             match refusal {
@@ -517,7 +526,7 @@ impl Machine {
             let mut visits = self.world.borrow().visits.clone();
             visits.sort();
             assert_eq!(visits, all, "not every page was visited once");
-            while !self.engine.sweep(2) {}
+            while !self.engine.metadata.prune(2) {}
             self.check();
         }
     }
@@ -540,7 +549,7 @@ impl Machine {
         let world = self.world.borrow();
         let all = self.collectable();
         assert!(
-            self.engine.counters.tracked <= all.len() as u64,
+            self.engine.metadata.counters.tracked <= all.len() as u64,
             "pages are tracked that are not there"
         );
         // Pages that are not merged, and whether there is a merged one with room, for each content.
@@ -612,15 +621,15 @@ impl Machine {
         self.attend();
         self.assert_nothing_known();
         self.check();
-        assert!(self.engine.remove_all_nodes());
+        assert!(self.engine.metadata.remove_all_nodes());
         self.check();
         let world = self.world.borrow();
         assert_eq!(world.frames.len(), 0);
         assert_eq!(world.items.iter().count(), 0);
         assert!(world.spaces.values().all(Space::unpinned), "a pin is lost");
-        assert_eq!(self.engine.nodes(), 0);
+        assert_eq!(self.engine.metadata.nodes(), 0);
         // Room for a few mms is kept.
-        assert!(self.engine.bytes() < 2 * PAGE);
+        assert!(self.engine.metadata.bytes() < 2 * PAGE);
         assert_eq!(
             self.list
                 .locked(|registry| registry.len() + registry.nr_left()),

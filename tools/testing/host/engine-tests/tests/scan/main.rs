@@ -97,7 +97,7 @@ fn op() -> impl Strategy<Value = Op> {
         8 => (1..100u32, option::weighted(0.2, 1..40u32), beside())
             .prop_map(|(budget, pause_after, beside)| Op::Scan { budget, pause_after, beside }),
         8 => beside().prop_map(|beside| Op::FullScan { beside }),
-        2 => (1..20usize).prop_map(Op::Sweep),
+        2 => (1..20usize).prop_map(Op::Prune),
         1 => (option::weighted(0.3, 0..40u32), beside())
             .prop_map(|(fail_after, beside)| Op::Unmerge { fail_after, beside }),
         1 => (0..1000usize).prop_map(|block| Op::HotRemove { block }),

@@ -12,21 +12,21 @@ use crate::world::{
 };
 
 use engine_tests::engine::{
-    memory::{
+    backend::{
         self,
+        Backend,
         Collected,
         HugeId,
-        Interest,
-        Look,
-        Memory,
+        MergeTarget,
         Merged,
         NodeMeta,
         NodeState,
+        PageAddr,
         PageKind,
-        Pair,
-        Partner,
-        Place,
-        Released, //
+        Released,
+        StableNodes,
+        WalkAction,
+        WalkFilter, //
     },
     types::{
         Fingerprint,
@@ -91,15 +91,10 @@ impl SimMemory {
     }
 
     /// The world, for a page of a batch that has to be one.
-    fn sleep_at(&self, at: &Place<'_, Mm>, batch: &Batch, i: usize) -> RefMut<'_, World> {
+    fn sleep_at(&self, at: &PageAddr<'_, Mm>, batch: &Batch, i: usize) -> RefMut<'_, World> {
         assert!(!batch.released[i], "a released page is used");
         assert_eq!((at.mm.key(), at.addr), (batch.key, batch.pages[i].0));
         self.sleep()
-    }
-
-    fn frame(&self, batch: &Batch, i: usize) -> usize {
-        assert!(!batch.released[i], "a released page is looked at");
-        batch.pages[i].1
     }
 
     fn kind_of(&self, frame: usize) -> PageKind {
@@ -118,179 +113,66 @@ impl SimMemory {
     }
 }
 
-impl Memory for SimMemory {
-    type Mm = Mm;
-    type Batch = Batch;
+impl backend::Batch for Batch {
     type Key = SimMemory;
-    type Merge = Merge;
 
-    fn collect<L: Look>(
-        &self,
-        mm: &Mm,
-        within: Range<usize>,
-        limit: usize,
-        _own: &Range<usize>,
-        batch: &mut Batch,
-        look: &mut L,
-    ) -> Collected {
-        let world = self.sleep();
-        if mm.exiting() {
-            return Collected::Exiting;
-        }
-        batch.start(mm.key());
-        assert!(limit > 0);
-        // The engine asks for nodes and items while it looks.
-        let (mapped, end) = world.mapped(mm.key(), within.start);
-        drop(world);
-        let full = batch.pages.len() + limit;
-        for (addr, frame) in mapped {
-            if batch.pages.len() == full || addr >= within.end {
-                return Collected::More(addr);
-            }
-            let touched = self.0.borrow().touched(mm.key(), addr);
-            match look.look(addr, self.kind_of(frame), nid(frame), touched) {
-                Interest::Take => self.0.borrow_mut().take(batch, addr, frame),
-                Interest::Pass => self.0.borrow_mut().passed(batch, addr),
-                Interest::Note => self.0.borrow_mut().noted(batch, addr),
-                Interest::Stop => return Collected::More(addr),
-            }
-        }
-        end.map_or(Collected::End, Collected::More)
+    fn nr_pages(&self) -> usize {
+        self.pages.len()
     }
 
-    fn len(&self, batch: &Batch) -> usize {
-        batch.pages.len()
+    fn addr(&self, i: usize) -> usize {
+        self.pages[i].0
     }
 
-    fn addr(&self, batch: &Batch, i: usize) -> usize {
-        batch.pages[i].0
+    fn accessed(&self, i: usize) -> bool {
+        assert!(!self.released[i], "a released page is looked at");
+        self.accessed[i]
     }
 
-    fn kind(&self, batch: &Batch, i: usize) -> PageKind {
-        self.kind_of(self.frame(batch, i))
+    fn nid(&self, i: usize) -> u32 {
+        nid(self.frame(i))
     }
 
-    fn touched(&self, batch: &Batch, i: usize) -> bool {
-        assert!(!batch.released[i], "a released page is looked at");
-        batch.touched[i]
+    fn huge(&self, i: usize) -> Option<HugeId> {
+        self.world.borrow().huge(self.frame(i))
     }
 
-    fn key(&self) -> SimMemory {
-        self.clone()
-    }
-
-    fn hash_by(key: &SimMemory, batch: &Batch, i: usize) -> u64 {
+    fn hash(&self, i: usize, key: &SimMemory) -> u64 {
         let world = key.0.borrow();
-        world.hash(world.page(key.frame(batch, i)).content)
+        world.hash(world.page(self.frame(i)).content)
     }
 
-    fn nid(&self, batch: &Batch, i: usize) -> u32 {
-        nid(self.frame(batch, i))
+    fn release(&mut self, i: usize) {
+        self.world.clone().borrow_mut().release(self, i);
     }
 
-    fn huge(&self, batch: &Batch, i: usize) -> Option<HugeId> {
-        let frame = self.frame(batch, i);
-        self.0.borrow().huge(frame)
-    }
-
-    fn done(&self, batch: &Batch, i: usize) {
-        self.0.borrow_mut().visited(batch, i);
-    }
-
-    fn release(&self, batch: &mut Batch, i: usize) {
-        self.0.borrow_mut().release(batch, i);
-    }
-
-    fn make_way(&self, batch: &mut Batch, huge: HugeId, keep: Option<usize>) {
-        let mut world = self.0.borrow_mut();
-        for i in 0..batch.pages.len() {
-            let frame = batch.pages[i].1;
-            if Some(i) != keep && !batch.released[i] && world.huge(frame) == Some(huge) {
-                world.release(batch, i);
-                batch.lost[i] = true;
+    fn release_huge_folio(&mut self, huge: HugeId, keep: Option<usize>) {
+        let world = self.world.clone();
+        let mut world = world.borrow_mut();
+        for i in 0..self.pages.len() {
+            let frame = self.pages[i].1;
+            if Some(i) != keep && !self.released[i] && world.huge(frame) == Some(huge) {
+                world.release(self, i);
+                self.released_for_split[i] = true;
             }
         }
     }
 
-    fn regain(&self, mm: &Mm, batch: &mut Batch, i: usize) -> bool {
-        assert_eq!(mm.key(), batch.key);
-        !batch.lost[i] || self.sleep().regain(batch, i)
-    }
-
-    fn clear(&self, batch: &mut Batch) {
-        let visits = batch.passed.iter().map(|addr| (batch.key, *addr));
-        self.0.borrow_mut().visits.extend(visits);
-        self.discard(batch);
-    }
-
-    fn discard(&self, batch: &mut Batch) {
-        for i in 0..batch.pages.len() {
-            self.release(batch, i);
+    fn clear(&mut self) {
+        let world = self.world.clone();
+        let mut world = world.borrow_mut();
+        if self.passes != world.passes {
+            world.visited(self);
         }
-        *batch = Batch::default();
-    }
-
-    fn zero_hash(&self) -> u64 {
-        self.0.borrow().hash(0)
-    }
-
-    fn prepare(
-        &mut self,
-        at: Place<'_, Mm>,
-        batch: &Batch,
-        i: usize,
-        partner: Partner<'_, Mm>,
-    ) -> Result<Merge, Refusal> {
-        drop(self.sleep_at(&at, batch, i));
-        let with = match partner {
-            Partner::Zero => With::Zero,
-            Partner::Node { node, nid } => {
-                let world = self.0.borrow();
-                if world.node_frame(node).is_none() {
-                    drop(world);
-                    return self.count(Err(Refusal::Stale));
-                }
-                With::Node(node, nid)
-            }
-            Partner::Page { other, nid } => With::Page {
-                key: other.mm.key(),
-                addr: other.addr,
-                page: other.page,
-                nid,
-            },
-        };
-        Ok(Merge {
-            memory: self.clone(),
-            key: at.mm.key(),
-            addr: at.addr,
-            page: at.page,
-            frame: batch.pages[i].1,
-            with,
-            outcome: Err(Refusal::Gone),
-            undo: None,
-        })
-    }
-
-    fn finish(&mut self, merge: &mut Merge) -> Result<Merged, Refusal> {
-        if let Some((item, node)) = merge.undo {
-            self.sleep().undo_first(merge.addr, item, node);
+        for i in 0..self.pages.len() {
+            world.release(self, i);
         }
-        self.count(merge.outcome)
-    }
-
-    fn adopt(
-        &mut self,
-        at: Place<'_, Mm>,
-        batch: &Batch,
-        i: usize,
-        node: NodeId,
-    ) -> Result<ItemId, Refusal> {
-        let mut world = self.sleep_at(&at, batch, i);
-        let result = world.adopt((at.addr, at.page), batch, i, node);
         drop(world);
-        self.count(result)
+        *self = Self::new(self.world.clone());
     }
+}
 
+impl StableNodes for SimMemory {
     fn node_of(&self, item: ItemId) -> Option<NodeId> {
         let world = self.0.borrow();
         if let Some(asked) = world.asked.borrow_mut().as_mut() {
@@ -313,12 +195,12 @@ impl Memory for SimMemory {
         }
     }
 
-    fn node_nid(&self, node: NodeId) -> u32 {
+    fn nid(&self, node: NodeId) -> u32 {
         let world = self.0.borrow();
         world.nodes.get(node.0).map_or(0, |node| node.nid)
     }
 
-    fn set_node_nid(&mut self, node: NodeId, nid: u32) {
+    fn set_nid(&mut self, node: NodeId, nid: u32) {
         if let Some(node) = self.0.borrow_mut().nodes.get_mut(node.0) {
             node.nid = nid;
         }
@@ -337,12 +219,20 @@ impl Memory for SimMemory {
         }
     }
 
-    fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool {
+    fn remove(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool {
         let mut world = self.sleep();
         world.nodes.get(node.0).is_none() || world.remove_node(node, orphan)
     }
 
-    fn next_node_in(&self, after: Option<NodeId>, frames: Range<usize>) -> Option<NodeId> {
+    fn forget(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) {
+        self.0.borrow_mut().free_node(node, orphan);
+    }
+
+    fn next(&self, after: Option<NodeId>) -> Option<NodeId> {
+        self.next_in(after, 0..usize::MAX)
+    }
+
+    fn next_in(&self, after: Option<NodeId>, frames: Range<usize>) -> Option<NodeId> {
         let world = self.0.borrow();
         let mut nodes = world.nodes.iter();
         nodes
@@ -350,16 +240,129 @@ impl Memory for SimMemory {
             .map(|(id, _)| NodeId(id))
     }
 
-    fn forget_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) {
-        self.0.borrow_mut().free_node(node, orphan);
-    }
-
-    fn next_node(&self, after: Option<NodeId>) -> Option<NodeId> {
-        self.next_node_in(after, 0..usize::MAX)
-    }
-
-    fn nodes(&self) -> usize {
+    fn count(&self) -> usize {
         self.0.borrow().nodes.iter().count()
+    }
+
+    fn bytes(&self) -> usize {
+        let world = self.0.borrow();
+        (world.nodes.iter().count() + world.items.iter().count()) * OBJECT
+    }
+}
+
+impl Backend for SimMemory {
+    type Mm = Mm;
+    type Batch = Batch;
+    type Merge = Merge;
+
+    fn collect<F: WalkFilter>(
+        &self,
+        mm: &Mm,
+        within: Range<usize>,
+        limit: usize,
+        _own: &Range<usize>,
+        batch: &mut Batch,
+        filter: &mut F,
+    ) -> Collected {
+        let world = self.sleep();
+        if mm.exiting() {
+            return Collected::Exiting;
+        }
+        batch.start(mm.key(), world.passes);
+        assert!(limit > 0);
+        // The engine asks for nodes and items while it looks.
+        let (mapped, end) = world.mapped(mm.key(), within.start);
+        drop(world);
+        let full = batch.pages.len() + limit;
+        for (addr, frame) in mapped {
+            if batch.pages.len() == full || addr >= within.end {
+                return Collected::More(addr);
+            }
+            let accessed = self.0.borrow().touched(mm.key(), addr);
+            match filter.filter(addr, self.kind_of(frame), nid(frame), accessed) {
+                WalkAction::Collect => self.0.borrow_mut().take(batch, addr, frame),
+                WalkAction::Skip => self.0.borrow_mut().passed(batch, addr),
+                WalkAction::SkipClearAccessed => self.0.borrow_mut().noted(batch, addr),
+                WalkAction::Stop => return Collected::More(addr),
+            }
+        }
+        end.map_or(Collected::End, Collected::More)
+    }
+
+    fn kind(&self, batch: &Batch, i: usize) -> PageKind {
+        self.0.borrow_mut().classified(batch, i);
+        self.kind_of(batch.frame(i))
+    }
+
+    fn reacquire(&self, mm: &Mm, batch: &mut Batch, i: usize) -> bool {
+        assert_eq!(mm.key(), batch.key);
+        !batch.released_for_split[i] || self.sleep().reacquire(batch, i)
+    }
+
+    fn key(&self) -> SimMemory {
+        self.clone()
+    }
+
+    fn zero_hash(&self) -> u64 {
+        self.0.borrow().hash(0)
+    }
+
+    fn prepare(
+        &mut self,
+        page: PageAddr<'_, Mm>,
+        batch: &Batch,
+        i: usize,
+        target: MergeTarget<PageAddr<'_, Mm>>,
+        nid: Option<u32>,
+    ) -> Result<Merge, Refusal> {
+        drop(self.sleep_at(&page, batch, i));
+        let with = match target {
+            MergeTarget::ZeroPage => With::Zero,
+            MergeTarget::StableNode(node) => {
+                let world = self.0.borrow();
+                if world.node_frame(node).is_none() {
+                    drop(world);
+                    return self.count(Err(Refusal::Stale));
+                }
+                With::Node(node, nid)
+            }
+            MergeTarget::Candidate(other) => With::Page {
+                key: other.mm.key(),
+                addr: other.addr,
+                page: other.page,
+                nid,
+            },
+        };
+        Ok(Merge {
+            memory: self.clone(),
+            key: page.mm.key(),
+            addr: page.addr,
+            page: page.page,
+            frame: batch.pages[i].1,
+            with,
+            outcome: Err(Refusal::Gone),
+            undo: None,
+        })
+    }
+
+    fn finish(&mut self, merge: &mut Merge) -> Result<Merged, Refusal> {
+        if let Some((item, node)) = merge.undo {
+            self.sleep().undo_first(merge.addr, item, node);
+        }
+        self.count(merge.outcome)
+    }
+
+    fn adopt(
+        &mut self,
+        page: PageAddr<'_, Mm>,
+        batch: &Batch,
+        i: usize,
+        node: NodeId,
+    ) -> Result<ItemId, Refusal> {
+        let mut world = self.sleep_at(&page, batch, i);
+        let result = world.adopt((page.addr, page.page), batch, i, node);
+        drop(world);
+        self.count(result)
     }
 
     fn account_tracked(&mut self, mm: &Mm, delta: isize) {
@@ -368,33 +371,31 @@ impl Memory for SimMemory {
         space.tracked += delta;
     }
 
-    fn bytes(&self) -> usize {
-        let world = self.0.borrow();
-        (world.nodes.iter().count() + world.items.iter().count()) * OBJECT
+    fn cond_resched(&self) {
+        let mut world = self.sleep();
+        world.passes += 1;
+        world.count_pause();
     }
 
-    fn breathe(&mut self) -> bool {
+    fn should_pause(&self) -> bool {
         let mut world = self.sleep();
-        if let Some(left) = world.pause_after.as_mut() {
-            *left = left.saturating_sub(1);
-            world.paused |= *left == 0;
-        }
+        world.count_pause();
         world.paused
     }
 }
 
-impl memory::Merge for Merge {
+impl backend::Merge for Merge {
     fn run(&mut self, before_split: impl FnOnce()) {
         let memory = self.memory.clone();
         drop(memory.sleep());
         self.outcome = match self.with {
             With::Zero => memory
                 .share(self, &Target::Zero, before_split)
-                .map(|()| Merged::Zero),
+                .map(|()| Merged::ZeroPage),
             With::Node(node, nid) => memory
                 .merge_with_node(self, node, nid, before_split)
-                .map(Merged::Node),
-            With::Page { .. } => memory.merge_pair(self, before_split).map(Merged::Pair),
+                .map(Merged::Joined),
+            With::Page { .. } => memory.merge_pair(self, before_split),
         };
     }
 }
@@ -434,7 +435,11 @@ impl SimMemory {
         Ok(item)
     }
 
-    fn merge_pair(&self, merge: &mut Merge, before_split: impl FnOnce()) -> Result<Pair, Refusal> {
+    fn merge_pair(
+        &self,
+        merge: &mut Merge,
+        before_split: impl FnOnce(),
+    ) -> Result<Merged, Refusal> {
         let With::Page {
             key,
             addr,
@@ -460,16 +465,16 @@ impl SimMemory {
                 .map(|()| item)
         });
         let first = first.inspect_err(|_| self.0.borrow_mut().free_node(node, &mut |_| {}))?;
-        let touched = self.0.borrow().touched(merge.key, merge.addr);
+        let accessed = self.0.borrow().touched(merge.key, merge.addr);
         let second = self
             .sleep()
             .merge_second((key, addr, page), node, merge.frame, nid);
         match second {
-            Ok(second) => Ok(Pair {
+            Ok(second) => Ok(Merged::NewNode {
                 node,
                 first,
                 second,
-                touched,
+                accessed,
             }),
             Err(refusal) => {
                 merge.undo = Some((first, node));

@@ -6,7 +6,7 @@
 //! what it has to read.
 
 use engine_tests::engine::{
-    memory::{
+    backend::{
         HugeId,
         NodeMeta,
         Released, //
@@ -348,27 +348,57 @@ pub(crate) enum Target {
 }
 
 /// Pages found by a walk.
-#[derive(Default)]
 pub(crate) struct Batch {
+    pub(crate) world: Rc<RefCell<World>>,
     pub(crate) key: usize,
+    /// `World::passes` when the walk began.
+    pub(crate) passes: u64,
     /// Address and frame.
     pub(crate) pages: Vec<(usize, usize)>,
-    /// Whether each was touched before the walk.
-    pub(crate) touched: Vec<bool>,
-    /// Whether each has been given up.
+    /// Whether each was accessed before the walk.
+    pub(crate) accessed: Vec<bool>,
+    /// Whether the reference to each has been dropped.
     pub(crate) released: Vec<bool>,
-    /// Whether each was given up so that a huge page could be split.
-    pub(crate) lost: Vec<bool>,
-    /// Addresses that the walk came by and left.
+    /// Whether it was dropped so that a huge page could be split.
+    pub(crate) released_for_split: Vec<bool>,
+    /// Addresses that the walk reached and left.
     pub(crate) passed: Vec<usize>,
+    /// Allocations that had failed when the walk began.
+    failures: u64,
 }
 
+// SAFETY: The pool of these tests is one thread.
+unsafe impl Send for Batch {}
+// SAFETY: The pool of these tests is one thread.
+unsafe impl Sync for Batch {}
+
 impl Batch {
+    pub(crate) fn new(world: Rc<RefCell<World>>) -> Self {
+        Self {
+            world,
+            key: 0,
+            passes: 0,
+            pages: Vec::new(),
+            accessed: Vec::new(),
+            released: Vec::new(),
+            released_for_split: Vec::new(),
+            passed: Vec::new(),
+            failures: 0,
+        }
+    }
+
     /// A walk of this mm begins.
-    pub(crate) fn start(&mut self, key: usize) {
+    pub(crate) fn start(&mut self, key: usize, passes: u64) {
         let same = self.pages.is_empty() || self.key == key;
         assert!(same, "a batch of several mms");
-        self.key = key;
+        (self.key, self.passes) = (key, passes);
+        self.failures = testing::failures();
+    }
+
+    /// The frame of a page, to which the batch has to hold a reference.
+    pub(crate) fn frame(&self, i: usize) -> usize {
+        assert!(!self.released[i], "a released page is looked at");
+        self.pages[i].1
     }
 }
 
@@ -398,8 +428,11 @@ pub(crate) struct World {
     excused: BTreeSet<(usize, usize)>,
     /// Items that the engine asked for, while it checks itself.
     pub(crate) asked: RefCell<Option<Vec<ItemId>>>,
-    /// Allocations that had failed when the last page was visited.
-    failures: u64,
+    /// How often the engine could reschedule. It does so after each pass, and never between a walk and the decision to do
+    /// that walk anew, so this tells a batch that went through the pass from one that was discarded.
+    pub(crate) passes: u64,
+    /// Pages of which the engine asked what they are, since a walk took them.
+    classified: BTreeSet<(usize, usize)>,
     next_key: usize,
     next_huge: u32,
 }
@@ -425,7 +458,8 @@ impl World {
             visits: Vec::new(),
             excused: BTreeSet::new(),
             asked: RefCell::new(None),
-            failures: testing::failures(),
+            passes: 0,
+            classified: BTreeSet::new(),
             next_key: 0xffff_0000,
             next_huge: 0,
         }
@@ -942,11 +976,12 @@ impl World {
         self.page_mut(frame).refs += 1;
         self.excused.remove(&(batch.key, addr));
         batch.pages.push((addr, frame));
+        self.classified.remove(&(batch.key, addr));
         batch
-            .touched
+            .accessed
             .push(self.space_mut(batch.key).touched.remove(&addr));
         batch.released.push(false);
-        batch.lost.push(false);
+        batch.released_for_split.push(false);
     }
 
     /// A walk passes a page over, with which the engine is done so.
@@ -969,16 +1004,32 @@ impl World {
         }
     }
 
-    /// The engine is done with a page: if it is merged, it has its item.
-    pub(crate) fn visited(&mut self, batch: &Batch, i: usize) {
-        let (key, addr) = (batch.key, batch.pages[i].0);
-        self.visits.push((key, addr));
-        // Without memory for the page's state it has none.
-        let failures = core::mem::replace(&mut self.failures, testing::failures());
-        if failures != self.failures {
-            self.excused.insert((key, addr));
+    /// The engine asks what a page is, for whose state it had memory.
+    pub(crate) fn classified(&mut self, batch: &Batch, i: usize) {
+        self.classified.insert((batch.key, batch.pages[i].0));
+    }
+
+    /// The engine is done with the pages of a batch: those that are merged have their items.
+    pub(crate) fn visited(&mut self, batch: &Batch) {
+        let visits = batch.passed.iter().map(|addr| (batch.key, *addr));
+        self.visits.extend(visits);
+        for &(addr, _) in &batch.pages {
+            let page = (batch.key, addr);
+            self.visits.push(page);
+            // Without memory for the page's state it has none.
+            if testing::failures() != batch.failures && !self.classified.contains(&page) {
+                self.excused.insert(page);
+            }
+            self.assert_known(batch.key, addr);
         }
-        self.assert_known(key, addr);
+    }
+
+    /// Counts down to the pause that is asked for.
+    pub(crate) fn count_pause(&mut self) {
+        if let Some(left) = self.pause_after.as_mut() {
+            *left = left.saturating_sub(1);
+            self.paused |= *left == 0;
+        }
     }
 
     /// If the page that an address maps is merged, the mapping has its item.
@@ -1005,14 +1056,14 @@ impl World {
     }
 
     /// Takes a reference again to what is at the address of a page of a batch.
-    pub(crate) fn regain(&mut self, batch: &mut Batch, i: usize) -> bool {
+    pub(crate) fn reacquire(&mut self, batch: &mut Batch, i: usize) -> bool {
         let addr = batch.pages[i].0;
         let Ok(frame) = self.frame_at(batch.key, addr) else {
             return false;
         };
         self.page_mut(frame).refs += 1;
         batch.pages[i].1 = frame;
-        (batch.released[i], batch.lost[i]) = (false, false);
+        (batch.released[i], batch.released_for_split[i]) = (false, false);
         true
     }
 

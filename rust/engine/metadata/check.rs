@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The check of the invariants, for `check=1` and the tests.
+
+use super::super::{
+    backend::{
+        Backend,
+        NodeMeta, //
+    },
+    index::Entry,
+    page_state::{
+        PageState,
+        Tracked, //
+    },
+    stats::Counters,
+    types::{
+        NodeId,
+        SlotId, //
+    },
+};
+use super::{
+    key_of,
+    Metadata,
+    CANDIDATE_TRIES, //
+};
+use core::cell::Cell;
+use kernel::page::PAGE_SIZE;
+
+impl<B: Backend> Metadata<B> {
+    /// Checks all invariants, in time proportional to the number of tracked pages.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// Says which one does not hold.
+    pub fn check(&mut self) -> Result<(), &'static str> {
+        self.states.check()?;
+        let (stable, candidates) = (Cell::new(0), Cell::new(0));
+        self.index.check(|entry| {
+            let indexed = match entry {
+                Entry::Stable(node) => {
+                    stable.set(stable.get() + 1);
+                    self.backend.meta(node)?.head
+                }
+                Entry::Candidate(page) => {
+                    candidates.set(candidates.get() + 1);
+                    matches!(self.states.get(page)?, PageState::Tracked(tracked) if tracked.indexed)
+                }
+            };
+            key_of(&self.states, &self.backend, entry).filter(|_| indexed)
+        })?;
+        let mappings = self.check_nodes(stable.get())?;
+        self.check_pages(candidates.get(), mappings)
+    }
+
+    /// Checks nodes against index and counters. Returns the number of rmap items.
+    fn check_nodes(&mut self, in_index: usize) -> Result<u64, &'static str> {
+        let (mut heads, mut in_chains, mut alone) = (0, 0, 0);
+        let mut found = Counters::default();
+        let mut at = None;
+        while let Some(node) = self.backend.next(at) {
+            at = Some(node);
+            let meta = self
+                .backend
+                .meta(node)
+                .ok_or("engine: a node that is none")?;
+            match u64::from(self.backend.mappings(node)) {
+                0 => {}
+                mappings => {
+                    found.pages_shared += 1;
+                    found.pages_sharing += mappings - 1;
+                }
+            }
+            if meta.head {
+                let size = self.check_chain(node, meta)?;
+                heads += 1;
+                in_chains += size;
+                if size > 1 {
+                    found.stable_node_chains += 1;
+                    found.stable_node_dups += size as u64;
+                }
+            } else if meta.next == node {
+                if meta.prev != node {
+                    return Err("engine: a node that is alone has another before it");
+                }
+                alone += 1;
+            }
+            self.backend.cond_resched();
+        }
+        if in_chains + alone != self.backend.count() {
+            return Err("engine: not every node is in one chain with a head");
+        }
+        if heads != in_index {
+            return Err("engine: the index has a node that is no head");
+        }
+        let counted = &self.counters;
+        if (counted.pages_shared, counted.pages_sharing)
+            != (found.pages_shared, found.pages_sharing)
+        {
+            return Err("engine: merged pages or their mappings are counted wrongly");
+        }
+        if (counted.stable_node_chains, counted.stable_node_dups)
+            != (found.stable_node_chains, found.stable_node_dups)
+        {
+            return Err("engine: chains or the nodes in them are counted wrongly");
+        }
+        Ok(found.pages_shared + found.pages_sharing)
+    }
+
+    /// Checks the chain of a head. Returns how many nodes it has.
+    fn check_chain(&self, head: NodeId, meta: NodeMeta) -> Result<usize, &'static str> {
+        let of_content = |entry: &Entry| match entry {
+            Entry::Stable(node) => {
+                self.backend.meta(*node).map(|m| m.fingerprint) == Some(meta.fingerprint)
+            }
+            Entry::Candidate(_) => false,
+        };
+        let mut indexed = self.index.find(meta.fingerprint).filter(of_content);
+        if indexed.next() != Some(Entry::Stable(head)) || indexed.next().is_some() {
+            return Err("engine: the index has not just the head for a content");
+        }
+        let (mut size, mut last, mut node) = (1, head, meta.next);
+        while node != head {
+            let meta_here = self
+                .backend
+                .meta(node)
+                .ok_or("engine: a chain has a node that is none")?;
+            if meta_here.head || meta_here.prev != last || meta_here.fingerprint != meta.fingerprint
+            {
+                return Err("engine: a chain has a node that does not belong there");
+            }
+            size += 1;
+            if size > self.backend.count() {
+                return Err("engine: a chain does not close");
+            }
+            (last, node) = (node, meta_here.next);
+        }
+        if meta.prev != last {
+            return Err("engine: a chain is not linked both ways");
+        }
+        Ok(size)
+    }
+
+    /// Checks page states against index, items and counters.
+    fn check_pages(&mut self, in_index: usize, items: u64) -> Result<(), &'static str> {
+        let (mut seen, mut merged, mut indexed) = (0, 0, 0);
+        let mut slot = 0;
+        while seen < self.states.tracked_total() {
+            let mut at = 0;
+            while let Some((page, addr, state)) = self.states.first_in(SlotId(slot), at..usize::MAX)
+            {
+                seen += 1;
+                at = addr.saturating_add(PAGE_SIZE);
+                match state {
+                    PageState::Merged(item) => {
+                        merged += 1;
+                        let node = self
+                            .backend
+                            .node_of(item)
+                            .and_then(|n| self.backend.meta(n));
+                        node.ok_or("engine: a merged page has an item that is none")?;
+                    }
+                    PageState::Tracked(Tracked {
+                        fingerprint,
+                        indexed: true,
+                        ..
+                    }) => {
+                        indexed += 1;
+                        let own = |entry: &Entry| *entry == Entry::Candidate(page);
+                        if self.index.find(fingerprint).filter(own).count() != 1 {
+                            return Err("engine: a candidate is not in the index once");
+                        }
+                        if self
+                            .candidate(fingerprint, page, CANDIDATE_TRIES - 1)
+                            .is_some()
+                        {
+                            return Err("engine: more candidates for a content than are tried");
+                        }
+                    }
+                    PageState::Tracked(_) => {}
+                }
+                self.backend.cond_resched();
+            }
+            slot += 1;
+        }
+        if merged != items {
+            return Err("engine: an item belongs to no page");
+        }
+        if indexed != in_index || self.counters.pages_unshared != indexed as u64 {
+            return Err("engine: candidates are counted wrongly");
+        }
+        if self.counters.tracked != seen as u64 {
+            return Err("engine: tracked pages are counted wrongly");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What is known of all pages: their states, the content index, the stable nodes, and what is
+//! counted of them.
+
+mod candidate;
+mod check;
+mod stable;
+
+use super::{
+    backend::Backend,
+    index::{
+        Entry,
+        Index, //
+    },
+    page_state::{
+        PageState,
+        PageStates, //
+    },
+    policy::Policy,
+    stats::Counters,
+    types::{
+        Fingerprint,
+        ItemId,
+        NodeId,
+        PageId,
+        Refusal,
+        Refusals,
+        SlotId, //
+    },
+};
+use core::ops::Range;
+use kernel::{
+    alloc::flags::*,
+    page::PAGE_SIZE, //
+};
+
+/// Candidates of one content: so many are tried, and kept.
+pub(super) const CANDIDATE_TRIES: u8 = 4;
+
+/// What is known of all pages.
+///
+/// # Invariants
+///
+/// 1. A page is in the index as a candidate if and only if its state is tracked and `indexed`,
+///    under its state's fingerprint.
+/// 2. A page's state is `Merged(item)` if and only if `item` exists and names the page.
+/// 3. Nodes with one fingerprint form chains, each with exactly one head, which is in the index
+///    under that fingerprint. (A node for which the index had no memory is a chain of its own
+///    without a head.)
+/// 4. `counters` count what is there.
+/// 5. No content has more than [`CANDIDATE_TRIES`] candidates, so that a search for it ends soon.
+pub struct Metadata<B: Backend> {
+    pub(super) backend: B,
+    pub(super) states: PageStates,
+    pub(super) index: Index,
+    /// What the files show.
+    pub counters: Counters,
+    /// Why pages were not merged.
+    pub refusals: Refusals,
+    /// The node that [`Metadata::prune`] looked at last.
+    prune_cursor: Option<NodeId>,
+}
+
+impl<B: Backend> Metadata<B> {
+    /// Creates metadata that knows no page, without allocating.
+    pub(super) fn new(backend: B) -> Self {
+        Self {
+            backend,
+            states: PageStates::new(),
+            index: Index::new(),
+            counters: Counters::default(),
+            refusals: Refusals::default(),
+            prune_cursor: None,
+        }
+    }
+
+    /// Returns how many bytes of memory page states, index, nodes and rmap items take.
+    pub fn bytes(&self) -> usize {
+        self.states.bytes() + self.index.bytes() + self.backend.bytes()
+    }
+
+    /// Returns whether a page of this mm is tracked.
+    pub fn tracks(&self, slot: SlotId) -> bool {
+        self.states.tracked(slot) != 0
+    }
+
+    /// Returns the number of stable nodes, those without mappings included.
+    pub fn nodes(&self) -> usize {
+        self.backend.count()
+    }
+
+    /// Forgets all pages of an mm: it has left, or all of it has been unmerged.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub fn forget_mm(&mut self, slot: SlotId, mm: &B::Mm) {
+        let mut at = 0;
+        while let Some((page, addr, state)) = self.states.next_linked(slot, at) {
+            self.release_state(page, state);
+            at = addr.saturating_add(PAGE_SIZE);
+            self.backend.cond_resched();
+        }
+        let tracked = self.states.remove_slot(slot);
+        self.counters.tracked = self.counters.tracked.wrapping_sub(tracked as u64);
+        self.backend.account_tracked(mm, -(tracked as isize));
+    }
+
+    /// Forgets the tracked pages of a range of addresses.
+    pub(super) fn forget(&mut self, slot: SlotId, mm: &B::Mm, range: Range<usize>) {
+        if range.is_empty() {
+            return;
+        }
+        // From the end, where taking a state out moves no other.
+        while let Some((page, _, state)) = self.states.last_in(slot, range.clone()) {
+            self.untrack(mm, page, state);
+            self.backend.cond_resched();
+        }
+    }
+
+    /// Starts to track the pages of these addresses.
+    pub(super) fn track(&mut self, slot: SlotId, mm: &B::Mm, within: Range<usize>) {
+        let pages = within.len() / PAGE_SIZE;
+        let flags = GFP_KERNEL | __GFP_NOWARN;
+        let tracked = self.states.track_all(slot, within, flags);
+        self.counters.tracked += tracked as u64;
+        self.backend.account_tracked(mm, tracked as isize);
+        for _ in tracked..pages {
+            self.refusals.count(Refusal::NoMemory);
+        }
+    }
+
+    /// Stops tracking a page.
+    pub(super) fn untrack(&mut self, mm: &B::Mm, page: PageId, state: PageState) {
+        self.release_state(page, state);
+        self.states.untrack(page);
+        self.counters.tracked = self.counters.tracked.wrapping_sub(1);
+        self.backend.account_tracked(mm, -1);
+    }
+
+    /// Releases what a page's state refers to, and leaves the page tracked with nothing known.
+    pub(super) fn release_state(&mut self, page: PageId, state: PageState) {
+        match state {
+            PageState::Tracked(tracked) => {
+                self.unindex(page, tracked);
+                self.states.set(page, PageState::NEW);
+            }
+            PageState::Merged(item) => {
+                self.states.set(page, PageState::NEW);
+                self.release_item(item);
+            }
+        }
+    }
+
+    /// Returns whether the page is not merged, and has this fingerprint.
+    pub(super) fn has_fingerprint(&self, page: PageId, fingerprint: Fingerprint) -> bool {
+        matches!(
+            self.states.get(page),
+            Some(PageState::Tracked(tracked)) if tracked.fingerprint == fingerprint
+        )
+    }
+
+    /// Returns whether a page most likely is one of zeroes that the zero page is to replace.
+    pub(super) fn is_zero(&self, policy: &Policy, fingerprint: Fingerprint, domain: u32) -> bool {
+        policy.use_zero_pages && fingerprint == Fingerprint::new(self.backend.zero_hash(), domain)
+    }
+
+    /// Adds to the index. Returns whether there was memory for it.
+    fn insert(&mut self, fingerprint: Fingerprint, entry: Entry) -> bool {
+        let (states, backend) = (&self.states, &self.backend);
+        let inserted = self
+            .index
+            .insert(fingerprint, entry, GFP_KERNEL | __GFP_NOWARN, |entry| {
+                key_of(states, backend, entry)
+            });
+        inserted.is_ok()
+    }
+
+    /// Records that a page is merged, by an item that is on its node already.
+    pub(super) fn set_merged(&mut self, page: PageId, item: ItemId) {
+        // INVARIANT: 2. The caller has the item from the backend, made for this page.
+        self.states.set(page, PageState::Merged(item));
+        let mappings = self
+            .backend
+            .node_of(item)
+            .map_or(0, |node| self.backend.mappings(node));
+        // INVARIANT: 4.
+        self.counters.mapping_added(mappings == 1);
+    }
+}
+
+/// Returns the fingerprint under which an entry is in the index.
+fn key_of<B: Backend>(states: &PageStates, backend: &B, entry: Entry) -> Option<Fingerprint> {
+    match entry {
+        Entry::Stable(node) => backend.meta(node).map(|meta| meta.fingerprint),
+        Entry::Candidate(page) => states.fingerprint(page),
+    }
+}

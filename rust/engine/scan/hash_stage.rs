@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Hashing the contents of pages, and comparing them with what is known.
+
+use super::super::{
+    backend::{
+        Backend,
+        Batch,
+        NodeMeta,
+        PageAddr,
+        PageKind, //
+    },
+    index::Entry,
+    metadata::Metadata,
+    page_state::PageState,
+    types::{
+        Fingerprint,
+        NodeId, //
+    },
+    worker_pool::Stage,
+};
+use super::{
+    context::ScanContext,
+    partition::HashJob,
+    scanned_page::{
+        PageStatus,
+        ScannedPage, //
+    },
+};
+use kernel::page::PAGE_SIZE;
+
+/// Compares pages with what is known, while others are being hashed.
+pub(super) struct HashStage<'a, 'c, B: Backend, I> {
+    pub(super) metadata: &'a mut Metadata<B>,
+    pub(super) ctx: &'a ScanContext<'c, B::Mm>,
+    pub(super) key: &'a <B::Batch as Batch>::Key,
+    pub(super) jobs: I,
+    /// A page may be merged.
+    pub(super) any_left: bool,
+}
+
+impl<'b, B, I> Stage<HashJob<'b, B::Batch>> for HashStage<'_, '_, B, I>
+where
+    B: Backend + 'b,
+    I: Iterator<Item = HashJob<'b, B::Batch>>,
+{
+    fn next_job(&mut self) -> Option<HashJob<'b, B::Batch>> {
+        self.jobs.next()
+    }
+
+    fn complete(&mut self, job: HashJob<'b, B::Batch>) {
+        for (n, page) in job.pages.iter_mut().enumerate() {
+            let i = job.first + n;
+            let known = page.status == PageStatus::Classified || self.look_up(job.batch, i, page);
+            if known && self.compare(page) {
+                page.status = PageStatus::Classified;
+                self.any_left = true;
+            } else {
+                page.finish(&mut self.metadata.counters);
+            }
+        }
+    }
+}
+
+impl<B: Backend, I> HashStage<'_, '_, B, I> {
+    /// Looks up a page of which the walk found nothing, and starts to track it. Returns whether it
+    /// is to be compared.
+    fn look_up(&mut self, batch: &B::Batch, i: usize, page: &mut ScannedPage) -> bool {
+        let (ctx, metadata, addr) = (self.ctx, &mut *self.metadata, page.addr);
+        let known = metadata.states.at(ctx.slot, addr);
+        let (id, state) = match known {
+            Some(known) => known,
+            None => {
+                metadata.track(ctx.slot, ctx.mm, addr..addr + PAGE_SIZE);
+                let Some(id) = metadata.states.lookup(ctx.slot, addr) else {
+                    return false;
+                };
+                (id, PageState::NEW)
+            }
+        };
+        page.page = Some(id);
+        match metadata.backend.kind(batch, i) {
+            PageKind::Ksm(node) => {
+                let page = PageAddr {
+                    mm: ctx.mm,
+                    addr,
+                    page: id,
+                };
+                self.visit_merged(page, state, batch, i, node);
+                return false;
+            }
+            PageKind::Orphan => {
+                metadata.release_state(id, state);
+                return false;
+            }
+            PageKind::Plain => {}
+        }
+        match state {
+            PageState::Tracked(tracked) => page.fingerprint = tracked.fingerprint,
+            // The mapping was broken by a write.
+            PageState::Merged(_) => metadata.release_state(id, state),
+        }
+        if ctx.hint.enabled() && !matches!(known, Some((_, PageState::Tracked(_)))) {
+            // Whether it changes shows in the next scan without hashing it now: many a page is gone
+            // by then.
+            return false;
+        }
+        page.read(ctx, batch, i);
+        if page.rehashed {
+            page.fingerprint = Fingerprint::new(batch.hash(i, self.key), page.domain);
+        }
+        true
+    }
+
+    /// Compares a page with what is known. Returns whether there may be an equal page.
+    fn compare(&mut self, page: &mut ScannedPage) -> bool {
+        let metadata = &mut *self.metadata;
+        let known = page
+            .page
+            .and_then(|id| Some((id, metadata.states.get(id)?)));
+        let Some((id, PageState::Tracked(tracked))) = known else {
+            return false;
+        };
+        let now = page.fingerprint;
+        if now != tracked.fingerprint {
+            metadata.unindex(id, tracked);
+            let changed = PageState::Tracked(tracked.with_fingerprint(now));
+            metadata.states.set(id, changed);
+            if tracked.fingerprint != Fingerprint::NONE || !page.unaccessed {
+                return false;
+            }
+        }
+        let own = Entry::Candidate(id);
+        let other = metadata.index.find(now).find(|entry| *entry != own);
+        if let Some(Entry::Stable(node)) = other {
+            page.node = Some(node);
+        }
+        if other.is_some() || metadata.is_zero(self.ctx.policy, now, page.domain) {
+            return true;
+        }
+        // Most pages have no equal.
+        metadata.become_candidate(id, now);
+        false
+    }
+
+    /// Visits a page that is merged already.
+    fn visit_merged(
+        &mut self,
+        page: PageAddr<'_, B::Mm>,
+        state: PageState,
+        batch: &B::Batch,
+        i: usize,
+        node: NodeId,
+    ) {
+        let (policy, metadata) = (self.ctx.policy, &mut *self.metadata);
+        let domain = match policy.merge_across_nodes {
+            true => 0,
+            false => {
+                let nid = batch.nid(i);
+                metadata.follow_migration(node, nid, || batch.hash(i, self.key));
+                nid
+            }
+        };
+        let item = |item| metadata.backend.node_of(item) == Some(node);
+        if matches!(state, PageState::Merged(i) if item(i)) {
+            return;
+        }
+        metadata.release_state(page.page, state);
+        // A child has inherited the mapping, beyond max_page_sharing if need be.
+        match metadata.backend.adopt(page, batch, i, node) {
+            Ok(item) => metadata.set_merged(page.page, item),
+            Err(refusal) => metadata.refusals.count(refusal),
+        }
+        // The first of two pages of which the second could not be merged: from now on its contents
+        // do not change.
+        let unknown = |meta: &NodeMeta| meta.fingerprint == Fingerprint::NONE;
+        if metadata.backend.meta(node).as_ref().is_some_and(unknown) {
+            metadata.link_node(node, Fingerprint::new(batch.hash(i, self.key), domain));
+        }
+    }
+}

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The scan of an mm: what becomes of each page.
+//!
+//! A page is merged after its contents have not changed from one full scan to the next: with the
+//! KSM page of the same contents if there is one, else with another page that has not changed, a
+//! *candidate*. Both are looked up in one content index by a fingerprint. The [`Backend`] compares
+//! the contents themselves once nobody can write to the page any more, so no answer of the index can
+//! do harm.
+//!
+//! Contents are not read again while the accessed bit is clear ([`AccessedHint`]). What is known of
+//! them may then be out of date, which costs a merge tried in vain, or one that comes some scans
+//! late.
+//!
+//! # A pass
+//!
+//! A *pass* takes some pages of an mm through these stages. One thread runs the stages, and alone
+//! changes the metadata, which needs no lock of its own for that; all threads of the [`WorkerPool`]
+//! run the jobs.
+//!
+//! 1. *Walk*: each partition is a part of the address space with a batch for the pages there. What
+//!    is known of each page is looked up.
+//! 2. *Hash* the contents that have to be read, job by job. Meanwhile the stage compares the pages of
+//!    completed jobs with what is known: most need no more attention.
+//! 3. *Merge* pages that have an equal. Meanwhile the stage prepares more merges, and records the
+//!    results. No two threads merge pages of the same contents at once.
+//!
+//! The thread that runs a stage runs jobs, too, when it has nothing better to do. With one thread
+//! there is one partition, which has no end.
+//!
+//! # Context
+//!
+//! The engine is a plain value under the `thread_mutex`, which the scanner holds for a batch, and a
+//! write to `run` while it unmerges.
+
+mod context;
+mod hash_stage;
+mod in_flight;
+mod merge_stage;
+mod page_filter;
+mod partition;
+mod scanned_page;
+
+use super::{
+    accessed::AccessedHint,
+    backend::{
+        Backend,
+        Batch,
+        Collected, //
+    },
+    metadata::Metadata,
+    policy::Policy,
+    types::{
+        Progress,
+        SlotId, //
+    },
+    worker_pool::WorkerPool,
+};
+use context::ScanContext;
+use hash_stage::HashStage;
+use kernel::prelude::*;
+use merge_stage::{
+    MergeBuffers,
+    MergeStage, //
+};
+use partition::{
+    Partition,
+    Partitions, //
+};
+
+pub use context::Pins;
+
+/// The memory that a pass works in, for a number of threads.
+pub struct PassBuffers<B: Backend> {
+    partitions: Partitions<B>,
+    merges: MergeBuffers<B>,
+}
+
+impl<B: Backend> PassBuffers<B> {
+    /// Creates the buffers for a number of threads. `batch` creates empty batches with room for so
+    /// many pages.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub fn new(threads: usize, batch: impl FnMut(usize) -> Result<B::Batch>) -> Result<Self> {
+        Ok(Self {
+            partitions: Partitions::new(threads, batch)?,
+            merges: MergeBuffers::new(threads)?,
+        })
+    }
+
+    /// Returns the number of partitions.
+    pub fn partitions(&self) -> usize {
+        self.partitions.count()
+    }
+}
+
+/// The mm that is scanned next, and where.
+pub struct ScanTarget<'a, Mm> {
+    /// The slot of the mm.
+    pub slot: SlotId,
+    /// The mm.
+    pub mm: &'a Mm,
+    /// The address to start at.
+    pub start: usize,
+}
+
+/// What is known of all pages, and the scan of them.
+pub struct Engine<B: Backend> {
+    /// What is known.
+    pub metadata: Metadata<B>,
+    hint: AccessedHint,
+}
+
+impl<B: Backend> Engine<B> {
+    /// Creates an engine that knows no page, without allocating.
+    pub fn new(backend: B) -> Self {
+        Self {
+            metadata: Metadata::new(backend),
+            hint: AccessedHint::new(),
+        }
+    }
+
+    /// Scans an mm until it ends or `budget` pages have been scanned, with all threads of the pool.
+    ///
+    /// Pages that smart scan skips cost no budget.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub fn scan_mm<P: Pins<B::Mm>>(
+        &mut self,
+        policy: &Policy,
+        pins: &P,
+        target: &ScanTarget<'_, B::Mm>,
+        pool: &impl WorkerPool,
+        buffers: &mut PassBuffers<B>,
+        budget: &mut u32,
+    ) -> Progress {
+        self.hint.update(policy);
+        let ctx = ScanContext {
+            policy,
+            hint: self.hint,
+            slot: target.slot,
+            mm: target.mm,
+        };
+        let mut at = target.start;
+        while *budget > 0 {
+            let found = self.pass(&ctx, pins, at, pool, buffers, budget);
+            match found {
+                Collected::More(next) => at = next,
+                Collected::End => {
+                    clear(pool, buffers);
+                    return Progress::Done;
+                }
+                Collected::Exiting => {
+                    clear(pool, buffers);
+                    self.metadata.forget_mm(ctx.slot, ctx.mm);
+                    return Progress::Exiting;
+                }
+            }
+            if self.metadata.backend.should_pause() {
+                break;
+            }
+        }
+        clear(pool, buffers);
+        Progress::At(at)
+    }
+
+    /// Takes the pages from `start` on through all stages.
+    fn pass<P: Pins<B::Mm>>(
+        &mut self,
+        ctx: &ScanContext<'_, B::Mm>,
+        pins: &P,
+        start: usize,
+        pool: &impl WorkerPool,
+        buffers: &mut PassBuffers<B>,
+        budget: &mut u32,
+    ) -> Collected {
+        let PassBuffers { partitions, merges } = buffers;
+        let begun = partitions.begin_pass(start, *budget);
+        self.walk(ctx, pool, partitions.first(begun));
+        let exiting = |partition: &Partition<B>| partition.found == Collected::Exiting;
+        if partitions.first(begun).iter().any(exiting) {
+            for partition in partitions.first(begun) {
+                partition.discard();
+            }
+            return Collected::Exiting;
+        }
+        // Where one partition has more pages than room, those after it wait for the next pass.
+        let stopped = partitions.first(begun).iter().position(Partition::stopped);
+        let used = stopped.map_or(begun, |n| n + 1);
+        for partition in partitions.first(begun).iter_mut().skip(used) {
+            partition.discard();
+            partition.within = 0..0;
+        }
+
+        for partition in partitions.first(used) {
+            *budget -= partition.summary.budget_used;
+            self.apply_walk(ctx, partition);
+        }
+        partitions.adapt_size(used, used < begun);
+        if self.hash(ctx, pool, partitions.first(used)) {
+            let mut stage =
+                MergeStage::new(&mut self.metadata, ctx, pins, partitions, merges, used);
+            pool.run(&mut stage, merge_stage::run_job);
+        }
+        let mut found = Collected::End;
+        for partition in partitions.first(used) {
+            found = partition.found;
+            let to = match found {
+                Collected::More(next) => next.min(partition.within.end),
+                _ => partition.within.end,
+            };
+            let rest = partition.summary.from..to;
+            self.metadata.forget(ctx.slot, ctx.mm, rest);
+        }
+        self.metadata.backend.cond_resched();
+        found
+    }
+
+    /// Walks the partitions.
+    fn walk(
+        &mut self,
+        ctx: &ScanContext<'_, B::Mm>,
+        pool: &impl WorkerPool,
+        partitions: &mut [Partition<B>],
+    ) {
+        let Metadata {
+            backend, states, ..
+        } = &mut self.metadata;
+        if let [partition] = partitions {
+            partition.walk_single(backend, states, ctx);
+            return;
+        }
+        let (backend, states) = (&*backend, &*states);
+        pool.for_each(partitions, |partition| partition.walk(backend, states, ctx));
+    }
+
+    /// Applies what a walk has found besides the pages it collected.
+    fn apply_walk(&mut self, ctx: &ScanContext<'_, B::Mm>, partition: &mut Partition<B>) {
+        let (metadata, summary) = (&mut self.metadata, &partition.summary);
+        let counters = &mut metadata.counters;
+        counters.pages_scanned = counters.pages_scanned.wrapping_add(summary.unchanged);
+        counters.pages_skipped = counters.pages_skipped.wrapping_add(summary.skipped);
+        for &(page, state) in &partition.changes {
+            metadata.states.set(page, state);
+        }
+        partition.changes.clear();
+        for gap in summary.unmapped_gaps.iter().take(summary.nr_gaps) {
+            metadata.forget(ctx.slot, ctx.mm, gap.clone());
+        }
+        for run in summary.untracked_runs.iter().take(summary.nr_runs) {
+            metadata.track(ctx.slot, ctx.mm, run.clone());
+        }
+    }
+
+    /// Hashes the pages whose contents have to be read, and compares all of them with what is
+    /// known. Returns whether any may be merged.
+    fn hash(
+        &mut self,
+        ctx: &ScanContext<'_, B::Mm>,
+        pool: &impl WorkerPool,
+        partitions: &mut [Partition<B>],
+    ) -> bool {
+        let key = self.metadata.backend.key();
+        let mut stage = HashStage {
+            metadata: &mut self.metadata,
+            ctx,
+            key: &key,
+            jobs: partitions.iter_mut().flat_map(Partition::hash_jobs),
+            any_left: false,
+        };
+        pool.run(&mut stage, |job| job.run(&key));
+        stage.any_left
+    }
+
+    /// Ends a full scan.
+    pub fn end_full_scan(&mut self) {
+        self.metadata.counters.full_scans += 1;
+        self.hint.end_full_scan();
+    }
+}
+
+/// Drops the references that batches still hold.
+fn clear<B: Backend>(pool: &impl WorkerPool, buffers: &mut PassBuffers<B>) {
+    pool.for_each(buffers.partitions.all(), |partition| {
+        partition.batch.clear()
+    });
+}

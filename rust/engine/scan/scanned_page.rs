@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! How far a page of a batch has come.
+
+use super::super::{
+    backend::Batch,
+    stats::Counters,
+    types::{
+        Fingerprint,
+        NodeId,
+        PageId, //
+    },
+};
+use super::context::ScanContext;
+
+/// How far a page of a batch has come.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum PageStatus {
+    /// What is known of it has not been looked up.
+    #[default]
+    Unclassified,
+    /// It is known, and is to be hashed, compared or merged.
+    Classified,
+    /// It needs no more attention in this pass.
+    Done,
+}
+
+/// What is known of a page of a batch.
+#[derive(Clone, Copy, Default)]
+pub(super) struct ScannedPage {
+    pub(super) addr: usize,
+    pub(super) page: Option<PageId>,
+    pub(super) status: PageStatus,
+    pub(super) fingerprint: Fingerprint,
+    /// NUMA node, or 0 where pages are merged across nodes.
+    pub(super) domain: u32,
+    /// The stable node that the index had for the fingerprint.
+    pub(super) node: Option<NodeId>,
+    /// The fingerprint is that of the contents since the walk collected the page.
+    pub(super) rehashed: bool,
+    /// The accessed bit was clear.
+    pub(super) unaccessed: bool,
+    /// The zero page was tried.
+    pub(super) zero_tried: bool,
+    /// A stable node was tried.
+    pub(super) stable_tried: bool,
+    /// Number of candidates that were tried.
+    pub(super) candidates_tried: u8,
+    /// Number of the next candidate to try.
+    pub(super) next_candidate: u8,
+    /// A candidate maps the very page.
+    pub(super) shares_page_already: bool,
+}
+
+impl ScannedPage {
+    /// Reads what the batch knows of page `i`, whose last fingerprint is set, and decides whether
+    /// its contents are to be hashed.
+    pub(super) fn read<Mm>(&mut self, ctx: &ScanContext<'_, Mm>, batch: &impl Batch, i: usize) {
+        self.unaccessed = ctx.hint.enabled() && !batch.accessed(i);
+        let known = self.fingerprint != Fingerprint::NONE;
+        self.rehashed = !(known && self.unaccessed && ctx.hint.unchanged(self.addr));
+        if !ctx.policy.merge_across_nodes {
+            self.domain = batch.nid(i);
+        }
+    }
+
+    /// Marks the page as done, and counts it.
+    pub(super) fn finish(&mut self, counters: &mut Counters) {
+        self.status = PageStatus::Done;
+        counters.pages_scanned = counters.pages_scanned.wrapping_add(1);
+    }
+}
