@@ -6,6 +6,7 @@
 mod common;
 mod machine;
 mod memory;
+mod stories;
 mod world;
 
 use common::runner;

@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What KSM does, told in a dozen short stories. Random histories are in `main.rs`.
+//!
+//! Each step of a story also checks everything that has to hold at any time: contents, counters,
+//! and the engine's invariants.
+
+use crate::{
+    machine::{
+        Machine,
+        Op, //
+    },
+    world::{
+        Content,
+        Event,
+        Hash,
+        Pte,
+        AREAS,
+        PAGES, //
+    },
+};
+
+use engine_tests::engine::types::Refusal;
+
+/// A machine with a number of processes, all of whose memory is mergeable.
+struct Story(Machine);
+
+impl Story {
+    fn new(processes: usize) -> Self {
+        let mut story = Self(Machine::new(Hash::Good));
+        for _ in 0..processes {
+            let mergeable = [true; AREAS.len()];
+            story.happens(Event::Spawn { mergeable });
+        }
+        story
+    }
+
+    /// The same, with one knob changed.
+    fn with(processes: usize, knob: Op) -> Self {
+        let mut story = Self::new(processes);
+        story.0.run(&knob);
+        story
+    }
+
+    fn happens(&mut self, event: Event) {
+        self.0.run(&Op::Happen(event));
+    }
+
+    /// A process writes the same content to pages from `page` on.
+    fn write(&mut self, mm: usize, page: usize, count: usize, content: Content) {
+        self.happens(write(mm, page, count, content));
+    }
+
+    fn scans(&mut self, full_scans: usize) {
+        for _ in 0..full_scans {
+            self.0.run(&Op::FullScan { beside: Vec::new() });
+        }
+    }
+
+    /// `pages_shared` and `pages_sharing`.
+    fn shared(&self) -> (u64, u64) {
+        let counters = &self.0.engine.metadata.counters;
+        (counters.pages_shared, counters.pages_sharing)
+    }
+
+    fn refused(&self, refusal: Refusal) -> u64 {
+        self.0.engine.metadata.refusals.get(refusal)
+    }
+}
+
+fn write(mm: usize, page: usize, count: usize, content: Content) -> Event {
+    Event::Write {
+        mm,
+        page,
+        count,
+        content,
+        step: 0,
+    }
+}
+
+/// Pages that do not change from one scan to the next are merged by the second.
+#[test]
+fn two_equal_pages_merge_in_the_second_scan() {
+    let mut story = Story::new(2);
+    story.write(0, 3, 1, 7);
+    story.write(1, 5, 1, 7);
+    story.scans(1);
+    assert_eq!(story.shared(), (0, 0));
+    story.scans(1);
+    assert_eq!(story.shared(), (1, 1));
+}
+
+/// A write breaks the mapping; with the last mapping the KSM page is gone.
+#[test]
+fn a_write_gives_a_merged_page_back() {
+    let mut story = Story::new(1);
+    story.write(0, 0, 2, 7);
+    story.scans(2);
+    story.write(0, 0, 1, 8);
+    story.scans(1);
+    assert_eq!(story.shared(), (1, 0));
+    story.write(0, 1, 1, 8);
+    story.scans(1);
+    story.0.run(&Op::Prune(10));
+    assert_eq!(story.0.engine.metadata.nodes(), 0);
+}
+
+/// A child maps the KSM pages of its parent, and the next scan counts that.
+#[test]
+fn a_child_inherits_merged_pages() {
+    let mut story = Story::new(1);
+    story.write(0, 0, 2, 7);
+    story.scans(2);
+    story.happens(Event::Fork { mm: 0 });
+    assert_eq!(story.shared(), (1, 1));
+    story.scans(1);
+    assert_eq!(story.shared(), (1, 3));
+}
+
+/// `max_page_sharing` mappings fill a KSM page; what comes then makes another of the same content.
+#[test]
+fn a_full_page_gets_a_dup() {
+    let mut story = Story::new(3);
+    story.write(0, 0, PAGES, 7);
+    story.write(1, 0, PAGES, 7);
+    story.write(2, 0, 1, 7);
+    story.scans(3);
+    assert_eq!(2 * PAGES, 256);
+    assert_eq!(story.shared(), (1, 255));
+    story.write(2, 1, 1, 7);
+    story.scans(2);
+    assert_eq!(story.shared(), (2, 256));
+    let counters = &story.0.engine.metadata.counters;
+    assert_eq!(
+        (counters.stable_node_chains, counters.stable_node_dups),
+        (1, 2)
+    );
+}
+
+/// Whenever a page is written to during the scan that merges it, its content stays.
+#[test]
+fn a_page_is_written_while_it_is_merged() {
+    let mut refused = 0;
+    for step in 0..30 {
+        let mut story = Story::new(1);
+        story.write(0, 0, 2, 7);
+        story.scans(1);
+        let beside = vec![(step, write(0, 1, 1, 8))];
+        story.0.run(&Op::FullScan { beside });
+        refused += story.refused(Refusal::Differs);
+    }
+    assert!(refused > 0, "no write has come at the right moment");
+}
+
+/// Equal fingerprints are no proof: contents are compared before anything is merged.
+#[test]
+fn pages_of_one_hash_differ() {
+    let mut story = Story(Machine::new(Hash::Colliding));
+    let mergeable = [true; AREAS.len()];
+    story.happens(Event::Spawn { mergeable });
+    story.write(0, 0, 1, 7);
+    story.write(0, 1, 1, 10);
+    story.scans(4);
+    assert_eq!(story.shared(), (0, 0));
+    assert!(story.refused(Refusal::Differs) > 0);
+}
+
+/// A pinned page could be written to through the pin: it waits until that is gone.
+#[test]
+fn a_pinned_page_is_left() {
+    let mut story = Story::new(1);
+    story.write(0, 0, 2, 7);
+    story.happens(Event::Pin { mm: 0, page: 0 });
+    story.scans(4);
+    assert_eq!(story.shared(), (0, 0));
+    assert!(story.refused(Refusal::Pinned) > 0);
+    story.happens(Event::Release);
+    story.scans(2);
+    assert_eq!(story.shared(), (1, 1));
+}
+
+/// `run` = 2 that ends early leaves what it has not come to; the next one finishes.
+#[test]
+fn unmerging_is_interrupted() {
+    let mut story = Story::new(2);
+    story.write(0, 0, 2, 7);
+    story.write(1, 0, 2, 7);
+    story.scans(2);
+    let unmerge = |fail_after| Op::Unmerge {
+        fail_after,
+        beside: Vec::new(),
+    };
+    story.0.run(&unmerge(Some(3)));
+    assert_ne!(story.shared(), (0, 0));
+    story.0.run(&unmerge(None));
+    assert_eq!(story.shared(), (0, 0));
+}
+
+/// With `use_zero_pages` pages of zeroes are replaced by the zero page, which needs no KSM page.
+#[test]
+fn pages_of_zeroes_need_no_ksm_page() {
+    let mut story = Story::with(1, Op::UseZeroPages(true));
+    story.write(0, 0, 3, 0);
+    story.scans(2);
+    assert_eq!(story.shared(), (0, 0));
+    assert_eq!(story.0.world.borrow().zero_pages, 3);
+}
+
+/// Smart scan skips a page that never has an equal: at the age of 3 for the first time.
+#[test]
+fn smart_scan_skips_what_has_no_equal() {
+    let mut story = Story::with(1, Op::SmartScan(true));
+    story.write(0, 0, 1, 7);
+    story.scans(4);
+    assert_eq!(story.0.engine.metadata.counters.pages_skipped, 0);
+    story.scans(2);
+    assert_eq!(story.0.engine.metadata.counters.pages_skipped, 1);
+}
+
+/// A huge page is split if one of its pages can be merged.
+#[test]
+fn a_huge_page_is_split() {
+    let mut story = Story::new(1);
+    for page in 0..8 {
+        story.write(0, page, 1, page as Content + 1);
+    }
+    story.happens(Event::Collapse { mm: 0, page: 0 });
+    story.write(0, 20, 1, 3);
+    story.scans(1);
+    assert!(huge_pages(&story) > 0);
+    // First the page of the huge one is the candidate, and other pages of it are held by the batch.
+    story.scans(1);
+    assert!(story.refused(Refusal::Unsplit) > 0);
+    story.scans(1);
+    assert_eq!(story.shared(), (1, 1));
+    assert_eq!(huge_pages(&story), 0);
+}
+
+fn huge_pages(story: &Story) -> usize {
+    let world = story.0.world.borrow();
+    let frames = world.frames.keys();
+    frames.filter(|frame| world.huge(**frame).is_some()).count()
+}
+
+/// With `merge_across_nodes` = 0 only pages of one NUMA node are merged.
+#[test]
+fn numa_nodes_are_kept_apart() {
+    let mut story = Story::with(1, Op::MergeAcrossNodes(false));
+    let migrate = |page, nid| Event::Migrate { mm: 0, page, nid };
+    story.write(0, 0, 2, 7);
+    story.happens(migrate(0, 0));
+    story.happens(migrate(1, 1));
+    story.scans(4);
+    assert_eq!(story.shared(), (0, 0));
+    story.happens(migrate(1, 0));
+    story.scans(3);
+    assert_eq!(story.shared(), (1, 1));
+}
+
+/// A process exits: its mappings are no longer counted, and the other keeps its page.
+#[test]
+fn a_process_exits() {
+    let mut story = Story::new(2);
+    story.write(0, 0, 1, 7);
+    story.write(1, 0, 1, 7);
+    story.scans(2);
+    story.happens(Event::Exit { mm: 0, steps: 3 });
+    story.scans(1);
+    assert_eq!(story.shared(), (1, 0));
+    let world = story.0.world.borrow();
+    let mapped = |pte: &Pte| matches!(pte, Pte::Page(_));
+    let left = world.spaces.values().flat_map(|space| space.ptes.values());
+    assert_eq!(left.filter(|pte| mapped(pte)).count(), 1);
+}
