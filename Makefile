@@ -7,7 +7,7 @@ export FLAVOUR KVER KDIR W V CLIPPY MINUTES SEED KERNEL
 
 .PHONY: help
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  FLAVOUR=cloud-amd64|amd64, KVER=VERSION choose the kernel, KDIR=DIR a prepared"
 	@echo "  build directory; W=1, CLIPPY=1 warn more. Every script has --help."
@@ -31,6 +31,10 @@ shell: modules ## A shell in a guest with rksm loaded
 .PHONY: check
 check: ## Formatting, warnings, clippy, host tests
 	@scripts/check
+
+.PHONY: rust-analyzer
+rust-analyzer: ## rust-project.json for editors, from the kernel's build system
+	@scripts/build rust-analyzer
 
 .PHONY: coverage
 coverage: ## Lines and branches of the engine that the host tests reach
