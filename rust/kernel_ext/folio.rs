@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! References to folios, their lock, and their `mapping` word.
+//!
+//! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
+//! [`include/linux/pagemap.h`](srctree/include/linux/pagemap.h)
 
 use crate::{
     bindings::raw,
@@ -58,6 +61,10 @@ pub(crate) struct FolioRef(NonNull<raw::folio>);
 impl FolioRef {
     /// Takes over a reference.
     ///
+    /// # Context
+    ///
+    /// Any.
+    ///
     /// # Safety
     ///
     /// The caller owns a reference to `folio`, which passes to the result.
@@ -68,11 +75,16 @@ impl FolioRef {
 
     /// Takes a reference to a folio unless it is being freed (`folio_try_get`).
     ///
+    /// # Context
+    ///
+    /// Any.
+    ///
     /// # Safety
     ///
     /// `folio` is a `struct page` of the memory map.
     pub(crate) unsafe fn try_get(folio: NonNull<raw::folio>) -> Option<Self> {
-        // SAFETY: By the contract.
+        // SAFETY: By the contract the memory map has a `struct page` there, so its count can be
+        // read, whatever has become of the page.
         // INVARIANT: A reference has been taken.
         unsafe { raw::rksm_folio_try_get(folio.as_ptr()) }.then(|| Self(folio))
     }
@@ -95,20 +107,32 @@ impl FolioRef {
     }
 
     /// Whether a page table maps the folio.
+    ///
+    /// # Context
+    ///
+    /// Any. The answer can change at any time unless the folio is locked.
     pub(crate) fn mapped(&self) -> bool {
         // SAFETY: The folio is referenced.
         unsafe { raw::rksm_folio_mapped(self.as_ptr()) }
     }
 
-    /// Locks the folio. May sleep.
+    /// Locks the folio.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes the folio lock, which nests inside the mmap lock.
     pub(crate) fn lock(&self) -> FolioLock<'_> {
-        // SAFETY: The folio is referenced.
+        // SAFETY: By the invariant of `FolioRef` the folio is referenced.
         unsafe { raw::rksm_folio_lock(self.as_ptr()) };
         // INVARIANT: The lock has been taken.
         FolioLock(self)
     }
 
-    /// Locks the folio if nobody else has.
+    /// Locks the folio if it is not locked.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn trylock(&self) -> Option<FolioLock<'_>> {
         // SAFETY: The folio is referenced.
         // INVARIANT: The lock has been taken.
@@ -123,11 +147,11 @@ impl Drop for FolioRef {
     }
 }
 
-/// The lock of a folio.
+/// The lock of a folio. Dropping it unlocks the folio, in any context.
 ///
 /// # Invariants
 ///
-/// The folio is locked by this.
+/// This holds the folio's lock.
 pub(crate) struct FolioLock<'a>(&'a FolioRef);
 
 impl FolioLock<'_> {
@@ -144,17 +168,23 @@ impl Drop for FolioLock<'_> {
     }
 }
 
-/// The `mapping` word of a folio that need not be referenced: it may change any time.
+/// Returns the `mapping` word of a folio that need not be referenced: it may change at any time.
+///
+/// # Context
+///
+/// Any.
 #[inline]
 pub(crate) fn mapping(folio: NonNull<raw::folio>) -> FolioMapping {
     // SAFETY: The memory map is always readable; this is `READ_ONCE`.
     FolioMapping(unsafe { raw::rksm_folio_mapping(folio.as_ptr()) })
 }
 
-/// Has all CPUs put the pages of their LRU caches on the lists, where they no longer hold a reference.
+/// Moves the pages in the LRU caches of all CPUs to the lists, where they hold no reference.
 ///
-/// Sleeps.
+/// # Context
+///
+/// Sleeps until a work item has run on each CPU.
 pub(crate) fn lru_add_drain_all(_symbols: Symbols) {
-    // SAFETY: May sleep here; the function has been resolved.
+    // SAFETY: The caller may sleep; the function has been resolved, as `Symbols` shows.
     unsafe { raw::rksm_lru_add_drain_all() };
 }

@@ -2,7 +2,7 @@
 
 //! Kernel threads.
 //!
-//! C header: `include/linux/kthread.h`
+//! C header: [`include/linux/kthread.h`](srctree/include/linux/kthread.h)
 
 use crate::{
     bindings::raw,
@@ -15,7 +15,7 @@ use kernel::{
     types::NotThreadSafe, //
 };
 
-/// A kernel thread, which is stopped and waited for when this is dropped.
+/// A kernel thread. Dropping it stops the thread, and sleeps until its body has returned.
 ///
 /// The thread's body must return soon once [`Current::should_stop`] is true; stopping also wakes
 /// the thread up from every wait, so a wait must have it in its condition.
@@ -45,22 +45,35 @@ struct Body<T> {
 pub(crate) struct Current(NotThreadSafe);
 
 impl Current {
-    /// Whether somebody waits for this thread to end.
+    /// Whether the thread is being stopped.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn should_stop(&self) -> bool {
         // SAFETY: The current thread is a kthread, which this type shows.
         unsafe { raw::kthread_should_stop() }
     }
 
     /// The CPU time this thread has used, in nanoseconds.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes the lock of the run queue.
     pub(crate) fn cpu_time(&self) -> u64 {
-        // SAFETY: The current task is there.
+        // SAFETY: The current task is there as long as it runs; the function has been resolved, as
+        // every `Kthread` shows.
         unsafe { raw::task_sched_runtime(kernel::task::Task::current_raw()) }
     }
 
     /// Whether the freezer wants this thread to stop for a while, which it does in its next
     /// freezable wait.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn freezing(&self) -> bool {
-        // SAFETY: The current task is there.
+        // SAFETY: The current task is there as long as it runs.
         unsafe { raw::rksm_freezing(kernel::task::Task::current_raw()) }
     }
 }
@@ -68,7 +81,9 @@ impl Current {
 impl Kthread {
     /// Starts a freezable thread `name` of the given niceness that runs `run`.
     ///
-    /// The unexported symbols must have been resolved.
+    /// # Context
+    ///
+    /// Sleeps until the thread has been created.
     ///
     /// # Errors
     ///
@@ -113,16 +128,24 @@ impl Kthread {
 }
 
 impl Kthread {
-    /// The CPU time it has used, in nanoseconds.
+    /// The CPU time the thread has used, in nanoseconds.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes the lock of the run queue.
     pub(crate) fn cpu_time(&self) -> u64 {
         // SAFETY: By the type invariant there is a reference to the task.
         unsafe { raw::task_sched_runtime(self.task.as_ptr()) }
     }
 }
 
-/// How many CPUs are online.
+/// The number of CPUs that are online.
+///
+/// # Context
+///
+/// Any.
 pub(crate) fn online_cpus() -> u32 {
-    // SAFETY: Has no preconditions.
+    // SAFETY: Reads a counter of the kernel that is always there.
     unsafe { raw::rksm_num_online_cpus() }
 }
 

@@ -2,7 +2,7 @@
 
 //! Memory hot-remove notifications.
 //!
-//! C header: `include/linux/memory.h`
+//! C header: [`include/linux/memory.h`](srctree/include/linux/memory.h)
 
 use crate::bindings::raw;
 use core::marker::PhantomPinned;
@@ -13,11 +13,15 @@ use kernel::{
     types::Opaque, //
 };
 
-/// What is told of memory that goes offline. All are called in the task that takes the memory
-/// offline, and may sleep. Each `going_offline` is followed by one of the other two.
+/// Called for memory that goes offline. Each `going_offline` is followed by one of the other two.
+///
+/// # Context
+///
+/// All are called in the task that takes the memory offline, with the hotplug lock held, and may
+/// sleep.
 pub(crate) trait MemoryEvents: Send + Sync + 'static {
-    /// Pages from `start_pfn` on will be migrated away. No KSM page must be looked at from when
-    /// this returns on.
+    /// Pages from `start_pfn` on will be migrated away. Once this has returned, no KSM page must be
+    /// accessed until one of the other two is called.
     fn going_offline(&self, start_pfn: usize, nr_pages: usize);
 
     /// The pages are gone; nothing may refer to them any more.
@@ -27,7 +31,7 @@ pub(crate) trait MemoryEvents: Send + Sync + 'static {
     fn cancel_offline(&self, start_pfn: usize, nr_pages: usize);
 }
 
-/// A registered notifier, which is gone when this is dropped. Dropping sleeps.
+/// A registered notifier. Dropping it unregisters it, and sleeps until no call is under way.
 #[pin_data(PinnedDrop)]
 pub(crate) struct MemoryNotifier<T: MemoryEvents> {
     #[pin]
@@ -39,11 +43,15 @@ pub(crate) struct MemoryNotifier<T: MemoryEvents> {
 
 // SAFETY: The block is used by the notifier chain only, under its lock.
 unsafe impl<T: MemoryEvents> Send for MemoryNotifier<T> {}
-// SAFETY: As above.
+// SAFETY: Nothing can be done with a shared reference; `T` is `Sync` for the calls.
 unsafe impl<T: MemoryEvents> Sync for MemoryNotifier<T> {}
 
 impl<T: MemoryEvents> MemoryNotifier<T> {
     /// Registers a notifier with the priority of KSM.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     ///
     /// # Errors
     ///

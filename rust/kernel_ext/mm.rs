@@ -2,9 +2,13 @@
 
 //! Pinned mms, the mmap read lock, and the proof that an mm is not exiting.
 //!
-//! A registered mm is pinned by `mm_count` ([`PinnedMm`], `mmgrab`), never by `mm_users`, so that the memory of
-//! a dying process goes at once. Its maple tree may then be gone: vmas are reached only through a [`LiveMm`],
-//! which only [`MmapReadGuard::live`] hands out, after `ksm_test_exit` under the mmap lock.
+//! A registered mm is pinned by `mm_count` ([`PinnedMm`], `mmgrab`), never by `mm_users`, so that
+//! the memory of a dying process is freed at once. Its maple tree may then be gone: vmas are
+//! reached only through a [`LiveMm`], which only [`MmapReadGuard::live`] hands out, after
+//! `ksm_test_exit` under the mmap lock.
+//!
+//! C headers: [`include/linux/sched/mm.h`](srctree/include/linux/sched/mm.h),
+//! [`include/linux/mmap_lock.h`](srctree/include/linux/mmap_lock.h)
 
 use crate::bindings::raw;
 use kernel::{
@@ -17,11 +21,19 @@ use kernel::{
 };
 
 /// An mm pinned by `mm_count`. A clone is another pin; dropping it is `mmdrop`.
+///
+/// # Context
+///
+/// Cloning: any. Dropping may sleep where it is the last pin: never under a spinlock.
 #[derive(Clone)]
 pub(crate) struct PinnedMm(ARef<Mm>);
 
 impl PinnedMm {
     /// Pins a borrowed mm (`mmgrab`).
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn mmgrab(mm: &Mm) -> Self {
         Self(mm.into())
     }
@@ -37,14 +49,22 @@ impl PinnedMm {
         &self.0
     }
 
-    /// Whether all users are gone (`mm_users` is 0), so that the page tables are being or have been freed.
+    /// Whether all users are gone (`mm_users` is 0): the page tables are being freed, or have been.
+    ///
+    /// # Context
+    ///
+    /// Any. Only under the mmap lock does "no" hold for longer than this call.
     #[inline]
     pub(crate) fn ksm_test_exit(&self) -> bool {
         // SAFETY: The mm is pinned.
         unsafe { raw::rksm_mm_users(self.as_ptr()) == 0 }
     }
 
-    /// Takes the mmap lock for reading. May sleep.
+    /// Takes the mmap lock for reading.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes the mmap lock.
     pub(crate) fn mmap_read_lock(&self) -> MmapReadGuard<'_> {
         // SAFETY: The mm is pinned.
         unsafe { raw::mmap_read_lock(self.0.as_raw()) };
@@ -54,7 +74,11 @@ impl PinnedMm {
         }
     }
 
-    /// Whether somebody waits for the mmap lock.
+    /// Whether another task waits for the mmap lock.
+    ///
+    /// # Context
+    ///
+    /// Any. The caller holds the lock.
     pub(crate) fn mmap_lock_is_contended(&self) -> bool {
         // SAFETY: The mm is pinned.
         unsafe { raw::rksm_mmap_lock_is_contended(self.as_ptr()) }
@@ -62,8 +86,12 @@ impl PinnedMm {
 
     /// Pins the mm's users for as long as the result lives; `None` once they are gone.
     ///
-    /// Dropping the result is `mmput_async`: `mmput` could run `exit_mmap` here and now, under whatever locks
-    /// the caller holds.
+    /// Dropping the result is `mmput_async`: `mmput` could run `exit_mmap` here and now, under
+    /// whatever locks the caller holds.
+    ///
+    /// # Context
+    ///
+    /// Any, as for dropping the result.
     pub(crate) fn mmget_not_zero(&self) -> Option<MmUser<'_>> {
         // SAFETY: The mm is pinned.
         unsafe { raw::mmget_not_zero(self.0.as_raw()) }.then(|| MmUser(self))
@@ -93,8 +121,12 @@ pub(crate) struct MmapReadGuard<'a> {
 impl MmapReadGuard<'_> {
     /// The proof that the mm is not exiting, without which no vma can be reached.
     ///
-    /// `exit_mmap` begins after `mm_users` has become 0, and needs the mmap lock for writing before it frees page
-    /// tables and vmas. So what is alive now stays until this guard goes.
+    /// `exit_mmap` begins after `mm_users` has become 0, and needs the mmap lock for writing before
+    /// it frees page tables and vmas. So what is alive now stays until this guard goes.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn live(&self) -> Option<LiveMm<'_>> {
         // INVARIANT: `mm_users` was not zero under the mmap lock, which the result borrows.
         (!self.mm.ksm_test_exit()).then_some(LiveMm { mm: self.mm })
@@ -125,6 +157,10 @@ impl<'g> LiveMm<'g> {
     }
 
     /// The first vma that ends above `addr`.
+    ///
+    /// # Context
+    ///
+    /// Any. The mmap lock is held, as the type shows.
     pub(crate) fn find_vma(self, addr: usize) -> Option<&'g VmaRef> {
         // SAFETY: The mmap lock is held and the maple tree exists by the type's invariant.
         let vma = unsafe { raw::find_vma(self.mm.0.as_raw(), addr) };
@@ -133,7 +169,11 @@ impl<'g> LiveMm<'g> {
     }
 }
 
-/// The vma's `anon_vma`; null before its first anonymous page. Stable under the mmap lock.
+/// The vma's `anon_vma`; null before its first anonymous page.
+///
+/// # Context
+///
+/// Any. The mmap lock is held, as a [`VmaRef`] shows, and keeps the answer true.
 pub(crate) fn anon_vma(vma: &VmaRef) -> *mut raw::anon_vma {
     // SAFETY: A `VmaRef` is valid, and its mm's lock is held.
     unsafe { raw::rksm_vma_anon_vma(vma.as_ptr().cast()) }

@@ -8,15 +8,23 @@ fn this_module() -> *mut raw::module {
     kernel::module::this_module::<crate::Rksm>().as_ptr()
 }
 
-/// Takes a reference. False if the module is being unloaded.
+/// Takes a reference. Returns false if the module is being unloaded.
+///
+/// # Context
+///
+/// Any.
 pub(crate) fn get() -> bool {
     // SAFETY: This code is running, so the module is there.
     unsafe { raw::try_module_get(this_module()) }
 }
 
-/// Gives up a reference that [`get`] took. The caller runs in a thread that the module's exit waits for, or in a
-/// function of a file that it drains.
+/// Gives up a reference that [`get`] took.
+///
+/// # Context
+///
+/// Any, in a thread that the module's exit waits for, or in a function of a file that it drains.
 pub(crate) fn put() {
-    // SAFETY: As above.
+    // SAFETY: This code is running, and the context that the caller is in keeps the module until
+    // it has returned.
     unsafe { raw::module_put(this_module()) };
 }

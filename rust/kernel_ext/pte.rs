@@ -1,14 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Page table entries, and the bracket in which secondary MMUs learn that one changes.
+//!
+//! C headers: [`include/linux/pgtable.h`](srctree/include/linux/pgtable.h),
+//! [`include/linux/mmu_notifier.h`](srctree/include/linux/mmu_notifier.h)
 
 use crate::{
     bindings::raw,
     kernel_ext::mm::LiveMm, //
 };
+use core::marker::PhantomData;
 use kernel::mm::virt::VmaRef;
 
-/// A page table entry, locked.
+/// A page table entry, locked. Dropping it unlocks the page table.
+///
+/// # Context
+///
+/// Atomic as long as it lives.
 ///
 /// # Invariants
 ///
@@ -21,10 +29,19 @@ pub(crate) struct PteGuard<'v> {
 }
 
 impl<'v> PteGuard<'v> {
-    /// Locks the entry of `addr`; `None` where there is no page table of small pages.
+    /// Locks the entry of `addr`; `None` where there is no page table of small pages, and outside
+    /// of `vma`.
+    ///
+    /// # Context
+    ///
+    /// Any. The mmap lock is held, as a [`VmaRef`] shows. Takes the page table lock.
     pub(crate) fn lock(vma: &'v VmaRef, addr: usize) -> Option<Self> {
+        if !(vma.start()..vma.end()).contains(&addr) {
+            return None;
+        }
         let mut ptl = core::ptr::null_mut();
-        // SAFETY: The vma is valid and its mm's lock is held, as for every `VmaRef`; `addr` lies in it.
+        // SAFETY: The vma is valid and its mm's lock is held, as for every `VmaRef`; `addr` lies in
+        // it.
         let ptep = unsafe { raw::rksm_lock_pte(vma.as_ptr().cast(), addr, &mut ptl) };
         // INVARIANT: The shim has locked the entry if it returns one.
         (!ptep.is_null()).then(|| Self {
@@ -52,7 +69,7 @@ impl<'v> PteGuard<'v> {
         unsafe { raw::rksm_ptep_clear_flush(self.vma(), self.addr, self.ptep) }
     }
 
-    /// Sets an entry that is clear.
+    /// Sets an entry that is clear, to a value that maps what its mm has a reference for.
     pub(crate) fn set(&self, pte: raw::pte_t) {
         // SAFETY: The entry is locked by the invariant.
         unsafe { raw::rksm_set_pte_at(self.vma(), self.addr, self.ptep, pte) };
@@ -66,24 +83,30 @@ impl Drop for PteGuard<'_> {
     }
 }
 
-/// The bracket in which secondary MMUs may not use the mapping of one page.
-pub(crate) struct Invalidate(raw::mmu_notifier_range);
+/// The bracket in which secondary MMUs may not use the mapping of one page. Dropping it ends it,
+/// and may sleep.
+pub(crate) struct Invalidate<'g>(raw::mmu_notifier_range, PhantomData<LiveMm<'g>>);
 
-impl Invalidate {
-    /// Calls the mmu notifiers. May sleep.
-    pub(crate) fn new(mm: LiveMm<'_>, addr: usize) -> Self {
+impl<'g> Invalidate<'g> {
+    /// Begins the bracket of one page: calls the mmu notifiers.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The mmap lock is held, as a [`LiveMm`] shows.
+    pub(crate) fn new(mm: LiveMm<'g>, addr: usize) -> Self {
         let mut range = raw::mmu_notifier_range::default();
         // SAFETY: The mm is live, and `range` is ours.
         unsafe {
             raw::rksm_mmu_notifier_invalidate_page_start(&mut range, mm.mm().as_ptr(), addr);
         }
-        Self(range)
+        Self(range, PhantomData)
     }
 }
 
-impl Drop for Invalidate {
+impl Drop for Invalidate<'_> {
     fn drop(&mut self) {
-        // SAFETY: Begun in `new`; the mm is live for as long as the mmap lock is held, which outlives this.
+        // SAFETY: Begun in `new`; the mm is live for as long as the mmap lock is held, and this
+        // borrows the proof of that.
         unsafe { raw::rksm_mmu_notifier_invalidate_page_end(&mut self.0) };
     }
 }

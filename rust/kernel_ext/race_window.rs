@@ -48,7 +48,7 @@ fn widened() -> bool {
 /// Draws how long to wait this time, µs; `None` most of the time.
 fn draw() -> Option<usize> {
     let limit = LIMIT.load(Relaxed) as usize;
-    // SAFETY: Has no preconditions.
+    // SAFETY: May be called in any context.
     let random = unsafe { raw::get_random_u64() } as usize;
     (random % RARELY == 0).then(|| (random >> 32) % limit.max(1) + 1)
 }
@@ -82,7 +82,7 @@ pub(crate) fn spin() {
     #[cold]
     fn wait() {
         if let Some(micros) = draw() {
-            // SAFETY: Has no preconditions.
+            // SAFETY: Waits without sleeping, for less than what `udelay` takes at most.
             unsafe { raw::rksm_udelay(micros.min(MAX_SPIN)) };
         }
     }

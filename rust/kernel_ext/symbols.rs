@@ -3,7 +3,7 @@
 //! The kernel's unexported symbols.
 //!
 //! `rust/helpers/symbols_list.h` names them. [`Symbols::resolve`] finds all of them, or none is
-//! used: whoever calls one of these functions, or asks where one of these objects is, must be
+//! used: a caller of one of these functions, or of the address of one of these objects, must be
 //! able to show a [`Symbols`].
 
 use crate::bindings::raw;
@@ -44,7 +44,11 @@ impl fmt::Display for Unusable<'_> {
 impl Symbols {
     /// Finds every symbol, and makes the functions callable.
     ///
-    /// Nothing of the kernel is changed. May sleep.
+    /// Nothing of the kernel is changed.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     ///
     /// # Errors
     ///

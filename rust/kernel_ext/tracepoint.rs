@@ -4,6 +4,8 @@
 //!
 //! The built-in KSM goes on registering mms, and fires those two from wherever it is called
 //! (madvise, prctl, fork, exec, exit). A probe on each tells of every mm that comes and goes.
+//!
+//! C header: [`include/linux/tracepoint.h`](srctree/include/linux/tracepoint.h)
 
 use crate::bindings::raw;
 use core::ptr;
@@ -14,7 +16,9 @@ use kernel::{
     sync::Arc, //
 };
 
-/// What is told of mms that come and go.
+/// Called for mms that come and go.
+///
+/// # Context
 ///
 /// Both are called in the task that registers or releases the mm, at once, and must not sleep.
 /// The mm is valid during the call, and as long as a reference taken there is held.
@@ -23,8 +27,8 @@ pub(crate) trait MmEvents: Send + Sync + 'static {
     fn enter(&self, mm: &Mm);
 
     /// The mm is being released: `mm_users` is zero, and `exit_mmap` comes next. (An `execve` that
-    /// fails early calls this too, for the new mm, with one user left who then gives it up.) Also
-    /// called for an mm that was never entered or has left before.
+    /// fails early calls this too, for the new mm, whose one user then gives it up.) Also called
+    /// for an mm that was never entered or has left before.
     fn exit(&self, mm: &Mm);
 }
 
@@ -44,13 +48,17 @@ struct Points([*mut raw::tracepoint; 2]);
 
 // SAFETY: The kernel's own tracepoints are there for ever, and may be used from every thread.
 unsafe impl Send for Points {}
-// SAFETY: As above.
+// SAFETY: Through a shared reference only what the lock of the tracepoints protects is changed.
 unsafe impl Sync for Points {}
 
 const NAMES: [&CStr; 2] = [c"ksm_enter", c"ksm_exit"];
 
 impl<T: MmEvents> Probes<T> {
-    /// Registers both probes. May sleep.
+    /// Registers both probes.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     ///
     /// # Errors
     ///
@@ -148,6 +156,7 @@ unsafe extern "C" fn enter<T: MmEvents>(data: *mut c_void, mm: *mut c_void) {
 ///
 /// To be called by that tracepoint only, with the data that a `Probes<T>` gave it.
 unsafe extern "C" fn exit<T: MmEvents>(data: *mut c_void, mm: *mut c_void) {
-    // SAFETY: As in `enter`; __mmput() has a reference to the mm until its end.
+    // SAFETY: `data` is the `T` that the probe was registered with, kept until no probe runs.
+    // __mmput() has a reference to the mm until its end.
     unsafe { (*data.cast::<T>()).exit(Mm::from_raw(mm.cast())) }
 }

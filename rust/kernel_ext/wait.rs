@@ -2,7 +2,7 @@
 
 //! Wait queues: sleeping until a condition holds, with no lock of one's own.
 //!
-//! C header: `include/linux/wait.h`
+//! C header: [`include/linux/wait.h`](srctree/include/linux/wait.h)
 
 use crate::bindings::raw;
 use core::{
@@ -28,9 +28,9 @@ pub(crate) use new_wait_queue;
 
 /// A `struct wait_queue_head`.
 ///
-/// A wait ends when its condition is true; the condition is looked at again at each wake-up. Who
-/// makes it true must wake the queue afterwards. Conditions run while the task is already marked
-/// as sleeping: they must not sleep, and should only look at atomics or take a spinlock.
+/// A wait ends when its condition is true; the condition is evaluated again at each wake-up. The
+/// task that makes it true must wake the queue afterwards. Conditions run while the task is already
+/// marked as sleeping: they must not sleep, and should only read atomics or take a spinlock.
 #[pin_data]
 pub(crate) struct WaitQueue {
     #[pin]
@@ -42,7 +42,7 @@ pub(crate) struct WaitQueue {
 
 // SAFETY: A wait queue head may be used from every thread; it has a lock of its own.
 unsafe impl Send for WaitQueue {}
-// SAFETY: As above.
+// SAFETY: All its functions take the lock of the head, or only read it.
 unsafe impl Sync for WaitQueue {}
 
 impl WaitQueue {
@@ -61,7 +61,11 @@ impl WaitQueue {
         })
     }
 
-    /// `wait_event_freezable`: sleeps until `condition`, interruptible by signals.
+    /// Sleeps until `condition`, interruptible by signals (`wait_event_freezable`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     ///
     /// # Errors
     ///
@@ -72,9 +76,13 @@ impl WaitQueue {
             .map(|_| ())
     }
 
-    /// `wait_event_freezable_timeout`: the same for at most `timeout` jiffies.
+    /// Sleeps until `condition`, for at most `timeout` jiffies (`wait_event_freezable_timeout`).
     ///
     /// Returns whether the condition was true in the end.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     ///
     /// # Errors
     ///
@@ -89,24 +97,37 @@ impl WaitQueue {
         self.wait(state, timeout, condition)
     }
 
-    /// `wait_event_idle`: sleeps until `condition`, whatever happens, and is no load.
+    /// Sleeps until `condition`, uninterruptibly and without adding to the load
+    /// (`wait_event_idle`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn wait_idle(&self, condition: impl FnMut() -> bool) {
         // No signal ends this one, so there is no error.
         let _ = self.wait(raw::TASK_IDLE, MAX_SCHEDULE_TIMEOUT, condition);
     }
 
-    /// `wake_up_interruptible`.
+    /// Wakes one task of those in an interruptible wait (`wake_up_interruptible`).
+    ///
+    /// # Context
+    ///
+    /// Any. Takes the lock of the queue.
     pub(crate) fn wake_up_interruptible(&self) {
         self.wake(raw::TASK_INTERRUPTIBLE, 1);
     }
 
-    /// `wake_up_all`: wakes every sleeper, of whatever kind.
+    /// Wakes every sleeper, interruptible or not (`wake_up_all`).
+    ///
+    /// # Context
+    ///
+    /// Any. Takes the lock of the queue.
     pub(crate) fn wake_up_all(&self) {
         self.wake(raw::TASK_INTERRUPTIBLE | raw::TASK_UNINTERRUPTIBLE, 0);
     }
 
     fn wake(&self, mode: c_uint, count: c_int) {
-        // SAFETY: The head is initialised.
+        // SAFETY: The head has been initialised in `new`, and is pinned.
         unsafe { raw::__wake_up(self.head.get(), mode, count, ptr::null_mut()) };
     }
 
