@@ -2,14 +2,19 @@
 
 //! Numbered objects of 48 bytes that never move.
 //!
-//! The core of mm follows pointers into stable nodes and rmap items, so they must stay where they are; the
-//! engine names them by 32-bit numbers, so that a page's state fits in 8 bytes. Objects lie in chunks of one page,
-//! with the chunk's number at its start, so that an object's number follows from its address; a chunk without objects
-//! is freed.
+//! The core of mm follows pointers into stable nodes and rmap items, so they must stay where they
+//! are; the engine names them by 32-bit numbers, so that a page's state fits in 8 bytes. Objects
+//! lie in chunks of one page, with the chunk's number at its start, so that an object's number
+//! follows from its address; a chunk without objects is freed.
+//!
+//! Others hold pointers to objects while the arena changes, so a chunk is only accessed through
+//! raw pointers: no reference to it, or to a part of it, ever exists here.
 
 use core::{
-    cell::UnsafeCell,
-    mem::MaybeUninit,
+    mem::{
+        offset_of,
+        MaybeUninit, //
+    },
     ptr::NonNull, //
 };
 use kernel::{
@@ -18,9 +23,9 @@ use kernel::{
 };
 
 /// Objects of a chunk.
-const CHUNK: usize = 84;
+const SLOTS: usize = 84;
 
-/// Bits of an object's number that say which one of its chunk it is.
+/// Bits of an object's number that select one of its chunk.
 const SHIFT: u32 = 7;
 
 /// Alignment and size of a chunk.
@@ -35,17 +40,68 @@ const CHUNK_SIZE: usize = 4096;
 struct Chunk<T> {
     used: u128,
     number: u32,
-    slots: [UnsafeCell<MaybeUninit<T>>; CHUNK],
+    slots: [MaybeUninit<T>; SLOTS],
 }
 
-const ALL_USED: u128 = (1 << CHUNK) - 1;
+const ALL_USED: u128 = (1 << SLOTS) - 1;
 
-static_assert!(size_of::<Chunk<[u64; 6]>>() == CHUNK_SIZE && CHUNK <= 1 << SHIFT);
+static_assert!(size_of::<Chunk<[u64; 6]>>() == CHUNK_SIZE && SLOTS <= 1 << SHIFT);
+
+/// Owns a chunk.
+///
+/// # Invariants
+///
+/// The pointer is that of a box, which this owns. It is valid for the whole chunk.
+struct ChunkBox<T>(NonNull<Chunk<T>>);
+
+impl<T> ChunkBox<T> {
+    /// Allocates a chunk without objects.
+    fn new(number: u32) -> Result<Self> {
+        let uninit = KBox::<Chunk<T>>::new_uninit(GFP_KERNEL | __GFP_NOWARN)?;
+        let chunk = KBox::into_raw(uninit).cast::<Chunk<T>>();
+        // SAFETY: The memory has just been allocated, and slots need not be initialised.
+        // INVARIANT: No slot is initialised, and no bit is set. The box is given up for this.
+        unsafe {
+            (&raw mut (*chunk).used).write(0);
+            (&raw mut (*chunk).number).write(number);
+            Ok(Self(NonNull::new_unchecked(chunk)))
+        }
+    }
+
+    fn used(&self) -> u128 {
+        // SAFETY: By the invariant the chunk is there. `used` changes only through `&mut self`.
+        unsafe { (&raw const (*self.0.as_ptr()).used).read() }
+    }
+
+    /// Sets `used`. The caller keeps the invariant of [`Chunk`].
+    fn set_used(&mut self, used: u128) {
+        // SAFETY: By the invariant the chunk is there; nothing else accesses `used`.
+        unsafe { (&raw mut (*self.0.as_ptr()).used).write(used) };
+    }
+
+    /// The address of a slot.
+    #[inline]
+    fn slot(&self, i: usize) -> Option<NonNull<T>> {
+        if i >= SLOTS {
+            return None;
+        }
+        // SAFETY: By the invariant the chunk is there, and has this slot.
+        NonNull::new(unsafe { (&raw mut (*self.0.as_ptr()).slots).cast::<T>().add(i) })
+    }
+}
+
+impl<T> Drop for ChunkBox<T> {
+    fn drop(&mut self) {
+        // SAFETY: By the invariant it is the pointer of a box, of an uninitialised chunk. Objects
+        // have been taken out before.
+        drop(unsafe { KBox::from_raw(self.0.as_ptr().cast::<MaybeUninit<Chunk<T>>>()) });
+    }
+}
 
 /// What is known of a chunk number.
 struct Entry<T> {
-    chunk: Option<KBox<Chunk<T>>>,
-    /// The number stands in [`Arena::partial`].
+    chunk: Option<ChunkBox<T>>,
+    /// The number is in [`Arena::partial`].
     listed: bool,
 }
 
@@ -53,8 +109,9 @@ struct Entry<T> {
 ///
 /// # Invariants
 ///
-/// - `partial` holds a number once, and exactly if its entry is `listed`. Every chunk that has a free slot is
-///   listed; numbers whose chunk has been filled or freed since are dropped when [`Arena::insert`] meets them.
+/// - `partial` holds a number at most once, and if and only if its entry is `listed`. Every chunk
+///   that has a free slot is listed; numbers whose chunk has been filled or freed since are dropped
+///   when [`Arena::insert`] meets them.
 /// - `holes` holds the number of every entry without a chunk, once.
 /// - The capacity of `partial` and of `holes` is at least `chunks.len()`.
 pub(crate) struct Arena<T> {
@@ -78,23 +135,23 @@ impl<T> Arena<T> {
         }
     }
 
-    /// Objects in use.
+    /// The number of objects.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// Bytes of memory taken.
+    /// Bytes of memory that the arena takes.
     pub(crate) fn bytes(&self) -> usize {
         self.live_chunks * size_of::<Chunk<T>>()
             + self.chunks.capacity() * size_of::<Entry<T>>()
             + (self.partial.capacity() + self.holes.capacity()) * size_of::<u32>()
     }
 
-    /// The number of a chunk with a free slot, made if there is none.
+    /// Returns the number of a chunk with a free slot, which is allocated if there is none.
     fn chunk_with_room(&mut self) -> Result<u32> {
         while let Some(&number) = self.partial.last() {
             if let Some(entry) = self.chunks.get_mut(number as usize) {
-                if entry.chunk.as_ref().is_some_and(|c| c.used != ALL_USED) {
+                if entry.chunk.as_ref().is_some_and(|c| c.used() != ALL_USED) {
                     return Ok(number);
                 }
                 entry.listed = false;
@@ -102,10 +159,8 @@ impl<T> Arena<T> {
             // INVARIANT: The entry is no longer `listed`.
             self.partial.pop();
         }
-        let flags = GFP_KERNEL | __GFP_NOWARN;
-        let mut chunk = KBox::<Chunk<T>>::new_uninit(flags)?;
-        let number = match self.holes.pop() {
-            Some(number) => number,
+        let number = match self.holes.last() {
+            Some(&number) => number,
             None => {
                 let want = self.chunks.len() + 1;
                 keep_capacity(&mut self.partial, want)?;
@@ -118,19 +173,17 @@ impl<T> Arena<T> {
                     chunk: None,
                     listed: false,
                 };
-                self.chunks.push(entry, flags)?;
+                self.chunks.push(entry, GFP_KERNEL | __GFP_NOWARN)?;
+                // INVARIANT: The entry has no chunk. The capacity holds every number.
+                let _ = self.holes.push_within_capacity(number);
                 number
             }
         };
-        let place = chunk.as_mut_ptr();
-        // INVARIANT: No slot is initialised, and no bit is set.
-        // SAFETY: The chunk is ours, and slots need not be initialised.
-        let chunk = unsafe {
-            (&raw mut (*place).used).write(0);
-            (&raw mut (*place).number).write(number);
-            chunk.assume_init()
-        };
+        // Where this fails, the number stays a hole.
+        let chunk = ChunkBox::new(number)?;
         if let Some(entry) = self.chunks.get_mut(number as usize) {
+            // INVARIANT: The entry has a chunk now.
+            self.holes.pop();
             entry.chunk = Some(chunk);
             self.live_chunks += 1;
             Self::list(&mut self.partial, entry, number);
@@ -140,13 +193,17 @@ impl<T> Arena<T> {
 
     fn list(partial: &mut KVVec<u32>, entry: &mut Entry<T>, number: u32) {
         if !entry.listed {
-            // INVARIANT: The capacity holds every number once. A number that could not be listed would only
-            // leave its chunk's room unused.
+            // INVARIANT: The capacity holds every number once. A number that could not be listed
+            // would only leave its chunk's room unused.
             entry.listed = partial.push_within_capacity(number).is_ok();
         }
     }
 
-    /// Adds an object; its address holds until [`Arena::remove`].
+    /// Adds an object, whose address is valid until [`Arena::remove`].
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     ///
     /// # Errors
     ///
@@ -155,57 +212,70 @@ impl<T> Arena<T> {
         let number = self.chunk_with_room()?;
         let entry = self.chunks.get_mut(number as usize).ok_or(ENOMEM)?;
         let chunk = entry.chunk.as_mut().ok_or(ENOMEM)?;
-        let bit = chunk.used.trailing_ones() as usize;
-        let cell = chunk.slots.get(bit).ok_or(ENOMEM)?.get();
-        // SAFETY: `cell` points into the chunk, where by the type's invariant nothing is yet.
-        let object = unsafe {
-            (*cell).write(value);
-            NonNull::new_unchecked((*cell).as_mut_ptr())
-        };
+        let used = chunk.used();
+        let bit = used.trailing_ones();
+        let object = chunk.slot(bit as usize).ok_or(ENOMEM)?;
+        // SAFETY: The slot lies in the chunk. By the invariant of `Chunk` nothing is there, so
+        // nobody has a pointer to it.
+        unsafe { object.write(value) };
         // INVARIANT: The slot has just been initialised.
-        chunk.used |= 1 << bit;
+        chunk.set_used(used | 1 << bit);
         self.len += 1;
-        Ok((number << SHIFT | bit as u32, object))
+        Ok((number << SHIFT | bit, object))
     }
 
     /// The object of this number.
+    ///
+    /// # Context
+    ///
+    /// Any.
     #[inline]
     pub(crate) fn get(&self, id: u32) -> Option<NonNull<T>> {
         let chunk = self.chunks.get((id >> SHIFT) as usize)?.chunk.as_ref()?;
         let bit = id % (1 << SHIFT);
-        if chunk.used >> bit & 1 == 0 {
+        if chunk.used() >> bit & 1 == 0 {
             return None;
         }
-        NonNull::new(chunk.slots.get(bit as usize)?.get().cast())
+        chunk.slot(bit as usize)
     }
 
     /// The number of an object.
     ///
+    /// # Context
+    ///
+    /// Any.
+    ///
     /// # Safety
     ///
-    /// The object is in an arena.
+    /// The object is in an arena, whose [`Arena::insert`] or [`Arena::get`] has given
+    /// out the pointer.
     pub(crate) unsafe fn number_of(object: NonNull<T>) -> u32 {
-        let at = object.as_ptr() as usize;
-        let chunk = (at & !(CHUNK_SIZE - 1)) as *const Chunk<T>;
-        let offset = at % CHUNK_SIZE - core::mem::offset_of!(Chunk<T>, slots);
-        // SAFETY: A chunk begins at the multiple of its size below its objects.
-        let number = unsafe { (*chunk).number };
-        number << SHIFT | (offset / size_of::<T>()) as u32
+        let offset = object.as_ptr().addr() % CHUNK_SIZE;
+        // A chunk begins at the multiple of its size below its objects.
+        let chunk = object.as_ptr().wrapping_byte_sub(offset).cast::<Chunk<T>>();
+        // SAFETY: By the contract the pointer is one into the chunk, and valid for all of it.
+        let number = unsafe { (&raw const (*chunk).number).read() };
+        let slot = (offset - offset_of!(Chunk<T>, slots)) / size_of::<T>();
+        number << SHIFT | slot as u32
     }
 
-    /// Takes an object out, ending its address.
+    /// Takes an object out, which ends its address.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn remove(&mut self, id: u32) -> Option<T> {
         let number = id >> SHIFT;
         let object = self.get(id)?;
         let entry = self.chunks.get_mut(number as usize)?;
         let chunk = entry.chunk.as_mut()?;
+        let used = chunk.used() & !(1 << (id % (1 << SHIFT)));
         // INVARIANT: The object is moved out below.
-        chunk.used &= !(1 << (id % (1 << SHIFT)));
-        let empty = chunk.used == 0;
+        chunk.set_used(used);
         // SAFETY: By the invariant the slot was initialised, and `used` no longer says so.
         let value = unsafe { object.read() };
         self.len -= 1;
-        if empty {
+        if used == 0 {
             entry.chunk = None;
             self.live_chunks -= 1;
             // INVARIANT: The capacity holds every number once.
@@ -216,21 +286,20 @@ impl<T> Arena<T> {
         Some(value)
     }
 
-    /// The number of the first object after `after`.
+    /// The number of the first object after `after`; of the first one for `None`.
     pub(crate) fn next(&self, after: Option<u32>) -> Option<u32> {
-        let from = after.map_or(0, |id| id + 1);
-        let mut used = u128::MAX << (from % (1 << SHIFT));
-        for (number, entry) in self
-            .chunks
-            .iter()
-            .enumerate()
-            .skip((from >> SHIFT) as usize)
-        {
-            used &= entry.chunk.as_ref().map_or(0, |chunk| chunk.used);
+        let from = match after {
+            Some(id) => id.checked_add(1)?,
+            None => 0,
+        };
+        let mut mask = u128::MAX << (from % (1 << SHIFT));
+        let first = (from >> SHIFT) as usize;
+        for (number, entry) in self.chunks.iter().enumerate().skip(first) {
+            let used = mask & entry.chunk.as_ref().map_or(0, ChunkBox::used);
             if used != 0 {
                 return Some((number as u32) << SHIFT | used.trailing_zeros());
             }
-            used = u128::MAX;
+            mask = u128::MAX;
         }
         None
     }

@@ -6,7 +6,7 @@
 //! unchanged on the host. [`testing`] is the one addition: it makes allocations fail on demand and counts the
 //! bytes a kernel would have given out.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod alloc;
 pub mod error;

@@ -20,6 +20,7 @@ use crate::{
 
 use core::{
     marker::PhantomData,
+    mem::MaybeUninit,
     ops::{
         Deref,
         DerefMut, //
@@ -61,6 +62,35 @@ impl<T, A: Allocator> Box<T, A> {
         A: 'static,
     {
         Ok(Pin::new(Self::new(x, flags)?))
+    }
+
+    /// Creates a new `Box<T, A>` with uninitialized contents.
+    pub fn new_uninit(_flags: Flags) -> Result<Box<MaybeUninit<T>, A>, AllocError> {
+        testing::request()?;
+        testing::resized(0, size_of::<T>());
+        Ok(Box {
+            value: Some(std::boxed::Box::new_uninit()),
+            _p: PhantomData,
+        })
+    }
+
+    /// Consumes the `Box<T, A>` and returns a raw pointer.
+    pub fn into_raw(mut b: Self) -> *mut T {
+        std::boxed::Box::into_raw(b.value.take().expect("full until consumed"))
+    }
+
+    /// Creates a new `Box<T, A>` from a raw pointer.
+    ///
+    /// # Safety
+    ///
+    /// `raw` is what [`Box::into_raw`] returned, and is not used any more.
+    #[expect(unsafe_code, reason = "the kernel's own is unsafe, too")]
+    pub unsafe fn from_raw(raw: *mut T) -> Self {
+        Self {
+            // SAFETY: By the contract.
+            value: Some(unsafe { std::boxed::Box::from_raw(raw) }),
+            _p: PhantomData,
+        }
     }
 
     /// Moves the value out of the [`Box`].
