@@ -221,14 +221,14 @@ impl Backend for StableNodes {
         // SAFETY: As above.
         let folio = unsafe { FolioRef::try_get(folio) }.ok_or(Refusal::Stale)?;
         let item = self.new_item(&page)?;
-        let adopted = in_vma(page.mm, page.addr, |_, vma| item.place_in(vma)).and_then(|()| {
+        let adopted = in_vma(page.mm, page.addr, |_, vma| item.set_anon_vma(vma)).and_then(|()| {
             race_window::sleep();
             let lock = folio.lock();
             if folio.mapping() != StableNode::mapping(node) {
                 return Err(Refusal::Stale);
             }
             // SAFETY: The node's folio is locked, and names it.
-            unsafe { item.append(node, Some(&lock)) };
+            unsafe { item.link(node, Some(&lock)) };
             Ok(())
         });
         match adopted {

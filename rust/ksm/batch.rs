@@ -14,7 +14,7 @@ use crate::{
     ksm::page::{
         self,
         page_nid,
-        HeldPage, //
+        PageGuard, //
     }, //
 };
 use core::{
@@ -180,7 +180,7 @@ impl Batch {
     }
 
     /// Has the batch have an `i`th page again.
-    pub(crate) fn reacquire(&mut self, i: usize, held: HeldPage) {
+    pub(crate) fn reacquire(&mut self, i: usize, held: PageGuard) {
         if let Some(entry) = self.entries.get_mut(i) {
             // INVARIANT: The entry takes over the reference.
             (entry.page, entry.holds_ref, entry.released_for_split) =

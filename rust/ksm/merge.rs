@@ -22,8 +22,8 @@ use crate::{
     },
     ksm::{
         node::{
-            OwnItem,
             StableNode, //
+            UnlinkedItem,
         },
         page::{
             self,
@@ -80,7 +80,7 @@ pub(super) enum Prepared {
     Join {
         node: NonNull<StableNode>,
         kfolio: FolioRef,
-        item: OwnItem,
+        item: UnlinkedItem,
     },
     NewNode(NewNode),
 }
@@ -214,8 +214,8 @@ impl backend::Merge for Merge {
 /// Two pages that are to become the merged page of a node that no folio names yet.
 pub(super) struct NewNode {
     pub(super) node: NonNull<StableNode>,
-    pub(super) first: OwnItem,
-    pub(super) second: OwnItem,
+    pub(super) first: UnlinkedItem,
+    pub(super) second: UnlinkedItem,
     pub(super) nid: Option<u32>,
     /// The first page has become the merged page: whether it may have been touched until then.
     pub(super) accessed: Option<bool>,
@@ -226,7 +226,7 @@ fn share_with(
     (live, vma): (LiveMm<'_>, &VmaRef),
     page: NonNull<raw::page>,
     (node, kfolio): (NonNull<StableNode>, &FolioRef),
-    item: &OwnItem,
+    item: &UnlinkedItem,
     before_split: impl FnOnce(),
 ) -> Result<(), Refusal> {
     if kfolio.page() == page {
@@ -238,13 +238,13 @@ fn share_with(
     if kfolio.mapping() != StableNode::mapping(node) {
         return Err(Refusal::Busy);
     }
-    item.place_in(vma)?;
+    item.set_anon_vma(vma)?;
     race_window::sleep();
     let target = PteReplacement::KsmPage(kfolio);
     replace_pte::share(live, vma, item.addr(), page, &target, before_split)?;
     race_window::sleep();
     // SAFETY: The node's folio is locked, and names it, so that the node is there.
-    unsafe { item.append(node, Some(&lock)) };
+    unsafe { item.link(node, Some(&lock)) };
     Ok(())
 }
 
@@ -284,11 +284,11 @@ impl NewNode {
     ) -> Result<(), Refusal> {
         let (node, addr) = (self.node, self.first.addr());
         let accessed = in_vma(self.first.mm(), addr, |live, vma| {
-            self.first.place_in(vma)?;
+            self.first.set_anon_vma(vma)?;
             race_window::sleep();
             // The page becomes findable with its item on the node.
             // SAFETY: The node is in its arena, and no folio names it.
-            unsafe { self.first.append(node, None) };
+            unsafe { self.first.link(node, None) };
             let target = PteReplacement::InPlace(StableNode::mapping(node));
             replace_pte::share(live, vma, addr, page, &target, before_split).inspect_err(|_| {
                 // SAFETY: Both are in their arenas, and no folio names the node.
@@ -322,7 +322,7 @@ fn trace_merge(
     trace: Trace,
     page: NonNull<raw::page>,
     kpage: *mut raw::page,
-    item: &OwnItem,
+    item: &UnlinkedItem,
     result: &Result<(), Refusal>,
 ) {
     // SAFETY: Both pages are referenced.
@@ -345,12 +345,12 @@ fn outcome(result: &Result<(), Refusal>) -> Result {
 
 impl StableNodes {
     /// Unshares a page that has just become a merged page alone.
-    pub(super) fn unmerge_first(&mut self, first: &OwnItem) {
+    pub(super) fn unmerge_first(&mut self, first: &UnlinkedItem) {
         let (mm, addr, first) = (first.mm(), first.addr(), first.id());
         let node = self.node_of(first);
         if let Some(_user) = mm.mmget_not_zero() {
             race_window::sleep();
-            replace_pte::break_one(&mm.mmap_read_lock(), addr);
+            replace_pte::unmerge_one(&mm.mmap_read_lock(), addr);
         }
         let _ = self.release_item(first);
         if let Some(node) = node {

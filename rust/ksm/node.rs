@@ -215,9 +215,9 @@ impl Drop for RmapItem {
 /// # Invariants
 ///
 /// The item is in the arena, and nobody else uses it.
-pub(super) struct OwnItem(pub(super) NonNull<RmapItem>);
+pub(super) struct UnlinkedItem(pub(super) NonNull<RmapItem>);
 
-impl OwnItem {
+impl UnlinkedItem {
     pub(super) fn id(&self) -> ItemId {
         // SAFETY: By the invariant.
         ItemId(unsafe { Arena::number_of(self.0) })
@@ -239,7 +239,7 @@ impl OwnItem {
     ///
     /// The `anon_vma` is referenced here, under the mmap lock: once the item is on a node, an rmap walk follows it
     /// whatever has become of the vma.
-    pub(super) fn place_in(&self, vma: &VmaRef) -> Result<(), Refusal> {
+    pub(super) fn set_anon_vma(&self, vma: &VmaRef) -> Result<(), Refusal> {
         let anon_vma = NonNull::new(mm::anon_vma(vma)).ok_or(Refusal::Gone)?;
         // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the address lies in the vma. The item is ours by
         // the invariant.
@@ -261,7 +261,7 @@ impl OwnItem {
     ///
     /// The node is in its arena. `lock` is the lock of the node's folio, or no folio names the node yet. The item is used as
     /// one of the node's from now on.
-    pub(super) unsafe fn append(&self, node: NonNull<StableNode>, _lock: Option<&FolioLock<'_>>) {
+    pub(super) unsafe fn link(&self, node: NonNull<StableNode>, _lock: Option<&FolioLock<'_>>) {
         // SAFETY: The item is in its arena; the rest is the contract.
         unsafe { StableNode::push(node, self.0) };
     }

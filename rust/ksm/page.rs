@@ -80,12 +80,12 @@ pub(super) unsafe fn candidate_folio(page: NonNull<raw::page>) -> Option<NonNull
 /// # Invariants
 ///
 /// Owns one reference to the page's folio.
-pub(crate) struct HeldPage {
+pub(crate) struct PageGuard {
     page: NonNull<raw::page>,
     touched: bool,
 }
 
-impl HeldPage {
+impl PageGuard {
     /// The page.
     pub(crate) fn page(&self) -> NonNull<raw::page> {
         self.page
@@ -117,7 +117,7 @@ impl HeldPage {
     }
 }
 
-impl Drop for HeldPage {
+impl Drop for PageGuard {
     fn drop(&mut self) {
         // SAFETY: The page is referenced, so its folio does not change meanwhile; the reference is ours to give.
         unsafe { raw::rksm_folio_put(raw::rksm_page_folio(self.page.as_ptr())) };
@@ -125,7 +125,7 @@ impl Drop for HeldPage {
 }
 
 /// The page that is mapped at `addr`, if its kind can be merged.
-pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<HeldPage> {
+pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<PageGuard> {
     let (mut page, mut touched) = (core::ptr::null_mut(), true);
     // SAFETY: The vma is valid, its mm's lock is held, and `addr` lies in it.
     let folio =
@@ -134,7 +134,7 @@ pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<HeldPage> {
         return None;
     }
     // INVARIANT: The shim has taken a reference to the folio of the page.
-    NonNull::new(page).map(|page| HeldPage { page, touched })
+    NonNull::new(page).map(|page| PageGuard { page, touched })
 }
 
 /// The first address in `start..end` of `vma` where a merged page or a KSM-placed zero page is mapped.

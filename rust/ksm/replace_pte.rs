@@ -264,7 +264,7 @@ pub(crate) fn break_ksm(
 /// Takes back the sharing of a page whose partner could not be merged: unshares what is at `addr`.
 ///
 /// Best effort: what cannot be unshared now stays a merged page with one mapping.
-pub(crate) fn break_one(guard: &MmapReadGuard<'_>, addr: usize) {
+pub(crate) fn unmerge_one(guard: &MmapReadGuard<'_>, addr: usize) {
     let Some(vma) = guard.live().and_then(|live| page::mergeable_at(live, addr)) else {
         return;
     };

@@ -37,9 +37,9 @@ use crate::{
         arena::Arena,
         node::{
             kpfn,
-            OwnItem,
             RmapItem,
             StableNode,
+            UnlinkedItem,
             HEAD, //
         },
         page,
@@ -190,7 +190,10 @@ impl StableNodes {
     /// Makes an rmap item that is on no node yet.
     ///
     /// Not under the mmap lock, which the OOM killer may need to free memory.
-    pub(super) fn new_item(&mut self, page: &PageAddr<'_, PinnedMm>) -> Result<OwnItem, Refusal> {
+    pub(super) fn new_item(
+        &mut self,
+        page: &PageAddr<'_, PinnedMm>,
+    ) -> Result<UnlinkedItem, Refusal> {
         let item = RmapItem {
             anon_vma: None,
             mm: page.mm.clone(),
@@ -202,11 +205,11 @@ impl StableNodes {
         };
         let (_, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
         // INVARIANT: Nobody else knows of it.
-        Ok(OwnItem(item))
+        Ok(UnlinkedItem(item))
     }
 
     /// Accounts for an item that has been put on a node.
-    pub(super) fn added(&self, item: &OwnItem) -> ItemId {
+    pub(super) fn added(&self, item: &UnlinkedItem) -> ItemId {
         // SAFETY: The item pins its mm.
         unsafe { raw::rksm_mm_add_merging(item.mm().as_ptr(), 1) };
         item.id()
@@ -221,7 +224,7 @@ impl StableNodes {
     }
 
     /// Frees an item that has been on no node.
-    pub(super) fn discard_item(&mut self, item: &OwnItem) {
+    pub(super) fn discard_item(&mut self, item: &UnlinkedItem) {
         drop(self.items.remove(item.id().0));
     }
 

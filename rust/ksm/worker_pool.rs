@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Threads that work together: one leads, and the others help.
+//! Kernel threads that run the jobs of a stage beside `rksmd`.
 
 use crate::engine::worker_pool::{
     Stage,
@@ -42,26 +42,27 @@ use pin_init::stack_pin_init;
 /// Niceness of the threads: that of `ksmd`.
 pub(crate) const NICE: i8 = 5;
 
-/// Jobs that the leader has handed out, at most.
+/// Most jobs in flight.
 const HANDED_OUT: usize = 16;
 
-/// Jobs that wait for each helper, at most, before the leader does one: a helper that finds none falls asleep.
+/// Most jobs that wait for each worker before the thread that runs the stage takes one itself: a
+/// worker that finds none falls asleep.
 const AHEAD: usize = 4;
 
-/// Jobs of a leader: those that wait for somebody to do them, and those that are done.
+/// The jobs of a stage: those that wait to be run, and those that have been.
 struct Jobs<T> {
-    waiting: Few<T>,
-    done: Few<T>,
+    waiting: Ring<T>,
+    done: Ring<T>,
 }
 
-/// Up to [`HANDED_OUT`] of something, in order.
-struct Few<T> {
+/// A ring buffer of up to [`HANDED_OUT`] items, in order.
+struct Ring<T> {
     items: [Option<T>; HANDED_OUT],
     first: usize,
     len: usize,
 }
 
-impl<T> Few<T> {
+impl<T> Ring<T> {
     fn new() -> Self {
         Self {
             items: [const { None }; HANDED_OUT],
@@ -86,28 +87,32 @@ impl<T> Few<T> {
     }
 }
 
-/// How long a thread that has nothing to do looks out for something before it falls asleep, in µs: about what it takes to
-/// wake it.
-const LOOK_OUT: i64 = 100;
+/// How long a thread without a job polls for one before it falls asleep, in µs: about what it takes
+/// to wake it.
+const HALT_POLL_US: i64 = 100;
 
-/// What helpers can do for a leader.
+/// A stage that is run: its jobs, and what is done with each.
 #[pin_data]
 struct Work<'a, T, F> {
     #[pin]
     jobs: SpinLock<Jobs<T>>,
     work: F,
-    waiting: &'a Signal,
-    done: &'a Signal,
+    waiting: &'a JobCount,
+    done: &'a JobCount,
 }
 
-/// The same, for helpers who need not know of what kind it is.
-trait Help: Sync {
-    /// Does what waits.
-    fn help(&self);
+/// A [`Work`] of any type, as the workers see it.
+trait Runnable: Sync {
+    /// Runs jobs until none waits.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    fn run_jobs(&self);
 }
 
-impl<T: Send + Unpin, F: Fn(&mut T) + Sync> Help for Work<'_, T, F> {
-    fn help(&self) {
+impl<T: Send + Unpin, F: Fn(&mut T) + Sync> Runnable for Work<'_, T, F> {
+    fn run_jobs(&self) {
         while let Some(mut job) = self.take() {
             (self.work)(&mut job);
             self.jobs.lock().done.push(job);
@@ -118,54 +123,55 @@ impl<T: Send + Unpin, F: Fn(&mut T) + Sync> Help for Work<'_, T, F> {
 }
 
 impl<T: Send + Unpin, F> Work<'_, T, F> {
-    /// Has a job wait for somebody to do it.
+    /// Makes a job available to the workers.
     fn post(&self, job: T) {
         self.jobs.lock().waiting.push(job);
         self.waiting.add();
     }
 
-    /// Takes a job to do it.
+    /// Takes a job that waits, to run it.
     fn take(&self) -> Option<T> {
         let job = self.jobs.lock().waiting.pop();
         job.inspect(|_| self.waiting.remove())
     }
 
-    /// Takes a job that a helper has done.
+    /// Takes a job that a worker has run.
     fn taken_back(&self) -> Option<T> {
         let job = self.jobs.lock().done.pop();
         job.inspect(|_| self.done.remove())
     }
 }
 
-/// How many jobs there are, and who waits for some.
+/// A number of jobs, and the threads that sleep until it is not zero.
 #[pin_data]
-struct Signal {
+struct JobCount {
     jobs: Atomic<usize>,
     sleepers: Atomic<usize>,
     #[pin]
     queue: WaitQueue,
 }
 
-impl Signal {
+impl JobCount {
     /// No jobs.
     fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             jobs: Atomic::new(0),
             sleepers: Atomic::new(0),
-            queue <- new_wait_queue!(c"rksm_team"),
+            queue <- new_wait_queue!(c"rksm_pool"),
         })
     }
 
-    /// There is one more.
+    /// Counts one more, and wakes the sleepers.
     fn add(&self) {
-        // Who falls asleep counts itself, and then looks at the jobs: one of both sees the other.
+        // A sleeper increments `sleepers` before it rechecks `jobs`. Both are fully ordered (store
+        // buffering), so one of both sees the other: no wake-up is lost.
         self.jobs.fetch_add(1, Full);
         if self.sleepers.load(Relaxed) > 0 {
             self.queue.wake_up_all();
         }
     }
 
-    /// There is one less.
+    /// Counts one less.
     fn remove(&self) {
         self.jobs.fetch_sub(1, Relaxed);
     }
@@ -174,17 +180,22 @@ impl Signal {
         self.jobs.load(Relaxed) > 0
     }
 
-    /// Waits for one for a short time. May sleep.
-    fn look_out(&self) {
+    /// Polls for a job for [`HALT_POLL_US`].
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    fn poll(&self) {
         let look = || {
             cond_resched();
             Ok(self.any())
         };
-        let within = Delta::from_micros(LOOK_OUT);
+        let within = Delta::from_micros(HALT_POLL_US);
         let _ = read_poll_timeout(look, |any| *any, Delta::ZERO, within);
     }
 
-    /// Calls `wait` with the queue, who sleeps until there is one, or until something else has happened.
+    /// Counts the caller as a sleeper and runs `wait`, which sleeps on the queue until a job is
+    /// available or its own condition holds.
     fn sleep(&self, wait: impl FnOnce(&WaitQueue)) {
         self.sleepers.fetch_add(1, Full);
         wait(&self.queue);
@@ -192,61 +203,61 @@ impl Signal {
     }
 }
 
-/// What the helpers are to do.
-struct Post {
-    work: Option<NonNull<dyn Help>>,
-    /// Helpers that may use it.
+/// The work that the workers may take jobs of.
+struct CurrentWork {
+    work: Option<NonNull<dyn Runnable>>,
+    /// Workers that may use it.
     busy: usize,
 }
 
-// SAFETY: Work is for all threads.
-unsafe impl Send for Post {}
+// SAFETY: `Runnable` is `Sync`, so a pointer to one may be used by every thread.
+unsafe impl Send for CurrentWork {}
 
-/// Where work is posted.
+/// What the workers and the thread that runs a stage share.
 ///
 /// # Invariants
 ///
-/// Work that is posted is there, and what was for as long as helpers are busy.
+/// Published work is there, and stays there until it has been withdrawn and no worker is busy.
 #[pin_data]
-struct Board {
+struct Shared {
     #[pin]
-    post: SpinLock<Post>,
-    /// Jobs that wait for a helper.
+    current_work: SpinLock<CurrentWork>,
+    /// Jobs that wait for a worker.
     #[pin]
-    waiting: Signal,
-    /// Jobs that helpers have done.
+    waiting: JobCount,
+    /// Jobs that workers have run.
     #[pin]
-    done: Signal,
-    /// Where the leader waits until no helper is busy.
+    done: JobCount,
+    /// Where the thread that runs a stage waits until no worker is busy.
     #[pin]
-    left: WaitQueue,
+    idle: WaitQueue,
 }
 
-impl Board {
-    /// The body of a helper.
-    fn help(&self, current: &Current) {
+impl Shared {
+    /// The body of a worker.
+    fn work(&self, current: &Current) {
         while !current.should_stop() {
             let work = {
-                let mut post = self.post.lock();
-                let work = post.work;
-                post.busy += usize::from(work.is_some());
+                let mut current_work = self.current_work.lock();
+                let work = current_work.work;
+                current_work.busy += usize::from(work.is_some());
                 work
             };
             if let Some(work) = work {
-                // SAFETY: It is there by the invariant, as this helper is busy.
-                unsafe { work.as_ref() }.help();
+                // SAFETY: By the invariant it is there, as this worker counts as busy.
+                unsafe { work.as_ref() }.run_jobs();
                 let busy = {
-                    let mut post = self.post.lock();
-                    post.busy -= 1;
-                    post.busy
+                    let mut current_work = self.current_work.lock();
+                    current_work.busy -= 1;
+                    current_work.busy
                 };
                 if busy == 0 {
-                    self.left.wake_up_all();
+                    self.idle.wake_up_all();
                 }
             }
-            self.waiting.look_out();
+            self.waiting.poll();
             if !self.waiting.any() {
-                // An interrupted wait is none to worry about: the loop looks at everything again.
+                // Whether the wait was interrupted does not matter: the loop rechecks everything.
                 let awake = || self.waiting.any() || current.should_stop();
                 self.waiting.sleep(|queue| {
                     let _ = queue.wait_freezable(awake);
@@ -255,88 +266,110 @@ impl Board {
         }
     }
 
-    /// Has helpers work.
+    /// Publishes work for the workers.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes a spinlock.
     ///
     /// # Safety
     ///
-    /// The work is there until [`Board::take_down`] has returned.
-    unsafe fn put_up(&self, work: &dyn Help) {
+    /// The work stays where it is until [`Shared::withdraw`] has returned.
+    unsafe fn publish(&self, work: &dyn Runnable) {
         let work = NonNull::from(work);
         // SAFETY: The types differ in the lifetime only, which the contract is about.
-        let work =
-            unsafe { core::mem::transmute::<NonNull<dyn Help + '_>, NonNull<dyn Help>>(work) };
-        self.post.lock().work = Some(work);
+        let work = unsafe {
+            core::mem::transmute::<NonNull<dyn Runnable + '_>, NonNull<dyn Runnable>>(work)
+        };
+        self.current_work.lock().work = Some(work);
     }
 
-    /// Takes down what is posted, and waits until no helper uses it. Sleeps.
-    fn take_down(&self) {
-        self.post.lock().work = None;
-        self.left.wait_idle(|| self.post.lock().busy == 0);
+    /// Withdraws the work, and waits until no worker uses it.
+    ///
+    /// # Context
+    ///
+    /// Sleeps.
+    fn withdraw(&self) {
+        self.current_work.lock().work = None;
+        self.idle.wait_idle(|| self.current_work.lock().busy == 0);
     }
 }
 
-/// The threads that scan besides `rksmd`, which leads them.
+/// The threads that scan beside `rksmd`, the thread that runs the stages.
 ///
-/// A helper that is frozen, or has not come by yet, is not waited for: the leader does what nobody else does.
-pub(crate) struct Team {
-    helpers: KVec<Kthread>,
-    board: Arc<Board>,
+/// A worker that is frozen, or has not woken up yet, is not waited for: the thread that runs the
+/// stage runs the jobs itself that no worker has taken.
+pub(crate) struct KthreadPool {
+    workers: KVec<Kthread>,
+    shared: Arc<Shared>,
 }
 
-impl Team {
-    /// A leader without helpers.
+impl KthreadPool {
+    /// A pool without workers.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
     pub(crate) fn new() -> Result<Self> {
-        let board = Arc::pin_init(
-            pin_init!(Board {
-                post <- new_spinlock!(Post { work: None, busy: 0 }, "rksm_team"),
-                waiting <- Signal::new(),
-                done <- Signal::new(),
-                left <- new_wait_queue!(c"rksm_team_left"),
+        let shared = Arc::pin_init(
+            pin_init!(Shared {
+                current_work <- new_spinlock!(CurrentWork { work: None, busy: 0 }, "rksm_pool"),
+                waiting <- JobCount::new(),
+                done <- JobCount::new(),
+                idle <- new_wait_queue!(c"rksm_pool_idle"),
             }),
             GFP_KERNEL,
         )?;
         Ok(Self {
-            helpers: KVec::new(),
-            board,
+            workers: KVec::new(),
+            shared,
         })
     }
 
-    /// Has the team be of `size` threads, with the leader. Sleeps.
+    /// Resizes the pool to `size` threads, with the one that runs the stages.
+    ///
+    /// # Context
+    ///
+    /// Sleeps until threads have started or ended.
     ///
     /// # Errors
     ///
-    /// `ENOMEM`; the team is smaller then.
+    /// `ENOMEM`; the pool is smaller then.
     pub(crate) fn resize(&mut self, symbols: Symbols, size: usize) -> Result {
-        while self.helpers.len() + 1 > size && self.helpers.pop().is_some() {}
-        while self.helpers.len() + 1 < size {
-            let name = CString::try_from_fmt(fmt!("rksmd/{}", self.helpers.len() + 1))?;
-            self.helpers.reserve(1, GFP_KERNEL)?;
-            let board = self.board.clone();
-            let helper = Kthread::run(symbols, &name, NICE, move |current| board.help(current))?;
-            self.helpers.push(helper, GFP_KERNEL)?;
+        while self.workers.len() + 1 > size && self.workers.pop().is_some() {}
+        while self.workers.len() + 1 < size {
+            let name = CString::try_from_fmt(fmt!("rksmd/{}", self.workers.len() + 1))?;
+            self.workers.reserve(1, GFP_KERNEL)?;
+            let shared = self.shared.clone();
+            let worker = Kthread::run(symbols, &name, NICE, move |current| shared.work(current))?;
+            self.workers.push(worker, GFP_KERNEL)?;
         }
         Ok(())
     }
 
-    /// The CPU time that the helpers have used, in nanoseconds.
+    /// The CPU time that the workers have used, in nanoseconds.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn cpu_time(&self) -> u64 {
-        self.helpers.iter().map(Kthread::cpu_time).sum()
+        self.workers.iter().map(Kthread::cpu_time).sum()
     }
 }
 
-/// Lets others have the CPU if they need it. May sleep.
+/// Reschedules if another task needs the CPU.
+///
+/// # Context
+///
+/// May sleep.
 fn cond_resched() {
-    // SAFETY: Threads of a team hold no spinlock between jobs.
+    // SAFETY: Threads of a pool hold no spinlock between jobs.
     unsafe { raw::rksm_cond_resched() };
 }
 
-impl WorkerPool for Team {
+impl WorkerPool for KthreadPool {
     fn run<T: Send + Unpin>(&self, stage: &mut impl Stage<T>, work: impl Fn(&mut T) + Sync) {
-        if self.helpers.is_empty() {
+        if self.workers.is_empty() {
             while let Some(mut job) = stage.next_job() {
                 work(&mut job);
                 stage.complete(job);
@@ -344,20 +377,20 @@ impl WorkerPool for Team {
             }
             return;
         }
-        let board = &*self.board;
+        let shared = &*self.shared;
         stack_pin_init!(let jobs = pin_init!(Work {
-            jobs <- new_spinlock!(Jobs { waiting: Few::new(), done: Few::new() }, "rksm_jobs"),
+            jobs <- new_spinlock!(Jobs { waiting: Ring::new(), done: Ring::new() }, "rksm_jobs"),
             work,
-            waiting: &board.waiting,
-            done: &board.done,
+            waiting: &shared.waiting,
+            done: &shared.done,
         }));
         let jobs = jobs.into_ref().get_ref();
-        // SAFETY: It is taken down below.
-        unsafe { board.put_up(jobs) };
-        // Jobs that wait, that a helper is at, or that one has done.
+        // SAFETY: It is withdrawn below, before `jobs` goes out of scope.
+        unsafe { shared.publish(jobs) };
+        // Jobs that wait, are being run by a worker, or have been.
         let mut handed_out = 0;
-        let most = (self.helpers.len() * AHEAD).min(HANDED_OUT);
-        // The first one is nothing to call helpers for, if there is no other.
+        let most = (self.workers.len() * AHEAD).min(HANDED_OUT);
+        // A single job is not worth waking a worker.
         let mut first = stage.next_job();
         loop {
             cond_resched();
@@ -366,7 +399,7 @@ impl WorkerPool for Team {
                 stage.complete(job);
                 continue;
             }
-            if board.waiting.jobs.load(Relaxed) < most && handed_out < HANDED_OUT {
+            if shared.waiting.jobs.load(Relaxed) < most && handed_out < HANDED_OUT {
                 if let Some(job) = stage.next_job() {
                     handed_out += 1;
                     jobs.post(job);
@@ -383,14 +416,14 @@ impl WorkerPool for Team {
             } else if handed_out == 0 {
                 break;
             } else {
-                board.done.look_out();
-                if !board.done.any() {
-                    board
+                shared.done.poll();
+                if !shared.done.any() {
+                    shared
                         .done
-                        .sleep(|queue| queue.wait_idle(|| board.done.any()));
+                        .sleep(|queue| queue.wait_idle(|| shared.done.any()));
                 }
             }
         }
-        board.take_down();
+        shared.withdraw();
     }
 }

@@ -64,7 +64,7 @@ use crate::{
         batch::Batch,
         stable_nodes::StableNodes,
         trace::Trace,
-        worker_pool::Team, //
+        worker_pool::KthreadPool, //
     },
     takeover::builtin::Builtin, //
 };
@@ -91,7 +91,7 @@ use kernel::{
 struct ScanState {
     engine: Engine<StableNodes>,
     /// The other threads.
-    pool: Team,
+    pool: KthreadPool,
     buffers: PassBuffers<StableNodes>,
     /// `scan_threads` that `pool` and `buffers` have been made for.
     threads: u32,
@@ -153,7 +153,7 @@ impl Ksm {
         let trace = Trace::new(symbols);
         let state = ScanState {
             engine: Engine::new(StableNodes::new(trace)?),
-            pool: Team::new()?,
+            pool: KthreadPool::new()?,
             buffers: pass_buffers(1)?,
             threads: 1,
             prune_at: 0,
