@@ -4,10 +4,6 @@
 
 use crate::bindings::raw;
 
-fn this_module() -> *mut raw::module {
-    kernel::module::this_module::<crate::Rksm>().as_ptr()
-}
-
 /// Takes a reference. Returns false if the module is being unloaded.
 ///
 /// # Context
@@ -15,7 +11,7 @@ fn this_module() -> *mut raw::module {
 /// Any.
 pub(crate) fn get() -> bool {
     // SAFETY: This code is running, so the module is there.
-    unsafe { raw::try_module_get(this_module()) }
+    unsafe { raw::rksm_this_module_get() }
 }
 
 /// Gives up a reference that [`get`] took.
@@ -26,5 +22,5 @@ pub(crate) fn get() -> bool {
 pub(crate) fn put() {
     // SAFETY: This code is running, and the context that the caller is in keeps the module until
     // it has returned.
-    unsafe { raw::module_put(this_module()) };
+    unsafe { raw::rksm_this_module_put() };
 }
