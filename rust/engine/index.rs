@@ -284,7 +284,7 @@ impl Index {
 
     /// Returns whether there are no entries.
     pub const fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// Returns the memory that the index takes, in bytes.
@@ -353,7 +353,7 @@ impl Index {
         self.take(bucket, line, at);
         // INVARIANT: 4. One entry less.
         self.len -= 1;
-        if self.len == 0 {
+        if self.is_empty() {
             *self = Self::new();
         }
         for _ in 0..2 {

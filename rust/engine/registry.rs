@@ -48,6 +48,49 @@
 //! Linear hashing (W. Litwin, "Linear Hashing: A New Tool for File and Table Addressing", VLDB
 //! 1980): it grows by one bucket with each mm and never rehashes all at once, which a probe that
 //! must not allocate could not do. The buckets are in the slots themselves.
+//!
+//! # Examples
+//!
+//! A process exits while the scanner visits its mm:
+//!
+//! ```
+//! use engine::{
+//!     registry::{Enter, Exit, Next, Registry, SlotChunk},
+//!     types::MmPin,
+//! };
+//! use kernel::prelude::*;
+//!
+//! struct Pin(usize);
+//!
+//! impl MmPin for Pin {
+//!     fn key(&self) -> usize {
+//!         self.0
+//!     }
+//!     fn exiting(&self) -> bool {
+//!         false
+//!     }
+//!     fn clone_pin(&self) -> Self {
+//!         Self(self.0)
+//!     }
+//! }
+//!
+//! let mut registry = Registry::new();
+//! assert!(registry.add_chunk(SlotChunk::new(0, GFP_KERNEL)?).is_ok());
+//! assert!(matches!(registry.enter(Pin(1)), Enter::Registered { .. }));
+//!
+//! assert!(registry.begin());
+//! let Next::Visit(claim) = registry.claim() else {
+//!     panic!("there is an mm to scan");
+//! };
+//! assert!(matches!(registry.exit(1), Exit::Deferred { reap: false }));
+//! assert!(registry.release(claim, true).reap);
+//!
+//! let dead = registry.pop_dead().unwrap();
+//! // Here the page state of the slot `dead.id()` is dropped.
+//! drop(registry.free(dead));
+//! assert_eq!((registry.len(), registry.nr_left()), (0, 0));
+//! # Ok::<(), Error>(())
+//! ```
 
 use super::types::{
     MmPin,
@@ -241,12 +284,12 @@ impl<M> Claim<M> {
     }
 }
 
-/// Outcome of [`Registry::release`].
-#[must_use = "the pin is to be dropped after unlocking"]
+/// Outcome of [`Registry::release`]. It is to be dropped after unlocking, and the claim's pin with
+/// it.
+#[must_use = "the pin in it is to be dropped after unlocking"]
 #[derive(Debug)]
 pub struct Released<M> {
-    /// The claim's own pin, to be dropped after unlocking.
-    pub pin: M,
+    _pin: M,
     /// The mm has left and this was the last claim: it can be reaped now.
     pub reap: bool,
 }
@@ -561,7 +604,7 @@ impl<M: MmPin> Registry<M> {
                 reap = true;
             }
         }
-        Released { pin, reap }
+        Released { _pin: pin, reap }
     }
 
     /// Pins the mm of a slot that the engine has page state for. Returns `None` if it has left.

@@ -346,8 +346,8 @@ fn any_number_of_entries_may_have_one_fingerprint() {
     assert_eq!(checked.index.bytes(), 0);
 }
 
-/// Two buckets of a table that never had an overflow line may need some when they are joined. Without memory they stay two, and
-/// nothing is lost.
+/// Two buckets of a table that never had an overflow line may need some when they are joined.
+/// Without memory they stay two, and nothing is lost.
 #[test]
 fn buckets_are_joined_only_with_memory() {
     let mut checked = Checked::new();
@@ -362,7 +362,8 @@ fn buckets_are_joined_only_with_memory() {
         });
         add.collect()
     };
-    // In an order that splits one bucket into four and leaves none of them with more than sixteen on the way.
+    // In an order that splits one bucket into four and leaves none of them with more than sixteen
+    // on the way.
     let mut others = add(&mut checked, 0, 7);
     others.extend(add(&mut checked, 2, 8));
     let mut odd = add(&mut checked, 1, 8);
@@ -392,8 +393,8 @@ fn buckets_are_joined_only_with_memory() {
     assert!(checked.index.bytes() > bytes, "there is no overflow line");
 }
 
-/// An entry that refers to nothing any more, or to a page that has changed, goes when its bucket is split, as long as the index
-/// is small.
+/// An entry that refers to nothing any more, or to a page that has changed, goes when its bucket is
+/// split, as long as the index is small.
 #[test]
 fn stale_entries_are_dropped() {
     let of = |entry| match entry {

@@ -60,7 +60,7 @@ impl MmPin for Pin {
     }
 }
 
-/// The registry behind a lock that nobody may take twice.
+/// The registry behind a lock that panics if it is taken twice.
 struct List(RefCell<Registry<Pin>>);
 
 impl MmList for List {
@@ -93,7 +93,7 @@ impl List {
         self.locked(|registry| registry.len())
     }
 
-    /// Visits the next mm. Which one it was, from where, and what came of it.
+    /// Visits the next mm. Returns which one, from where, and the outcome.
     fn next(&self, progress: Progress, tracked: bool) -> (Option<(usize, usize)>, Step) {
         let mut seen = None;
         let step = self.visit(|claim| {
@@ -110,12 +110,12 @@ const DONE: Visited = Visited {
 };
 
 #[test]
-fn enter_reports_whom_to_wake() {
+fn enter_reports_what_to_wake() {
     let list = List(RefCell::new(Registry::new()));
-    let nobody = Entered::default();
+    let nothing = Entered::default();
     let refill = Entered {
         refill: true,
-        ..nobody
+        ..nothing
     };
     assert_eq!(list.enter(Pin::new(1)), refill);
     assert!(list.locked(|registry| registry.take_missed()));
@@ -123,14 +123,14 @@ fn enter_reports_whom_to_wake() {
     let list = List::new();
     let scanner = Entered {
         wake_scanner: true,
-        ..nobody
+        ..nothing
     };
     assert_eq!(list.enter(Pin::new(1)), scanner);
-    assert_eq!(list.enter(Pin::new(1)), nobody);
-    assert_eq!(list.enter(Pin::new(2)), nobody);
+    assert_eq!(list.enter(Pin::new(1)), nothing);
+    assert_eq!(list.enter(Pin::new(2)), nothing);
     let gone = Pin::new(3);
     gone.1.set(true);
-    assert_eq!(list.enter(gone), nobody);
+    assert_eq!(list.enter(gone), nothing);
     assert_eq!(list.len(), 2);
     let low = (3..300).find(|&key| list.enter(Pin::new(key)) == refill);
     assert_eq!(low, Some(256 - 96 + 1));
@@ -201,7 +201,7 @@ fn an_exit_during_the_visit_is_reaped_after_it() {
 }
 
 #[test]
-fn unmerging_visits_those_too_who_come_meanwhile() {
+fn unmerging_visits_mms_that_enter_meanwhile() {
     let list = List::with(&[1, 2]);
     // A scan under way is over.
     assert!(list.locked(|registry| registry.begin()));
@@ -239,7 +239,7 @@ fn unmerging_ends_at_the_first_error() {
 }
 
 #[test]
-fn clearing_leaves_nobody() {
+fn clearing_leaves_no_mm() {
     let list = List::with(&[1, 2, 3]);
     assert!(list.locked(|registry| registry.begin()));
     while let (Some(_), _) = list.next(Progress::Done, true) {}

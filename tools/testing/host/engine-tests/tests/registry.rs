@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The registry against a model of it: order of the scan, life of a slot, and who holds which pin.
+//! The registry against a model: the order of the scan, the life of a slot, and every pin.
 
 use engine_tests::engine::{
     registry::{
@@ -199,7 +199,7 @@ fn the_first_mm_wakes_the_scanner() {
 }
 
 #[test]
-fn nobody_is_registered_twice_or_after_his_exit() {
+fn no_mm_is_registered_twice_or_after_its_exit() {
     let mut registry = Locked::new();
     let (a, b) = (mm(1), mm(2));
     assert!(registered(registry.enter(&a)));
@@ -259,7 +259,7 @@ fn a_claimed_slot_outlives_the_exit() {
     assert!(matches!(registry.exit(1), Exit::Deferred { reap: false }));
     assert!(registry.none_dead());
     assert!(registry.with(|registry| registry.pin(claim.id())).is_none());
-    // The number of the slot goes to nobody else.
+    // The id of the slot is not reused.
     let b = mm(2);
     assert!(registered(registry.enter(&b)));
     assert!(registry.0.iter().all(|(id, _)| id != claim.id()));
@@ -490,7 +490,7 @@ fn many_mms_are_found_whatever_their_number() {
 }
 
 #[test]
-fn that_somebody_was_missed_is_told_once() {
+fn a_missed_mm_is_reported_once() {
     let mut registry = Registry::<Pin>::new();
     assert!(!registry.take_missed());
     registry.mark_missed();
@@ -649,7 +649,7 @@ fn run(steps: &[Step]) {
                         }
                     }
                 }
-                // Its address can be another mm's only when nobody pins it any more.
+                // Another mm can have its address only when it is not pinned any more.
                 if mm.pins.get() == 0 {
                     alive[who] = self::mm(mm.key);
                     all.push(alive[who].clone());
@@ -775,7 +775,7 @@ fn run(steps: &[Step]) {
         );
     }
 
-    // Whatever the history was, nothing is left when everybody has let go.
+    // Whatever the history was, nothing is left when all claims and pins are gone.
     for claim in claims {
         drop(registry.release(claim, true));
     }

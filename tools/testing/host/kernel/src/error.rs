@@ -70,7 +70,8 @@ pub struct Error(NonZeroI32);
 const MAX_ERRNO: i32 = 4095;
 
 impl Error {
-    /// Creates an [`Error`] from a negative errno; anything else is a bug and yields [`code::EINVAL`].
+    /// Creates an [`Error`] from a negative errno; anything else is a bug and yields
+    /// [`code::EINVAL`].
     pub fn from_errno(errno: core::ffi::c_int) -> Error {
         Self::try_from_errno(errno).unwrap_or(code::EINVAL)
     }

@@ -2,9 +2,9 @@
 
 //! Stand-in for the part of the kernel crate that `rust/engine` uses.
 //!
-//! Whatever is here has the name, the path and the signature it has in the kernel, so that the engine's files compile
-//! unchanged on the host. [`testing`] is the one addition: it makes allocations fail on demand and counts the
-//! bytes a kernel would have given out.
+//! Whatever is here has the name, the path and the signature it has in the kernel, so that the
+//! engine's files compile unchanged on the host. [`testing`] is the one addition: it makes
+//! allocations fail on demand and counts the bytes a kernel would have given out.
 
 #![deny(unsafe_code)]
 

@@ -53,8 +53,8 @@ pub fn failures() -> u64 {
     FAILED.get()
 }
 
-/// What the kernel gives out for a request of `size` bytes: the object size of its kmalloc cache, or whole
-/// pages in powers of two.
+/// What the kernel gives out for a request of `size` bytes: the object size of its kmalloc cache,
+/// or whole pages in powers of two.
 pub fn size_class(size: usize) -> usize {
     const CLASSES: [usize; 14] = [
         0, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192,

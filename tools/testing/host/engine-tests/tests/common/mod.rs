@@ -14,7 +14,8 @@ use std::hash::{
     RandomState, //
 };
 
-/// Makes a runner from a seed that is printed, so that a failure can be had again with `RKSM_SEED=…`.
+/// Makes a runner from a seed that is printed, so that a failure can be had again with
+/// `RKSM_SEED=…`.
 ///
 /// `PROPTEST_CASES` takes precedence over `cases`.
 pub(crate) fn runner(cases: u32) -> TestRunner {

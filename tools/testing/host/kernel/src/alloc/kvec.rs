@@ -36,7 +36,8 @@ use core::{
 /// The kernel's `Vec` type: growable, each growth can fail.
 pub struct Vec<T, A: Allocator> {
     inner: std::vec::Vec<T>,
-    // The standard vector may have been given more than was asked for; the kernel's counts what was asked for.
+    // The standard vector may have been given more than was asked for; the kernel's counts what was
+    // asked for.
     cap: usize,
     _p: PhantomData<A>,
 }
