@@ -2,9 +2,9 @@
 
 //! Kernel samepage merging, in place of the built-in.
 //!
-//! Layers that depend on each other one way: the [`service`] runs the [`engine`], which decides and has no unsafe
-//! code, over [`ksm`], which merges and unmerges pages; [`takeover`] replaces the built-in; [`kernel_ext`] wraps what
-//! the kernel crate lacks. This file loads and unloads.
+//! Layers that depend on each other one way: the [`service`] runs the [`engine`], which decides and
+//! has no unsafe code, over [`ksm`], which merges and unmerges pages; [`takeover`] replaces the
+//! built-in; [`kernel_ext`] wraps what the kernel crate lacks. This file loads and unloads.
 
 use kernel::{
     prelude::*,
@@ -126,7 +126,8 @@ impl Rksm {
             ksm: ksm.clone(),
             takeover,
         };
-        // An mm that comes after the probes are there is told of by them, any other is on the built-in's list.
+        // An mm that comes after the probes are there is told of by them, any other is on the
+        // built-in's list.
         rksm.probes = Some(Probes::register(ksm.clone())?);
         ksm.register_all()?;
         rksm.notifier = Some(MemoryNotifier::register(ksm.clone())?);

@@ -118,7 +118,8 @@ pub trait MmList {
         while let Some(number) = self.locked(|registry| registry.wanted()) {
             // A failed allocation is retried soon, so the kernel need not warn.
             let chunk = SlotChunk::new(number, flags | __GFP_NOWARN)?;
-            // Another thread may have added this chunk first; a second one is freed after unlocking.
+            // Another thread may have added this chunk first; a second one is freed after
+            // unlocking.
             drop(self.locked(|registry| registry.add_chunk(chunk)));
         }
         Ok(())

@@ -72,8 +72,8 @@ use kernel::{
 
 /// What is known of one page.
 ///
-/// A page is `Tracked` from when it is first seen, becomes `Merged` when its mapping is replaced by one of a merged page, and
-/// `Tracked` again when that mapping was broken.
+/// A page is `Tracked` from when it is first seen, becomes `Merged` when its mapping is replaced by
+/// one of a merged page, and `Tracked` again when that mapping was broken.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum PageState {
     /// Not merged.

@@ -18,11 +18,13 @@ use kernel::{
 
 /// A vector in pages of memory, which grows and shrinks at its end without moving an element.
 ///
-/// Like the kernel's `genradix`, but it shrinks as well, and has an array of pages instead of a tree.
+/// Like the kernel's `genradix`, but it shrinks as well, and has an array of pages instead of a
+/// tree.
 ///
 /// # Invariants
 ///
-/// 1. Element `i` is the `i % PER_PAGE`th of page `i / PER_PAGE`; pages after the last element are empty.
+/// 1. Element `i` is the `i % PER_PAGE`th of page `i / PER_PAGE`; pages after the last element are
+///    empty.
 /// 2. Every page has capacity for `PER_PAGE` elements.
 /// 3. `len` is the number of elements in all pages.
 pub(crate) struct PagedVec<T> {
