@@ -12,7 +12,6 @@ use kernel::{
 };
 
 mod bindings;
-#[forbid(unsafe_code)]
 #[expect(
     dead_code,
     unreachable_pub,

@@ -75,6 +75,7 @@ unsigned long rksm_read_once(const unsigned long *word)
 
 void rksm_smp_rmb(void)
 {
+	/* What it pairs with is said where it is called. */
 	smp_rmb();
 }
 

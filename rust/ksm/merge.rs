@@ -178,7 +178,7 @@ impl Merge {
 
 impl backend::Merge for Merge {
     fn run(&mut self, before_split: impl FnOnce()) {
-        match self.only_mm().map(|mm| mm.clone()) {
+        match self.only_mm().cloned() {
             Some(mm) => {
                 let guard = mm.mmap_read_lock();
                 self.run_in(&mut Vmas::new(&guard), before_split);
@@ -191,7 +191,7 @@ impl backend::Merge for Merge {
     fn run_all<'a>(merges: impl Iterator<Item = &'a mut Self>) {
         let mut merges = merges.peekable();
         while let Some(first) = merges.next() {
-            let Some(mm) = first.only_mm().map(|mm| mm.clone()) else {
+            let Some(mm) = first.only_mm().cloned() else {
                 first.run_new_node(|| ());
                 continue;
             };

@@ -55,6 +55,12 @@ pub enum Origin {
     Rksm,
 }
 
+/// Writes what a read of a file shows.
+type Show = fn(&Knobs, &Snapshot, &mut dyn Write) -> fmt::Result;
+
+/// Parses what was written to a file.
+type Store = fn(&[u8]) -> Result<Change>;
+
 /// A file in sysfs.
 pub struct Attribute {
     /// Its name.
@@ -64,9 +70,9 @@ pub struct Attribute {
     /// What it means, as the ABI document has it.
     pub doc: &'static str,
     /// Writes what a read shows, newline included.
-    pub show: fn(&Knobs, &Snapshot, &mut dyn Write) -> fmt::Result,
+    pub show: Show,
     /// Parses a write, up to the first NUL. A file without it is read-only.
-    pub store: Option<fn(&[u8]) -> Result<Change>>,
+    pub store: Option<Store>,
     /// Whether the module has a parameter of that name.
     pub parameter: bool,
 }

@@ -146,7 +146,9 @@ void run_metadata(void)
 {
 	size_t div = opt.quick ? 4 : 1, copies = 64 * KI / div;
 	struct shape dense = { .content = UNIQUE, .pages = 256 * KI / div, .stride = 1 };
-	struct shape sparse = { .content = UNIQUE, .pages = 32 * KI / (opt.quick ? 2 : 1), .stride = 64 };
+	struct shape sparse = { .content = UNIQUE,
+				.pages = 32 * KI / (opt.quick ? 2 : 1),
+				.stride = 64 };
 	struct shape merged = {
 		.content = COPIES, .pages = copies, .stride = 1, .distinct = copies / 8,
 	};

@@ -356,7 +356,8 @@ static int worker(void *arg)
 
 	area.page = calloc(area.pages, sizeof(*area.page));
 	/* Shared memory, which KSM never merges, but for children that want their own */
-	area.shadow = kind->special == forked_writer ? map_pages(area.pages) : map_shared(area.pages);
+	area.shadow = kind->special == forked_writer ? map_pages(area.pages) :
+						       map_shared(area.pages);
 	kind->map(&area);
 	for (size_t i = 0; i < area.pages; i++) {
 		fill_page(shadow_of(&area, i), rnd_below(PALETTE));
@@ -423,11 +424,11 @@ int main(int argc, char **argv)
 				ksft_print_msg("%s: nothing was ever merged\n", kind->name);
 			if (done && kind->special && !results[k].special)
 				ksft_print_msg("%s: never happened\n", kind->name);
-			ksft_test_result(done && results[k].merged &&
-					 (!kind->special || results[k].special),
-					 "%s, use_zero_pages %d, smart_scan %d, max_page_sharing %d\n",
-					 kind->name, settings[s].use_zero_pages,
-					 settings[s].smart_scan, settings[s].max_page_sharing);
+			ksft_test_result(
+				done && results[k].merged && (!kind->special || results[k].special),
+				"%s, use_zero_pages %d, smart_scan %d, max_page_sharing %d\n",
+				kind->name, settings[s].use_zero_pages, settings[s].smart_scan,
+				settings[s].max_page_sharing);
 		}
 	}
 	ksm_set("run", 2);

@@ -382,7 +382,8 @@ int main(int argc, char **argv)
 	if (module_loaded())
 		ksft_test_result(held < DEAD_MMS / 10, "dead mms are freed with run=0\n");
 	else
-		ksft_test_result(held >= DEAD_MMS / 10, "dead mms are kept with run=0, as this test can tell\n");
+		ksft_test_result(held >= DEAD_MMS / 10,
+				 "dead mms are kept with run=0, as this test can tell\n");
 	child_end(&watcher);
 	test_exit();
 }

@@ -116,7 +116,10 @@ static long injected(void)
 	return n;
 }
 
-/* fail-nth of this thread, open for good: to open it takes allocations, which could be the ones to fail */
+/*
+ * fail-nth of this thread, open for good: to open it takes allocations, which could be the ones to
+ * fail
+ */
 static int nth_fd(void)
 {
 	static int fd = -1;
@@ -188,8 +191,8 @@ static bool merges_all(void)
 	     ksm_until("pages_shared", CONTENTS, 30) && intact();
 	ksm_set("run", 2);
 	/* Zero pages are not asserted, see contents.c */
-	return ok && !ksm_get("pages_shared") && !ksm_get("pages_sharing") && !ksm_get("pages_unshared") &&
-	       !ksm_get("stable_node_dups") && intact();
+	return ok && !ksm_get("pages_shared") && !ksm_get("pages_sharing") &&
+	       !ksm_get("pages_unshared") && !ksm_get("stable_node_dups") && intact();
 }
 
 /* Unmerging may fail, and then says so */
@@ -271,8 +274,10 @@ static void at_random(int which, const char *probability)
 		alive &= child_wait_step(&child[c]);
 		child_kill(&child[c]);
 	}
-	ksft_print_msg("%ld allocations failed, run=2 failed %d times of %d\n", n, failures, ROUNDS);
-	ksft_test_result(clean && alive && n > 0, "%s %s %% of all allocations: clean errors, contents stay\n",
+	ksft_print_msg("%ld allocations failed, run=2 failed %d times of %d\n", n, failures,
+		       ROUNDS);
+	ksft_test_result(clean && alive && n > 0,
+			 "%s %s %% of all allocations: clean errors, contents stay\n",
 			 which == 3 ? "both" : kinds[which >> 1], probability);
 	ksft_test_result(merges_all(), "and afterwards everything merges\n");
 }
@@ -305,7 +310,8 @@ static void unmerge_one_by_one(void)
 		ksm_set("run", 2);
 		ok &= !ksm_get("pages_sharing") && !ksm_get("pages_shared");
 	}
-	ksft_print_msg("%u allocations failed one by one, run=2 failed for %u of them\n", n - 1, failures);
+	ksft_print_msg("%u allocations failed one by one, run=2 failed for %u of them\n", n - 1,
+		       failures);
 	munmap(few, FEW * PAGE);
 	mergeable(area, PAGES);
 	ksft_test_result(ok && n > FEW && n < 1000, "run=2 with each of its allocations failing\n");
@@ -376,7 +382,8 @@ static void found_later(void)
 	inject(0, "0");
 	/* What found no memory is tried again after half a second */
 	usleep(1500000);
-	ok &= ksm_until("pages_sharing", PROCESSES - 2, 100) || ksm_until("pages_sharing", PROCESSES - 1, 10);
+	ok &= ksm_until("pages_sharing", PROCESSES - 2, 100) ||
+	      ksm_until("pages_sharing", PROCESSES - 1, 10);
 	ksft_print_msg("%ld of %d pages saved\n", ksm_get("pages_sharing"), PROCESSES - 1);
 	for (int c = 0; c < PROCESSES; c++)
 		ok &= !child_end(&child[c]);

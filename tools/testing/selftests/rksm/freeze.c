@@ -43,7 +43,8 @@ static bool merges(void)
 /* Freezes everything for a second, rksmd too, and thaws it */
 static bool suspend_test(void)
 {
-	return write_file("/sys/power/pm_test", "freezer") && write_file("/sys/power/state", "freeze");
+	return write_file("/sys/power/pm_test", "freezer") &&
+	       write_file("/sys/power/state", "freeze");
 }
 
 static pid_t unmerger(void)
@@ -62,7 +63,8 @@ static bool frozen(void)
 	char buf[256];
 
 	for (int tries = 0; tries < 3000; tries++) {
-		if (read_file(CGROUP "/cgroup.events", buf, sizeof(buf)) > 0 && strstr(buf, "frozen 1"))
+		if (read_file(CGROUP "/cgroup.events", buf, sizeof(buf)) > 0 &&
+		    strstr(buf, "frozen 1"))
 			return true;
 		usleep(10000);
 	}

@@ -187,13 +187,18 @@ static bool balanced(void)
 
 static const char *const kinds[] = { "failslab", "fail_page_alloc" };
 
-/* Of the tasks that ask for it, this part of the allocations fails, in percent; false where there is no such thing */
+/*
+ * Of the tasks that ask for it, this part of the allocations fails, in percent; false where there
+ * is no such thing
+ */
 static bool set_faults(const char *percent)
 {
 	const char *const settings[][2] = {
-		{ "probability", percent }, { "interval", "1" }, { "times", "1000000" }, { "space", "0" },
-		{ "verbose", "0" }, { "task-filter", "Y" }, { "ignore-gfp-wait", "N" },
-		{ "ignore-gfp-highmem", "N" }, { "min-order", "0" },
+		{ "probability", percent }, { "interval", "1" },
+		{ "times", "1000000" },	    { "space", "0" },
+		{ "verbose", "0" },	    { "task-filter", "Y" },
+		{ "ignore-gfp-wait", "N" }, { "ignore-gfp-highmem", "N" },
+		{ "min-order", "0" },
 	};
 	char path[96];
 
@@ -236,7 +241,8 @@ static bool offline_with_faults(size_t block, int *went)
 			if (try_state(block, "offline"))
 				_exit(0);
 			/* EINTR and EINVAL: what else has a say in it had no memory */
-			if (errno != ENOMEM && errno != EBUSY && errno != EAGAIN && errno != EINTR && errno != EINVAL)
+			if (errno != ENOMEM && errno != EBUSY && errno != EAGAIN &&
+			    errno != EINTR && errno != EINVAL)
 				_exit(2);
 		}
 		_exit(1);
@@ -277,8 +283,10 @@ static void with_faults(size_t per_block)
 		ksm_scans(3);
 		right &= balanced() && intact();
 	}
-	ksft_print_msg("%d blocks of %d went offline, %ld allocations failed\n", went, ROUNDS, failed);
-	ksft_test_result(clean && went && failed, "with some allocations failing they go, or it is a clean error\n");
+	ksft_print_msg("%d blocks of %d went offline, %ld allocations failed\n", went, ROUNDS,
+		       failed);
+	ksft_test_result(clean && went && failed,
+			 "with some allocations failing they go, or it is a clean error\n");
 	ksft_test_result(right, "contents and counters are right then, too\n");
 }
 

@@ -80,12 +80,15 @@ static int ascending(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
-/* Whether all of it happened. How long it took is a figure, and nothing that a slow host could fail. */
+/*
+ * Whether all of it happened. How long it took is a figure, and nothing that a slow host could
+ * fail.
+ */
 static bool report(const char *who, const char *what, double *ms)
 {
 	qsort(ms, ALL, sizeof(*ms), ascending);
-	printf("#| kill -9 to %s, %s: quarter %.2f ms, median %.2f, %.2f to %.2f (%d kills)\n", what, who,
-	       ms[ALL / 4], ms[ALL / 2], ms[0], ms[ALL - 1], ALL);
+	printf("#| kill -9 to %s, %s: quarter %.2f ms, median %.2f, %.2f to %.2f (%d kills)\n",
+	       what, who, ms[ALL / 4], ms[ALL / 2], ms[0], ms[ALL - 1], ALL);
 	return ms[0] >= 0;
 }
 
@@ -114,7 +117,8 @@ int main(int argc, char **argv)
 			mergeable(map_pages(1), 1);
 			ksm_start();
 			for (int n = 0; n < KILLS; n++)
-				freed[rksm][turn * KILLS + n] = one_kill(&reaped[rksm][turn * KILLS + n]);
+				freed[rksm][turn * KILLS + n] =
+					one_kill(&reaped[rksm][turn * KILLS + n]);
 			ksm_set("run", 2);
 			if (rksm && module_remove())
 				die("rksm does not go");

@@ -34,8 +34,24 @@
 
 /* A process that does what it is told with an area of its own */
 
-enum op { MAP, MAP_HUGE, FILL, FLIP, RETURN, HOLDS, FREE, LOCK, UNLOCK, PROTECT, PKEY, TRY, CLEAR_REFS,
-	  WATCH, UNWATCH, FORK };
+enum op {
+	MAP,
+	MAP_HUGE,
+	FILL,
+	FLIP,
+	RETURN,
+	HOLDS,
+	FREE,
+	LOCK,
+	UNLOCK,
+	PROTECT,
+	PKEY,
+	TRY,
+	CLEAR_REFS,
+	WATCH,
+	UNWATCH,
+	FORK
+};
 enum access { READ, WRITE, EXECUTE };
 
 struct order {
@@ -351,9 +367,10 @@ static void lazily_freed(const char *swap)
 			const char *size = huge ? "huge" : "small";
 
 			for (int forks = 0; forks < 2; forks++)
-				ksft_test_result(join_freed(several, huge, forks),
-						 "MADV_FREE of a merged page%s, %s, of a %s one, %s\n",
-						 forks ? ", then fork" : "", who, size, swap);
+				ksft_test_result(
+					join_freed(several, huge, forks),
+					"MADV_FREE of a merged page%s, %s, of a %s one, %s\n",
+					forks ? ", then fork" : "", who, size, swap);
 			for (int which = 0; which < 2; which++)
 				ksft_test_result(pair_freed(several, huge, which),
 						 "MADV_FREE of page %d of two, %s, %s, %s\n",
@@ -372,7 +389,8 @@ static bool soft_dirty_is(struct place places[2], bool written, const char *when
 		bool dirty = entry_of(&places[p]) & PM_SOFT_DIRTY;
 
 		if (dirty != written)
-			ksft_print_msg("page %d %s is%s soft-dirty\n", p, when, dirty ? "" : " not");
+			ksft_print_msg("page %d %s is%s soft-dirty\n", p, when,
+				       dirty ? "" : " not");
 		ok &= dirty == written;
 	}
 	return ok;
@@ -524,7 +542,8 @@ static bool watched(bool *possible)
 		ksm_start();
 		for (int n = 0; n < 8; n++) {
 			ksm_scans(1);
-			ok &= mapping_of(&places[0]).pfn == pfn && entry_of(&places[0]) & PM_UFFD_WP;
+			ok &= mapping_of(&places[0]).pfn == pfn &&
+			      entry_of(&places[0]) & PM_UFFD_WP;
 		}
 		ok &= tell(&places[0], UNWATCH, 0) && merged(places);
 	}
@@ -545,7 +564,8 @@ int main(int argc, char **argv)
 	softly();
 	protections();
 	for (int which = 0; which < 2; which++)
-		ksft_test_result(locked(which), "page %d of two is mlocked, and so is the merged page\n",
+		ksft_test_result(locked(which),
+				 "page %d of two is mlocked, and so is the merged page\n",
 				 which + 1);
 	ok = watched(&possible);
 	if (possible)

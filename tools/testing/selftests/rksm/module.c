@@ -189,7 +189,8 @@ static bool stays_while_used(void)
 
 static void churn(int kind)
 {
-	static const char *const values[] = { "0", "1", "2", "100", "none", "scan-time", "-1", "x" };
+	static const char *const values[] = { "0",    "1",	   "2",	 "100",
+					      "none", "scan-time", "-1", "x" };
 
 	rnd_fork(kind);
 	for (;;) {
@@ -316,7 +317,8 @@ static bool refused(const char *const *names, int err)
 	}
 	close(log);
 	if (got != err || lines != 1) {
-		ksft_print_msg("insmod: %s, not %s; %d lines\n", strerror(-got), strerror(-err), lines);
+		ksft_print_msg("insmod: %s, not %s; %d lines\n", strerror(-got), strerror(-err),
+			       lines);
 		ok = false;
 	}
 	return !module_loaded() && merges() && ok;
@@ -334,7 +336,8 @@ static bool restless(void)
 	ksm_reset();
 	ksm_set("sleep_millisecs", 0);
 	ksm_start();
-	ok = insert("") && remove_module() && ksm_get("run") == 1 && ksm_get("sleep_millisecs") == 0;
+	ok = insert("") && remove_module() && ksm_get("run") == 1 &&
+	     ksm_get("sleep_millisecs") == 0;
 	ksm_reset();
 	munmap(own, PAGE);
 	mergeable(area, COPIES);
@@ -385,9 +388,12 @@ static bool nothing_leaks(void)
 		used[2][i] = meminfo(watched[i].field);
 		first = used[1][i] - used[0][i];
 		second = used[2][i] - used[1][i];
-		ksft_print_msg("%s grew by %ld and %ld kB in twice %d cycles\n", watched[i].field, first,
-			       second, CYCLES / 2);
-		/* What leaks does so all the time; the memory for modules' text grows by 2 MiB now and then */
+		ksft_print_msg("%s grew by %ld and %ld kB in twice %d cycles\n", watched[i].field,
+			       first, second, CYCLES / 2);
+		/*
+		 * What leaks does so all the time; the memory for modules' text grows by 2 MiB now
+		 * and then
+		 */
 		ok &= 2 * (first < second ? first : second) <= watched[i].slack;
 	}
 	return ok;
@@ -433,11 +439,13 @@ int main(int argc, char **argv)
 	ok = module_insert("run=1x");
 	ksft_test_result(ok && !module_loaded() && merges(),
 			 "a bad parameter is refused, and the built-in merges on\n");
-	ksft_test_result(refused((const char *[]){ "root_stable_tree", "migrate_nodes", NULL }, -ENOENT),
+	ksft_test_result(refused((const char *[]){ "root_stable_tree", "migrate_nodes", NULL },
+				 -ENOENT),
 			 "a kernel without two symbols is refused, and the built-in merges on\n");
 	ksft_test_result(refused((const char *[]){ "linear_page_index", NULL }, -EINVAL),
 			 "a kernel with another layout is refused, and the built-in merges on\n");
-	ksft_test_result(refused((const char *[]){ "kallsyms_on_each_match_symbol", NULL }, -ENOENT),
+	ksft_test_result(refused((const char *[]){ "kallsyms_on_each_match_symbol", NULL },
+				 -ENOENT),
 			 "a kernel without kallsyms is refused, and the built-in merges on\n");
 	ksm_set("run", 0);
 	ok = insert("run=1") && ksm_get("run") == 1 && ksm_until("pages_sharing", COPIES - 1, 30);
@@ -452,6 +460,7 @@ int main(int argc, char **argv)
 	ksm_reset();
 	ksft_test_result(!module_loaded() && merges(), "the built-in merges after all that\n");
 	ksm_set("run", 2);
-	ksft_test_result(intact() && descriptors_work(), "contents and descriptors are as they were\n");
+	ksft_test_result(intact() && descriptors_work(),
+			 "contents and descriptors are as they were\n");
 	test_exit();
 }

@@ -41,7 +41,8 @@ static char *fill_merged(size_t pages, size_t step)
 		if (i % step == step - 1 || i == pages - 1) {
 			size_t first = i / step * step;
 
-			while (ksm_mappings(getpid(), area + first * PAGE, i - first + 1) <= i - first)
+			while (ksm_mappings(getpid(), area + first * PAGE, i - first + 1) <=
+			       i - first)
 				ksm_scans(1);
 		}
 	}
@@ -69,7 +70,8 @@ static long killed_in_cgroup(void)
 {
 	char buf[512], *at;
 
-	if (read_file(CGROUP "/memory.events", buf, sizeof(buf)) <= 0 || !(at = strstr(buf, "oom_kill ")))
+	if (read_file(CGROUP "/memory.events", buf, sizeof(buf)) <= 0 ||
+	    !(at = strstr(buf, "oom_kill ")))
 		return -1;
 	return strtol(at + strlen("oom_kill "), NULL, 10);
 }
@@ -217,9 +219,9 @@ static void without_memory(void)
 	child_kill(&spare);
 	ksft_test_result(ended && how, "run=2 of more than there is memory\n");
 	/*
-	 * Who asked for it is the one to go, not those whose memory it is. But what is gone by then is
-	 * gone, and the next one who needs a page may find none before the ballast has been given back:
-	 * where the writer was killed, one of them may follow.
+	 * Who asked for it is the one to go, not those whose memory it is. But what is gone by
+	 * then is gone, and the next one who needs a page may find none before the ballast has
+	 * been given back: where the writer was killed, one of them may follow.
 	 */
 	ksm_start();
 	for (int c = 0; c < HOLDERS; c++) {
@@ -236,7 +238,10 @@ static void without_memory(void)
 
 int main(int argc, char **argv)
 {
-	/* This and the monitor outlive those whose memory it is; whatever is started for that may be killed */
+	/*
+	 * This and the monitor outlive those whose memory it is; whatever is started for that may
+	 * be killed
+	 */
 	write_file("/proc/self/oom_score_adj", "-1000");
 	test_init(argc, argv);
 	if (!write_file("/sys/fs/cgroup/cgroup.subtree_control", "+memory") ||

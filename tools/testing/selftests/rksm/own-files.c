@@ -252,10 +252,12 @@ int main(int argc, char **argv)
 	if (module_loaded())
 		ksft_exit_skip("the module is loaded already\n");
 	test_plan(9);
-	ksft_test_result(access(DIR_OWN, F_OK) && errno == ENOENT, "not there without the module\n");
+	ksft_test_result(access(DIR_OWN, F_OK) && errno == ENOENT,
+			 "not there without the module\n");
 	if (module_insert(""))
 		die("cannot load %s", module_path);
-	ksft_test_result(builtin_files_only(), "/sys/kernel/mm/ksm has the built-in's files, no more\n");
+	ksft_test_result(builtin_files_only(),
+			 "/sys/kernel/mm/ksm has the built-in's files, no more\n");
 	ksft_test_result(lists(DIR_OWN, own, ARRAY_SIZE(own)) &&
 			 lists(DIR_OWN "/refused", reasons, ARRAY_SIZE(reasons)),
 			 "/sys/kernel/mm/rksm has ours\n");

@@ -79,7 +79,8 @@ static void with_vmsplice(void)
 	pfn = pfn_of(pinned);
 	ksm_start();
 	ok = ksm_until_true(others_merged, area, 12);
-	ksft_test_result(ok && stays(pinned, pfn), "vmsplice: the page is not merged, its twins are\n");
+	ksft_test_result(ok && stays(pinned, pfn),
+			 "vmsplice: the page is not merged, its twins are\n");
 
 	/* What the pipe's reader sees is this very page */
 	memcpy(pinned, "rksm selftest", 14);

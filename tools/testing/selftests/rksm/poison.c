@@ -72,7 +72,8 @@ static bool fail_page(void *page, enum means means)
 static int process(void *arg)
 {
 	struct role *role = arg;
-	struct sigaction action = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_RESTART };
+	struct sigaction action = { .sa_sigaction = on_sigbus,
+				    .sa_flags = SA_SIGINFO | SA_RESTART };
 	int result = 0;
 
 	sigaction(SIGBUS, &action, NULL);
@@ -138,7 +139,8 @@ static void page_fails(enum means means)
 		else
 			others &= result == 0;
 	}
-	ksft_test_result(right, "%s: every process that maps it is told, and has its other pages\n", name);
+	ksft_test_result(right, "%s: every process that maps it is told, and has its other pages\n",
+			 name);
 	ksft_test_result(others, "%s: nobody else is\n", name);
 	/* Its contents merge again, in another page */
 	area = map_pages(2);
@@ -163,7 +165,8 @@ int main(int argc, char **argv)
 	page_fails(BY_MADVISE);
 	if (system("modprobe -q hwpoison-inject") || access(CORRUPT_PFN, W_OK)) {
 		for (int i = 0; i < 6; i++)
-			ksft_test_result_skip("%s: this kernel has no hwpoison-inject\n", means_names[BY_FRAME]);
+			ksft_test_result_skip("%s: this kernel has no hwpoison-inject\n",
+					      means_names[BY_FRAME]);
 	} else {
 		page_fails(BY_FRAME);
 	}

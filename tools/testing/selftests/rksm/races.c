@@ -151,7 +151,10 @@ static int after_exec(int times)
 	return 1;
 }
 
-/* What is merged is forked, moved, unmapped and migrated, so that rmap walks meet items of vmas that go */
+/*
+ * What is merged is forked, moved, unmapped and migrated, so that rmap walks meet items of vmas
+ * that go
+ */
 static void fork_and_unmap(void)
 {
 	while (!over()) {
@@ -204,7 +207,10 @@ static void migrate(char *area)
 	syscall(SYS_move_pages, 0, PAGES, pages, nodes, status, 4);
 }
 
-/* An anon_vma goes with its only vma, while the rmap items of the pages that were merged there are left */
+/*
+ * An anon_vma goes with its only vma, while the rmap items of the pages that were merged there are
+ * left
+ */
 static void unmap_and_migrate(void)
 {
 	while (!over()) {
@@ -216,11 +222,13 @@ static void unmap_and_migrate(void)
 			mergeable(area, PAGES);
 			for (int i = 0; i < 6 && !over(); i++) {
 				/* Neighbours would share the anon_vma */
-				char *gap = mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+				char *gap = mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS,
+						 -1, 0);
 				char *twin = filled();
 
 				mergeable(twin, PAGES);
-				for (int tries = 0; tries < 50 && !ksm_mappings(getpid(), twin, PAGES); tries++)
+				for (int tries = 0;
+				     tries < 50 && !ksm_mappings(getpid(), twin, PAGES); tries++)
 					usleep(10000);
 				must(intact(twin));
 				munmap(twin, PAGES * PAGE);
@@ -318,10 +326,12 @@ struct race {
 
 static const struct race races[] = {
 	{ "1 unlock order against mmput", { come_and_go, come_and_go, come_and_go, come_and_go } },
-	{ "2 exit check before the VMA iterator", { exec_again, exec_again, exec_again, come_and_go } },
+	{ "2 exit check before the VMA iterator",
+	  { exec_again, exec_again, exec_again, come_and_go } },
 	{ "3 release against unregister", { load_again, come_and_go, come_and_go, exec_again } },
 	{ "4 OOM deadlock", { unmerge_again, outgrow, outgrow, come_and_go } },
-	{ "5 anon_vma: reference and lock", { fork_and_unmap, fork_and_unmap, unmap_and_migrate, compact } },
+	{ "5 anon_vma: reference and lock",
+	  { fork_and_unmap, fork_and_unmap, unmap_and_migrate, compact } },
 };
 
 static bool provoke(const struct race *race)
@@ -357,8 +367,9 @@ static bool provoke(const struct race *race)
 	if (!module_loaded() && module_insert(PARAMETERS))
 		die("rksm does not load any more");
 	ksm_set("run", 2);
-	printf("#| race %-40s %6lu processes, %3lu loads, %3lu refusals%s\n", race->name, atomic_load(&shared->done),
-	       atomic_load(&shared->loads), atomic_load(&shared->refused), atomic_load(&shared->wrong) ? ", WRONG" : "");
+	printf("#| race %-40s %6lu processes, %3lu loads, %3lu refusals%s\n", race->name,
+	       atomic_load(&shared->done), atomic_load(&shared->loads),
+	       atomic_load(&shared->refused), atomic_load(&shared->wrong) ? ", WRONG" : "");
 	return !atomic_load(&shared->wrong) && atomic_load(&shared->done) > 0 &&
 	       !ksm_get("pages_shared") && !ksm_get("pages_sharing") && !ksm_get("pages_unshared");
 }
@@ -422,7 +433,8 @@ static bool exits_while_unmerging(void)
 	for (size_t c = 0; c < KILLED; c++)
 		child_kill(&killed[c]);
 	if (waitpid(writer, &status, WNOHANG)) {
-		ksft_print_msg("%d exits took as long as to unmerge %d processes\n", KILLED, OWNERS);
+		ksft_print_msg("%d exits took as long as to unmerge %d processes\n", KILLED,
+			       OWNERS);
 		ok = false;
 	} else {
 		kill(writer, SIGKILL);
@@ -472,7 +484,8 @@ int main(int argc, char **argv)
 			continue;
 		ksft_test_result(provoke(&races[r]), "race %s\n", races[r].name);
 		if (r + 1 == 4)
-			ksft_test_result(exits_while_unmerging(), "exits do not wait for who unmerges\n");
+			ksft_test_result(exits_while_unmerging(),
+					 "exits do not wait for who unmerges\n");
 	}
 	/* As if nothing had been */
 	{
@@ -481,7 +494,8 @@ int main(int argc, char **argv)
 		ksm_reset();
 		mergeable(area, PAGES);
 		ksm_start();
-		ksft_test_result(ksm_until_true(all_merged, area, 30) && intact(area), "it merges still\n");
+		ksft_test_result(ksm_until_true(all_merged, area, 30) && intact(area),
+				 "it merges still\n");
 		ksm_set("run", 2);
 	}
 	test_exit();

@@ -233,7 +233,8 @@ int main(int argc, char **argv)
 	ksft_test_result(!child_end(&child), "nobody else can write them\n");
 
 	collide = colliding();
-	ksft_test_result(collide > FLOOD / 16, "%zu of %d pages collide for any seed\n", collide, FLOOD);
+	ksft_test_result(collide > FLOOD / 16, "%zu of %d pages collide for any seed\n", collide,
+			 FLOOD);
 	honest = map_pages(HONEST);
 	for (size_t i = 0; i < HONEST; i++)
 		fill_page(honest + i * PAGE, 1 + i / 2);

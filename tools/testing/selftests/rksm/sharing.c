@@ -125,7 +125,8 @@ int main(int argc, char **argv)
 		ok &= intact(many[c], MANY, c + 1) &&
 		      !ksm_mappings(getpid(), many[c], MANY);
 	ksft_test_result(ok, "all zero after run=2\n");
-	ksft_test_result(!ksm_try_long("max_page_sharing", 2), "max_page_sharing can change then\n");
+	ksft_test_result(!ksm_try_long("max_page_sharing", 2),
+			 "max_page_sharing can change then\n");
 	ksm_start();
 	/* Two of the three few, and two of the three that are left of the first content */
 	ok = ksm_until("pages_shared", (CONTENTS - 1) * MANY / 2 + 2, 80);

@@ -87,9 +87,10 @@ int main(int argc, char **argv)
 	ksm_set("run", 0);
 	for (size_t p = 0; p < PROCESSES; p++)
 		mapped += ksm_mappings(child[p].pid, areas[p], PAGES);
-	ksft_test_result(mapped && ksm_get("pages_shared") + ksm_get("pages_sharing") == (long)mapped,
-			 "%zu mappings are counted as %ld + %ld\n", mapped,
-			 ksm_get("pages_shared"), ksm_get("pages_sharing"));
+	ksft_test_result(mapped &&
+				 ksm_get("pages_shared") + ksm_get("pages_sharing") == (long)mapped,
+			 "%zu mappings are counted as %ld + %ld\n", mapped, ksm_get("pages_shared"),
+			 ksm_get("pages_sharing"));
 	ksm_start();
 	for (size_t p = 0; p < PROCESSES; p++)
 		ok &= child_end(&child[p]) == 0;

@@ -55,7 +55,10 @@ static bool intact(void)
 	return true;
 }
 
-/* How many pages one full scan counts: each batch is one, as the scanner sleeps until sleep_millisecs changes */
+/*
+ * How many pages one full scan counts: each batch is one, as the scanner sleeps until
+ * sleep_millisecs changes
+ */
 static long scan_count(void)
 {
 	long scanned;
@@ -90,7 +93,8 @@ static void merges_with(unsigned int threads)
 	counted = scan_count();
 	if (counted != PAGES)
 		ksft_print_msg("%ld pages counted for %d\n", counted, PAGES);
-	ksft_test_result(counted == PAGES, "%u threads: each page is counted once a full scan\n", threads);
+	ksft_test_result(counted == PAGES, "%u threads: each page is counted once a full scan\n",
+			 threads);
 	ksft_test_result(threads_there() == threads, "%u threads are there\n", threads);
 	ksft_test_result(intact(), "%u threads: contents as written\n", threads);
 }

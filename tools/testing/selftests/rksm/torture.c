@@ -514,8 +514,10 @@ static void write_knobs(void)
 		const char *values[10];
 	} tries[] = {
 		{ "run", { "1", "1", "1", "1", "1", "0", "2", "3", "-1", "x" } },
-		{ "sleep_millisecs", { "0", "0", "1", "5", "20", "-1", "4294967296", "", "a", "1 2" } },
-		{ "pages_to_scan", { "1", "64", "100", "500", "5000", "2000", "-5", "y", "", "1e3" } },
+		{ "sleep_millisecs",
+		  { "0", "0", "1", "5", "20", "-1", "4294967296", "", "a", "1 2" } },
+		{ "pages_to_scan",
+		  { "1", "64", "100", "500", "5000", "2000", "-5", "y", "", "1e3" } },
 		{ "merge_across_nodes", { "0", "1", "2", "-1", "z" } },
 		{ "max_page_sharing", { "2", "3", "8", "256", "1", "0", "-3", "q", "4294967299" } },
 		{ "use_zero_pages", { "0", "1", "true", "7", "" } },
@@ -728,7 +730,8 @@ int main(int argc, char **argv)
 			 "every byte of every process was what it had to be\n");
 	ksft_test_result(helped, "everything else went as it has to\n");
 	ksft_test_result(atomic_load(&shared->most_merged) > 0 &&
-			 atomic_load(&shared->done[OP_VERIFY]) > 0, "pages were merged meanwhile\n");
+				 atomic_load(&shared->done[OP_VERIFY]) > 0,
+			 "pages were merged meanwhile\n");
 	if (module_path && !module_loaded() && module_insert("check=1"))
 		die("rksm does not load any more");
 	ksft_test_result(merges_still(), "it merges and unmerges as if nothing had been\n");

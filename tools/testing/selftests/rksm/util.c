@@ -741,7 +741,8 @@ void test_init(int argc, char **argv)
 	for (int i = KSM_FIRST_RW; i < KSM_FILES; i++)
 		read_file(ksm_path(ksm_files[i]), saved[i], sizeof(saved[i]));
 	/* Writing what was read back must mean the same: "[none] scan-time" */
-	strcpy(saved[KSM_FIRST_RW + 2], strstr(saved[KSM_FIRST_RW + 2], "[none]") ? "none" : "scan-time");
+	strcpy(saved[KSM_FIRST_RW + 2],
+	       strstr(saved[KSM_FIRST_RW + 2], "[none]") ? "none" : "scan-time");
 	atexit(restore_knobs);
 	signal(SIGALRM, watchdog);
 	watchdog_start();

@@ -73,7 +73,9 @@ uint64_t rnd(void);
 uint64_t rnd_below(uint64_t n);
 void rnd_fork(uint64_t salt);
 
-/* Knobs and counters: files of /sys/kernel/mm/ksm, or of /sys/kernel/mm/rksm where not one of those */
+/*
+ * Knobs and counters: files of /sys/kernel/mm/ksm, or of /sys/kernel/mm/rksm where not one of those
+ */
 long ksm_get(const char *file);
 int ksm_try(const char *file, const char *value);	/* 0 or -errno */
 int ksm_try_long(const char *file, long value);

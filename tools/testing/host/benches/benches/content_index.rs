@@ -2,12 +2,13 @@
 
 //! Page state and content index at native speed, beside a tree ordered by content.
 //!
-//! `cargo bench -p engine-benches`; `RKSM_BENCH_PAGES=1048576,16777216` chooses other numbers of pages than the quick ones
-//! by default. 16 Mi pages take 3 GiB of memory and some minutes.
+//! `cargo bench -p engine-benches`; `RKSM_BENCH_PAGES=1048576,16777216` chooses other numbers of
+//! pages than the quick ones by default. 16 Mi pages take 3 GiB of memory and some minutes.
 //!
-//! The tree is a red-black tree whose nodes are compared by the first cache line of their pages, which differ there, and which
-//! lies next to the node. That is kind to the tree: pages may differ later than that, and in the kernel each comparison with
-//! a candidate takes an mmap lock and a page table walk besides.
+//! The tree is a red-black tree whose nodes are compared by the first cache line of their pages,
+//! which differ there, and which lies next to the node. That is kind to the tree: pages may differ
+//! later than that, and in the kernel each comparison with a candidate takes an mmap lock and a
+//! page table walk besides.
 
 use engine_tests::engine::{
     index::{

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What page state and index take together for each unmerged page, in memory that a kernel would really give out.
+//! What page state and index take together for each unmerged page, in memory that a kernel would
+//! really give out.
 
 use engine_tests::engine::{
     index::{
@@ -26,7 +27,8 @@ use kernel::{
     testing, //
 };
 
-/// Tracks and indexes every `step`th page of a few mms, and calls `at` with the number of pages and of bytes after each range.
+/// Tracks and indexes every `step`th page of a few mms, and calls `at` with the number of pages and
+/// of bytes after each range.
 fn fill(pages: usize, step: usize, mut at: impl FnMut(usize, usize)) {
     let before = testing::live_bytes();
     let mut states = PageStates::new();

@@ -548,7 +548,8 @@ fn step() -> impl Strategy<Value = Step> {
         4 => who.clone().prop_map(|who| Step::Exit { who }),
         2 => Just(Step::Begin),
         6 => Just(Step::Claim),
-        2 => (who.clone(), 1..9usize).prop_map(|(who, page)| Step::MoveTo { who, address: page << 12 }),
+        2 => (who.clone(), 1..9usize)
+            .prop_map(|(who, page)| Step::MoveTo { who, address: page << 12 }),
         4 => who.clone().prop_map(|who| Step::Advance { who }),
         1 => who.clone().prop_map(|who| Step::Unregister { who }),
         5 => (who.clone(), any::<bool>()).prop_map(|(who, tracked)| Step::Release { who, tracked }),
