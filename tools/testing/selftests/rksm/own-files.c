@@ -26,7 +26,7 @@
 #include "util.h"
 
 #define DIR_OWN		"/sys/kernel/mm/rksm"
-#define ROUNDS		100
+#define ROUNDS		20
 #define READERS		3
 
 static const char *const own[] = { "refused", "scan_threads", "version" };
