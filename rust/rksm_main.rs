@@ -13,7 +13,6 @@ use kernel::{
 
 mod bindings;
 #[expect(
-    dead_code,
     unreachable_pub,
     reason = "the engine is a crate of its own for the tests on the host"
 )]

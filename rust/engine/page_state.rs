@@ -321,6 +321,7 @@ impl PageStates {
     /// # Errors
     ///
     /// `ENOMEM` if there is no memory. Nothing has changed then.
+    #[allow(dead_code, reason = "the module tracks whole walks with `track_all`")]
     pub fn track(&mut self, slot: SlotId, addr: usize, flags: Flags) -> Result<PageId> {
         self.track_in_range(slot, addr..addr + PAGE_SIZE, flags);
         self.lookup(slot, addr).ok_or(ENOMEM)

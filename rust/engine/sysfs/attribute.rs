@@ -68,6 +68,7 @@ pub struct Attribute {
     /// In which directory it stands.
     pub origin: Origin,
     /// What it means, as the ABI document has it.
+    #[allow(dead_code, reason = "a host test holds the documents against it")]
     pub doc: &'static str,
     /// Writes what a read shows, newline included.
     pub show: Show,
