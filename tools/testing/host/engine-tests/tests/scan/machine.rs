@@ -4,7 +4,7 @@
 
 use crate::{
     memory::SimMemory,
-    world::{
+    sim::{
         Batch,
         Chance,
         Event,
@@ -69,28 +69,28 @@ use std::{
     rc::Rc, //
 };
 
-/// Nodes of a ring that the engine looks at for room.
-const RING_LOOK: usize = 3;
+/// Nodes of a chain that the engine examines for room.
+const MAX_DUPS_TRIED: usize = 3;
 
 /// A step of a history.
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     Happen(Event),
-    /// Scans so many pages, while things happen beside it.
+    /// Scans `budget` pages. The events of `interleaved` happen meanwhile.
     Scan {
         budget: u32,
         pause_after: Option<u32>,
-        beside: Vec<(u32, Event)>,
+        interleaved: Vec<(u32, Event)>,
     },
     /// Scans to the end of the full scan.
     FullScan {
-        beside: Vec<(u32, Event)>,
+        interleaved: Vec<(u32, Event)>,
     },
     Prune(usize),
-    /// `run` = 2, which fails after so many pages.
+    /// `run` = 2, which fails after `fail_after` pages.
     Unmerge {
         fail_after: Option<u32>,
-        beside: Vec<(u32, Event)>,
+        interleaved: Vec<(u32, Event)>,
     },
     HotRemove {
         block: usize,
@@ -203,30 +203,33 @@ impl Machine {
             Op::Scan {
                 budget,
                 pause_after,
-                beside,
+                interleaved,
             } => {
-                self.beside(beside);
+                self.interleaved(interleaved);
                 self.world.borrow_mut().pause_after = *pause_after;
                 self.scan(*budget);
                 let mut world = self.world.borrow_mut();
                 (world.pause_after, world.paused) = (None, false);
                 drop(world);
-                self.overtake();
+                self.deliver_rest();
             }
-            Op::FullScan { beside } => {
-                self.beside(beside);
+            Op::FullScan { interleaved } => {
+                self.interleaved(interleaved);
                 self.full_scan();
-                self.overtake();
+                self.deliver_rest();
             }
             Op::Prune(count) => {
                 self.engine.metadata.prune(*count);
             }
-            Op::Unmerge { fail_after, beside } => {
-                self.beside(beside);
+            Op::Unmerge {
+                fail_after,
+                interleaved,
+            } => {
+                self.interleaved(interleaved);
                 let advised =
                     |(_, event): &(u32, Event)| matches!(event, Event::Advise { on: true, .. });
-                self.unmerge(*fail_after, beside.iter().any(advised));
-                self.overtake();
+                self.unmerge(*fail_after, interleaved.iter().any(advised));
+                self.deliver_rest();
             }
             Op::HotRemove { block } => self.hot_remove(*block),
             Op::Online => self.world.borrow_mut().offline.clear(),
@@ -266,21 +269,22 @@ impl Machine {
         self.engine.metadata.counters.pages_shared == 0 && self.engine.metadata.remove_all_nodes()
     }
 
-    /// Has things happen while the engine is at work.
-    fn beside(&mut self, events: &[(u32, Event)]) {
-        self.world.borrow_mut().beside = events.iter().cloned().collect();
+    /// Sets the events that happen while the engine runs.
+    fn interleaved(&mut self, events: &[(u32, Event)]) {
+        self.world.borrow_mut().interleaved = events.iter().cloned().collect();
     }
 
-    /// Has what was left to happen happen.
-    fn overtake(&mut self) {
-        let left: VecDeque<_> = core::mem::take(&mut self.world.borrow_mut().beside);
+    /// Lets the events happen for which the engine made too few steps.
+    fn deliver_rest(&mut self) {
+        let left: VecDeque<_> = core::mem::take(&mut self.world.borrow_mut().interleaved);
         for (_, event) in left {
             self.happen(event);
         }
     }
 
-    /// What the scanner does before it scans: lets go of those that have left, and takes in those missed.
-    pub(crate) fn attend(&mut self) {
+    /// What the scanner does before it scans: forgets the mms that have left, and registers those
+    /// that were missed.
+    pub(crate) fn housekeeping(&mut self) {
         let engine = &mut self.engine;
         self.list
             .reap(|slot, mm| engine.metadata.forget_mm(slot, mm));
@@ -294,9 +298,10 @@ impl Machine {
         }
     }
 
-    /// Scans `budget` pages, or until the full scan ends. Returns whether it did, or could not begin.
+    /// Scans `budget` pages, or until the full scan ends. Returns whether it ended or could not
+    /// begin.
     pub(crate) fn scan(&mut self, mut budget: u32) -> bool {
-        self.attend();
+        self.housekeeping();
         testing::fail(self.fail);
         let (mut over, mut paused) = (false, false);
         while budget > 0 && !over && !paused {
@@ -383,7 +388,7 @@ impl Machine {
             // What is opted in behind the walk may have inherited merged pages.
             return;
         }
-        // A page may be left that is mapped where nothing is mergeable, or by a process that was just going.
+        // A page may be left that is mapped where nothing is mergeable, or by an exiting process.
         let world = self.world.borrow();
         for (key, space) in &world.spaces {
             for (addr, pte) in space
@@ -454,15 +459,15 @@ impl Machine {
         let mappings = world.nodes.iter().map(|(_, node)| node.items.len() as u64);
         let mapped: Vec<u64> = mappings.filter(|mappings| *mappings > 0).collect();
         let shared = mapped.len() as u64;
-        let rings = rings(&world);
-        let chains = rings.iter().filter(|ring| ring.len() > 1);
+        let chains = chains(&world);
+        let several = chains.iter().filter(|chain| chain.len() > 1);
         let tracked: isize = world.spaces.values().map(|space| space.tracked).sum();
         let counters = self.engine.metadata.counters;
         let recounted = Counters {
             pages_shared: shared,
             pages_sharing: mapped.iter().sum::<u64>() - shared,
-            stable_node_chains: chains.clone().count() as u64,
-            stable_node_dups: chains.map(|ring| ring.len() as u64).sum(),
+            stable_node_chains: several.clone().count() as u64,
+            stable_node_dups: several.map(|chain| chain.len() as u64).sum(),
             tracked: tracked as u64,
             ..counters
         };
@@ -472,14 +477,14 @@ impl Machine {
         let visits = counters.pages_scanned + counters.pages_skipped;
         assert_eq!(visits, world.visits.len() as u64 + self.visits_before);
 
-        for ring in rings {
-            let fingerprint = world.nodes.get(ring[0].0).unwrap().meta.fingerprint;
+        for chain in chains {
+            let fingerprint = world.nodes.get(chain[0].0).unwrap().meta.fingerprint;
             if fingerprint == Fingerprint::NONE {
                 // Left of a pair that could not be merged.
-                assert_eq!(ring.len(), 1);
+                assert_eq!(chain.len(), 1);
                 continue;
             }
-            for node in ring {
+            for node in chain {
                 let nid = world.nodes.get(node.0).unwrap().nid;
                 let domain = if world.merge_across_nodes { 0 } else { nid };
                 if let Some(frame) = world.node_frame(node) {
@@ -500,20 +505,22 @@ impl Machine {
             match refusal {
                 // Of the engine's own, where there is no memory for a page's state.
                 Refusal::NoMemory => assert!(counted >= given),
-                // A page that is gone when it is to be replaced by the zero page is none that was refused.
+                // A page that is gone before the zero page replaces it is not counted as refused.
                 Refusal::Gone => assert!(counted <= given),
                 _ => assert_eq!(counted, given, "refusals of kind {refusal:?}"),
             }
         }
     }
 
-    /// Ends all that keeps pages from being merged, and scans until everything is.
-    pub(crate) fn settle(&mut self) {
+    /// Ends all that keeps pages from being merged, and scans until nothing changes any more.
+    pub(crate) fn scan_until_stable(&mut self) {
         self.run(&Op::Happen(Event::Release));
         self.run(&Op::Chance(None));
         self.run(&Op::Fail(None));
-        self.run(&Op::FullScan { beside: Vec::new() });
-        // Contents that seem untouched are read once in 16 scans, and smart scan looks at a page once in 9.
+        self.run(&Op::FullScan {
+            interleaved: Vec::new(),
+        });
+        // An unaccessed page is read once in 16 scans, and smart scan skips a page up to 8 times.
         for _ in 0..if self.policy.smart_scan {
             16 * 9 + 40
         } else {
@@ -544,8 +551,8 @@ impl Machine {
         pages.collect()
     }
 
-    /// Everything that can be merged is.
-    pub(crate) fn assert_settled(&self) {
+    /// Asserts that everything that can be merged is.
+    pub(crate) fn assert_all_merged(&self) {
         let world = self.world.borrow();
         let all = self.collectable();
         assert!(
@@ -562,7 +569,7 @@ impl Machine {
             let domain = if world.merge_across_nodes {
                 0
             } else {
-                crate::world::nid(frame)
+                crate::sim::nid(frame)
             };
             let fingerprint = Fingerprint::new(world.hash(page.content), domain);
             match page.mapping {
@@ -590,7 +597,7 @@ impl Machine {
                 .iter()
                 .find(|(_, node)| node.meta.head && node.meta.fingerprint == *fingerprint);
             let Some((head, _)) = head else { continue };
-            for node in ring(&world, NodeId(head)).into_iter().take(RING_LOOK) {
+            for node in chain(&world, NodeId(head)).into_iter().take(MAX_DUPS_TRIED) {
                 let items = world.nodes.get(node.0).unwrap().items.len();
                 let room = items > 0 && items < world.max_page_sharing as usize;
                 assert!(!room, "a page is not merged, although there is room");
@@ -598,7 +605,7 @@ impl Machine {
         }
         for (id, node) in world.nodes.iter() {
             let alone = !node.meta.head && node.meta.next == NodeId(id);
-            assert!(!alone || node.items.is_empty(), "a node is in no ring");
+            assert!(!alone || node.items.is_empty(), "a node is in no chain");
             let mapped = world
                 .node_frame(NodeId(id))
                 .is_some_and(|frame| world.page(frame).maps > 0);
@@ -607,7 +614,7 @@ impl Machine {
     }
 
     /// All processes exit, and nothing may be left.
-    pub(crate) fn wind_up(mut self) {
+    pub(crate) fn tear_down(mut self) {
         self.world.borrow_mut().chance = None;
         let keys = self.world.borrow().spaces.len();
         for _ in 0..3 {
@@ -618,7 +625,7 @@ impl Machine {
             }
             self.check();
         }
-        self.attend();
+        self.housekeeping();
         self.assert_nothing_known();
         self.check();
         assert!(self.engine.metadata.remove_all_nodes());
@@ -638,32 +645,32 @@ impl Machine {
     }
 }
 
-/// The nodes of a node's ring, from it on.
-fn ring(world: &World, first: NodeId) -> Vec<NodeId> {
-    let mut ring = vec![first];
+/// The nodes of a node's chain, beginning with that node.
+fn chain(world: &World, first: NodeId) -> Vec<NodeId> {
+    let mut chain = vec![first];
     let next = |node: NodeId| world.nodes.get(node.0).unwrap().meta.next;
     let mut node = next(first);
     while node != first {
-        ring.push(node);
+        chain.push(node);
         assert!(
-            ring.len() <= world.nodes.iter().count(),
-            "a ring does not close"
+            chain.len() <= world.nodes.iter().count(),
+            "a chain does not close"
         );
         node = next(node);
     }
-    ring
+    chain
 }
 
-/// All rings.
-fn rings(world: &World) -> Vec<Vec<NodeId>> {
-    let mut rings = Vec::new();
+/// All chains.
+fn chains(world: &World) -> Vec<Vec<NodeId>> {
+    let mut chains = Vec::new();
     let mut seen = BTreeSet::new();
     for (id, _) in world.nodes.iter() {
         if !seen.contains(&NodeId(id)) {
-            let ring = ring(world, NodeId(id));
-            seen.extend(ring.iter().copied());
-            rings.push(ring);
+            let chain = chain(world, NodeId(id));
+            seen.extend(chain.iter().copied());
+            chains.push(chain);
         }
     }
-    rings
+    chains
 }

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The engine against a simulated mm: random histories, after each step of which everything has to hold.
+//! The engine against a simulated mm: random histories. Everything has to hold after each step.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod machine;
 mod memory;
+mod sim;
 mod stories;
-mod world;
 
 use common::runner;
 use machine::{
     Machine,
     Op, //
 };
-use world::{
+use sim::{
     Chance,
     Content,
     Event,
@@ -60,14 +60,16 @@ fn event() -> impl Strategy<Value = Event> {
             |((mm, page, count), content, step)| Event::Write { mm, page, count, content, step }
         ),
         2 => place().prop_map(|(mm, page, count)| Event::Unmap { mm, page, count }),
-        1 => (place(), 0..PAGES).prop_map(|((mm, from, count), to)| Event::Move { mm, from, to, count }),
+        1 => (place(), 0..PAGES)
+            .prop_map(|((mm, from, count), to)| Event::Move { mm, from, to, count }),
         1 => place().prop_map(|(mm, page, count)| Event::SwapOut { mm, page, count }),
         1 => place().prop_map(|(mm, page, count)| Event::Age { mm, page, count }),
         1 => place().prop_map(|(mm, page, count)| Event::Read { mm, page, count }),
         2 => place().prop_map(|(mm, page, _)| Event::Collapse { mm, page }),
         2 => (0..8usize).prop_map(|mm| Event::Fork { mm }),
         2 => (0..12usize, 1..4usize).prop_map(|(mm, steps)| Event::Exit { mm, steps }),
-        1 => (0..8usize, 0..AREAS.len(), any::<bool>()).prop_map(|(mm, area, on)| Event::Advise { mm, area, on }),
+        1 => (0..8usize, 0..AREAS.len(), any::<bool>())
+            .prop_map(|(mm, area, on)| Event::Advise { mm, area, on }),
         2 => (place(), 0..2u32).prop_map(|((mm, page, _), nid)| Event::Migrate { mm, page, nid }),
         1 => place().prop_map(|(mm, page, _)| Event::Lock { mm, page }),
         1 => place().prop_map(|(mm, page, _)| Event::Pin { mm, page }),
@@ -75,8 +77,8 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// What happens beside a scan, and after how many more of its steps.
-fn beside() -> impl Strategy<Value = Vec<(u32, Event)>> {
+/// Events that happen during a scan, each after a number of the scan's steps.
+fn interleaved() -> impl Strategy<Value = Vec<(u32, Event)>> {
     prop_oneof![
         1 => Just(Vec::new()),
         1 => vec((0..60u32, event()), 0..8),
@@ -95,12 +97,16 @@ fn threads() -> impl Strategy<Value = Op> {
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         12 => event().prop_map(Op::Happen),
-        8 => (1..100u32, option::weighted(0.2, 1..40u32), beside())
-            .prop_map(|(budget, pause_after, beside)| Op::Scan { budget, pause_after, beside }),
-        8 => beside().prop_map(|beside| Op::FullScan { beside }),
+        8 => (1..100u32, option::weighted(0.2, 1..40u32), interleaved())
+            .prop_map(|(budget, pause_after, interleaved)| Op::Scan {
+                budget,
+                pause_after,
+                interleaved,
+            }),
+        8 => interleaved().prop_map(|interleaved| Op::FullScan { interleaved }),
         2 => (1..20usize).prop_map(Op::Prune),
-        1 => (option::weighted(0.3, 0..40u32), beside())
-            .prop_map(|(fail_after, beside)| Op::Unmerge { fail_after, beside }),
+        1 => (option::weighted(0.3, 0..40u32), interleaved())
+            .prop_map(|(fail_after, interleaved)| Op::Unmerge { fail_after, interleaved }),
         1 => (0..1000usize).prop_map(|block| Op::HotRemove { block }),
         1 => Just(Op::Online),
         1 => any::<bool>().prop_map(Op::SmartScan),
@@ -175,7 +181,7 @@ fn check<S: Strategy>(cases: u32, strategy: S, property: impl Fn(S::Value)) {
     }
 }
 
-fn live_through(hash: Hash, ops: &[Op]) -> Machine {
+fn run_history(hash: Hash, ops: &[Op]) -> Machine {
     let mut machine = Machine::new(hash);
     for op in ops {
         machine.run(op);
@@ -189,7 +195,7 @@ fn histories() {
     check(400, (any::<bool>(), history(40)), |(collide, ops)| {
         let before = testing::live_bytes();
         let hash = if collide { Hash::Colliding } else { Hash::Good };
-        live_through(hash, &ops).wind_up();
+        run_history(hash, &ops).tear_down();
         assert_eq!(testing::live_bytes(), before, "memory is lost");
     });
 }
@@ -198,10 +204,10 @@ fn histories() {
 #[test]
 fn everything_is_merged() {
     check(300, history(30), |ops| {
-        let mut machine = live_through(Hash::Good, &ops);
-        machine.settle();
-        machine.assert_settled();
-        machine.wind_up();
+        let mut machine = run_history(Hash::Good, &ops);
+        machine.scan_until_stable();
+        machine.assert_all_merged();
+        machine.tear_down();
     });
 }
 
@@ -209,13 +215,13 @@ fn everything_is_merged() {
 #[test]
 fn unmerging_forgets_everything() {
     check(200, history(30), |ops| {
-        let mut machine = live_through(Hash::Good, &ops);
+        let mut machine = run_history(Hash::Good, &ops);
         machine.run(&Op::Unmerge {
             fail_after: None,
-            beside: Vec::new(),
+            interleaved: Vec::new(),
         });
-        machine.settle();
-        machine.assert_settled();
-        machine.wind_up();
+        machine.scan_until_stable();
+        machine.assert_all_merged();
+        machine.tear_down();
     });
 }

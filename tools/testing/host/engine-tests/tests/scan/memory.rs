@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The simulated mm as the engine sees it. At each call that may sleep, something may happen beside it.
+//! The simulated mm as the engine sees it. At each call that may sleep an event may happen.
 
-use crate::world::{
+use crate::sim::{
     nid,
     Batch,
     Mapping,
@@ -53,9 +53,9 @@ const OBJECT: usize = 64;
 #[derive(Clone)]
 pub(crate) struct SimMemory(pub(crate) Rc<RefCell<World>>);
 
-// SAFETY: The crew of these tests is one thread.
+// SAFETY: The pool of these tests is one thread.
 unsafe impl Sync for SimMemory {}
-// SAFETY: As above.
+// SAFETY: The pool of these tests is one thread.
 unsafe impl Send for SimMemory {}
 
 /// A merge: of the page at an address of an mm, and what came of it.
@@ -278,11 +278,13 @@ impl Backend for SimMemory {
             if batch.pages.len() == full || addr >= within.end {
                 return Collected::More(addr);
             }
-            let accessed = self.0.borrow().touched(mm.key(), addr);
+            let accessed = self.0.borrow().accessed(mm.key(), addr);
             match filter.filter(addr, self.kind_of(frame), nid(frame), accessed) {
-                WalkAction::Collect => self.0.borrow_mut().take(batch, addr, frame),
-                WalkAction::Skip => self.0.borrow_mut().passed(batch, addr),
-                WalkAction::SkipClearAccessed => self.0.borrow_mut().noted(batch, addr),
+                WalkAction::Collect => self.0.borrow_mut().collect(batch, addr, frame),
+                WalkAction::Skip => self.0.borrow_mut().skipped(batch, addr),
+                WalkAction::SkipClearAccessed => {
+                    self.0.borrow_mut().skipped_clear_accessed(batch, addr)
+                }
                 WalkAction::Stop => return Collected::More(addr),
             }
         }
@@ -360,7 +362,7 @@ impl Backend for SimMemory {
         node: NodeId,
     ) -> Result<ItemId, Refusal> {
         let mut world = self.sleep_at(&page, batch, i);
-        let result = world.adopt((page.addr, page.page), batch, i, node);
+        let result = world.adopt(page.addr, page.page, batch, i, node);
         drop(world);
         self.count(result)
     }
@@ -456,7 +458,7 @@ impl SimMemory {
             head: false,
         };
         let mut world = self.0.borrow_mut();
-        let node = world.new_node(merge.frame, (key, addr), nid, meta)?;
+        let node = world.new_node(merge.frame, key, addr, nid, meta)?;
         let item = world.new_item(merge.key, merge.addr, merge.page, node);
         drop(world);
         let first = item.and_then(|item| {
@@ -465,10 +467,10 @@ impl SimMemory {
                 .map(|()| item)
         });
         let first = first.inspect_err(|_| self.0.borrow_mut().free_node(node, &mut |_| {}))?;
-        let accessed = self.0.borrow().touched(merge.key, merge.addr);
+        let accessed = self.0.borrow().accessed(merge.key, merge.addr);
         let second = self
             .sleep()
-            .merge_second((key, addr, page), node, merge.frame, nid);
+            .merge_second(key, addr, page, node, merge.frame, nid);
         match second {
             Ok(second) => Ok(Merged::NewNode {
                 node,

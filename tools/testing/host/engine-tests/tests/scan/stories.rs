@@ -10,7 +10,7 @@ use crate::{
         Machine,
         Op, //
     },
-    world::{
+    sim::{
         Content,
         Event,
         Hash,
@@ -53,7 +53,9 @@ impl Story {
 
     fn scans(&mut self, full_scans: usize) {
         for _ in 0..full_scans {
-            self.0.run(&Op::FullScan { beside: Vec::new() });
+            self.0.run(&Op::FullScan {
+                interleaved: Vec::new(),
+            });
         }
     }
 
@@ -145,8 +147,8 @@ fn a_page_is_written_while_it_is_merged() {
         let mut story = Story::new(1);
         story.write(0, 0, 2, 7);
         story.scans(1);
-        let beside = vec![(step, write(0, 1, 1, 8))];
-        story.0.run(&Op::FullScan { beside });
+        let interleaved = vec![(step, write(0, 1, 1, 8))];
+        story.0.run(&Op::FullScan { interleaved });
         refused += story.refused(Refusal::Differs);
     }
     assert!(refused > 0, "no write has come at the right moment");
@@ -188,7 +190,7 @@ fn unmerging_is_interrupted() {
     story.scans(2);
     let unmerge = |fail_after| Op::Unmerge {
         fail_after,
-        beside: Vec::new(),
+        interleaved: Vec::new(),
     };
     story.0.run(&unmerge(Some(3)));
     assert_ne!(story.shared(), (0, 0));

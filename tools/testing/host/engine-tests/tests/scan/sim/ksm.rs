@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Merging: stable nodes, rmap items, and the pages that they stand for.
+
+use super::{
+    batch::Batch,
+    types::{
+        nid,
+        Content,
+        Item,
+        Mapping,
+        Node,
+        Pte,
+        Target,
+        PAGE, //
+    },
+    world::World, //
+};
+use engine_tests::engine::{
+    backend::{
+        NodeMeta,
+        Released, //
+    },
+    types::{
+        ItemId,
+        MmPin,
+        NodeId,
+        PageId,
+        Refusal, //
+    }, //
+};
+
+impl World {
+    /// The frame of a node's page, if that is still the node's.
+    pub(crate) fn node_frame(&self, node: NodeId) -> Option<usize> {
+        let kpfn = self.nodes.get(node.0)?.kpfn;
+        let page = self.frames.get(&kpfn)?;
+        (page.mapping == Mapping::Ksm(node)).then_some(kpfn)
+    }
+
+    /// The node that the item of an address is on.
+    pub(crate) fn item_at(&self, key: usize, addr: usize) -> Option<NodeId> {
+        let mut items = self.items.iter();
+        let found = items.find(|(_, item)| item.mm.key() == key && item.addr == addr);
+        found.map(|(_, item)| item.node)
+    }
+
+    pub(crate) fn new_item(
+        &mut self,
+        key: usize,
+        addr: usize,
+        page: PageId,
+        node: NodeId,
+    ) -> Result<ItemId, Refusal> {
+        self.may_refuse(&[Refusal::NoMemory])?;
+        assert!(
+            self.item_at(key, addr).is_none(),
+            "a second item for one address"
+        );
+        let item = Item {
+            page,
+            mm: self.space(key).mm.clone_pin(),
+            addr,
+            node,
+        };
+        let id = ItemId(self.items.insert(item));
+        self.nodes.get_mut(node.0).unwrap().items.push(id);
+        Ok(id)
+    }
+
+    pub(crate) fn free_item(&mut self, id: ItemId) -> Item {
+        let item = self.items.remove(id.0);
+        self.nodes
+            .get_mut(item.node.0)
+            .unwrap()
+            .items
+            .retain(|i| *i != id);
+        item
+    }
+
+    /// Checks whether the page at an address can be shared. Returns whether it is part of a huge
+    /// page.
+    pub(crate) fn check_share(
+        &mut self,
+        key: usize,
+        addr: usize,
+        frame: usize,
+        target: &Target,
+    ) -> Result<bool, Refusal> {
+        if !self.space(key).mergeable_at(addr) {
+            return Err(Refusal::Gone);
+        }
+        self.may_refuse(&[
+            Refusal::Locked,
+            Refusal::Pinned,
+            Refusal::Userfault,
+            Refusal::Gone,
+            Refusal::Differs,
+        ])?;
+        let content = self.content_of(frame, target);
+        let page = self.page(frame);
+        if page.mapping != Mapping::Anon {
+            return Err(Refusal::Gone);
+        }
+        if page.locked {
+            return Err(Refusal::Locked);
+        }
+        if page.huge.is_some() && page.content != content {
+            return Err(Refusal::Differs);
+        }
+        Ok(page.huge.is_some())
+    }
+
+    pub(super) fn content_of(&self, frame: usize, target: &Target) -> Content {
+        match target {
+            Target::Itself(_) => self.page(frame).content,
+            Target::Frame(kpage) => self.page(*kpage).content,
+            Target::Zero => 0,
+        }
+    }
+
+    /// Shares a page that has been checked, and found to be `huge` or not.
+    pub(crate) fn share(
+        &mut self,
+        key: usize,
+        addr: usize,
+        frame: usize,
+        target: &Target,
+        huge: bool,
+    ) -> Result<(), Refusal> {
+        let content = self.content_of(frame, target);
+        if huge {
+            self.split(frame)?;
+        }
+        let page = self.page(frame);
+        if self.space(key).ptes.get(&addr) != Some(&Pte::Page(frame)) {
+            return Err(Refusal::Gone);
+        }
+        if page.pinned {
+            return Err(Refusal::Pinned);
+        }
+        if page.content != content {
+            return Err(Refusal::Differs);
+        }
+        match *target {
+            Target::Itself(node) => {
+                self.page_mut(frame).mapping = Mapping::Ksm(node);
+                self.nodes.get_mut(node.0).unwrap().kpfn = frame;
+            }
+            Target::Frame(kpage) => self.set_pte(key, addr, Some(Pte::Page(kpage))),
+            Target::Zero => self.set_pte(key, addr, Some(Pte::Zero)),
+        }
+        Ok(())
+    }
+
+    /// The page of a node that a page may be merged with.
+    pub(crate) fn node_partner(
+        &mut self,
+        frame: usize,
+        node: NodeId,
+        on: Option<u32>,
+    ) -> Result<usize, Refusal> {
+        self.may_refuse(&[Refusal::Busy, Refusal::Locked])?;
+        let kpage = self.node_frame(node).ok_or(Refusal::Stale)?;
+        if self.page(kpage).locked {
+            return Err(Refusal::Busy);
+        }
+        if kpage == frame {
+            return Err(Refusal::Same);
+        }
+        if on.is_some_and(|on| on != nid(kpage)) {
+            return Err(Refusal::FarNode);
+        }
+        let mappings = self.nodes.get(node.0).unwrap().items.len();
+        assert!(
+            mappings > 0 && mappings < self.max_page_sharing as usize,
+            "a merged page is to be mapped too often"
+        );
+        Ok(kpage)
+    }
+
+    /// Creates a node for two pages, unless they cannot be merged.
+    pub(crate) fn new_node(
+        &mut self,
+        frame: usize,
+        other: usize,
+        other_addr: usize,
+        on: Option<u32>,
+        meta: impl Fn(NodeId) -> NodeMeta,
+    ) -> Result<NodeId, Refusal> {
+        let second = self.frame_at(other, other_addr)?;
+        if second == frame {
+            return Err(Refusal::Same);
+        }
+        if self.page(second).mapping != Mapping::Anon {
+            return Err(Refusal::Gone);
+        }
+        if on.is_some_and(|on| on != nid(second)) {
+            return Err(Refusal::FarNode);
+        }
+        if self.page(second).content != self.page(frame).content {
+            return Err(Refusal::Differs);
+        }
+        self.may_refuse(&[Refusal::NoMemory, Refusal::Unloading])?;
+        let node = Node {
+            meta: meta(NodeId(0)),
+            kpfn: frame,
+            nid: nid(frame),
+            items: Vec::new(),
+        };
+        let node = NodeId(self.nodes.insert(node));
+        self.nodes.get_mut(node.0).unwrap().meta = meta(node);
+        Ok(node)
+    }
+
+    pub(crate) fn merge_second(
+        &mut self,
+        key: usize,
+        addr: usize,
+        page: PageId,
+        node: NodeId,
+        kpage: usize,
+        on: Option<u32>,
+    ) -> Result<ItemId, Refusal> {
+        let frame = self.frame_at(key, addr)?;
+        if on.is_some_and(|on| on != nid(frame)) {
+            return Err(Refusal::FarNode);
+        }
+        if frame == kpage {
+            return Err(Refusal::Same);
+        }
+        if self.page(frame).refs > 0 {
+            return Err(Refusal::Pinned);
+        }
+        let far = nid(kpage) != nid(frame);
+        let item = self.new_item(key, addr, page, node)?;
+        let target = Target::Frame(kpage);
+        let shared = self.check_share(key, addr, frame, &target);
+        match shared.and_then(|huge| self.share(key, addr, frame, &target, huge)) {
+            Ok(()) => {
+                assert!(self.merge_across_nodes || !far, "merged across nodes");
+                Ok(item)
+            }
+            Err(refusal) => {
+                self.free_item(item);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Undoes the first half, as far as that is possible.
+    pub(crate) fn undo_first(&mut self, addr: usize, item: ItemId, node: NodeId) {
+        let key = self.items.get(item.0).unwrap().mm.key();
+        if self.roll().is_some() {
+            self.excused.insert((key, addr));
+        } else if self.space(key).live() {
+            let _ = self.break_ksm(key, addr..addr + PAGE, &mut None);
+        }
+        self.release_item(item);
+        self.remove_node(node, &mut |_| {});
+    }
+
+    pub(crate) fn adopt(
+        &mut self,
+        addr: usize,
+        page: PageId,
+        batch: &Batch,
+        i: usize,
+        node: NodeId,
+    ) -> Result<ItemId, Refusal> {
+        let (key, frame) = (batch.key, batch.pages[i].1);
+        let result = if !self.space(key).mergeable_at(addr) {
+            Err(Refusal::Gone)
+        } else if self.page(frame).mapping != Mapping::Ksm(node) {
+            Err(Refusal::Stale)
+        } else {
+            self.new_item(key, addr, page, node)
+        };
+        if result.is_err() {
+            self.excused.insert((key, addr));
+        }
+        result
+    }
+
+    /// The page that is mapped at an address of mergeable memory.
+    pub(super) fn frame_at(&self, key: usize, addr: usize) -> Result<usize, Refusal> {
+        let space = self.space(key);
+        match space.ptes.get(&addr) {
+            Some(&Pte::Page(frame)) if space.mergeable_at(addr) => Ok(frame),
+            _ => Err(Refusal::Gone),
+        }
+    }
+
+    pub(crate) fn release_item(&mut self, id: ItemId) -> Option<Released> {
+        let node = self.items.get(id.0)?.node;
+        // The item that was put on the node last comes to the place of the one that goes.
+        let last = *self.nodes.get(node.0)?.items.last()?;
+        if last != id {
+            self.items.swap(last.0, id.0);
+        }
+        self.free_item(last);
+        let moved = self.items.get(id.0).map(|item| (item.page, id));
+        let remaining = self.nodes.get(node.0).unwrap().items.len() as u32;
+        let mapped = self.node_frame(node).map(|frame| self.page(frame).maps > 0);
+        Some(Released {
+            node,
+            remaining,
+            due: match mapped {
+                None => true,
+                Some(mapped) => remaining == 0 && !mapped,
+            },
+            moved,
+        })
+    }
+
+    pub(crate) fn remove_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool {
+        if let Some(frame) = self.node_frame(node) {
+            let page = self.page_mut(frame);
+            if page.maps > 0 {
+                return false;
+            }
+            page.mapping = Mapping::Orphan;
+        }
+        self.free_node(node, orphan);
+        true
+    }
+
+    pub(crate) fn free_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) {
+        let named = self
+            .frames
+            .values()
+            .any(|page| page.mapping == Mapping::Ksm(node));
+        assert!(!named, "a node is freed that its page names");
+        while let Some(&item) = self.nodes.get(node.0).unwrap().items.last() {
+            let item = self.free_item(item);
+            orphan(item.page);
+        }
+        self.nodes.remove(node.0);
+    }
+}

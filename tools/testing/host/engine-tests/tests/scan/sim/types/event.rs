@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What happens to the simulated memory.
+
+use super::{
+    frame::Content,
+    process::AREAS, //
+};
+
+/// What processes and the rest of the kernel do.
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    /// A new process.
+    Spawn {
+        mergeable: [bool; AREAS.len()],
+    },
+    /// Consecutive pages are written to. `step` is how much their contents differ.
+    Write {
+        mm: usize,
+        page: usize,
+        count: usize,
+        content: Content,
+        step: Content,
+    },
+    Unmap {
+        mm: usize,
+        page: usize,
+        count: usize,
+    },
+    Move {
+        mm: usize,
+        from: usize,
+        to: usize,
+        count: usize,
+    },
+    SwapOut {
+        mm: usize,
+        page: usize,
+        count: usize,
+    },
+    /// Reclaim clears the accessed bits.
+    Age {
+        mm: usize,
+        page: usize,
+        count: usize,
+    },
+    /// Consecutive pages are read.
+    Read {
+        mm: usize,
+        page: usize,
+        count: usize,
+    },
+    /// Pages become one huge page.
+    Collapse {
+        mm: usize,
+        page: usize,
+    },
+    Fork {
+        mm: usize,
+    },
+    /// An mm makes `steps` of the three steps of its exit.
+    Exit {
+        mm: usize,
+        steps: usize,
+    },
+    Advise {
+        mm: usize,
+        area: usize,
+        on: bool,
+    },
+    Migrate {
+        mm: usize,
+        page: usize,
+        nid: u32,
+    },
+    /// Another task holds the lock of the folio.
+    Lock {
+        mm: usize,
+        page: usize,
+    },
+    /// `get_user_pages`.
+    Pin {
+        mm: usize,
+        page: usize,
+    },
+    /// All folio locks and pins are released.
+    Release,
+}
+
+/// Refusals at random.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chance {
+    pub(crate) seed: u64,
+    pub(crate) one_in: u64,
+}
+
+/// How contents are hashed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hash {
+    Good,
+    /// Different contents have equal hashes.
+    Colliding,
+}
