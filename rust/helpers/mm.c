@@ -137,7 +137,9 @@ bool rksm_folio_test_swapcache(struct folio *folio)
 /* Whether there are references besides those of mappings, the swap cache and `extra`. */
 bool rksm_folio_pinned_beyond(struct folio *folio, int extra)
 {
-	return folio_mapcount(folio) + folio_test_swapcache(folio) + extra != folio_ref_count(folio);
+	int expected = folio_mapcount(folio) + folio_test_swapcache(folio) + extra;
+
+	return expected != folio_ref_count(folio);
 }
 
 void rksm_folio_mark_dirty(struct folio *folio)
@@ -148,6 +150,7 @@ void rksm_folio_mark_dirty(struct folio *folio)
 
 unsigned int rksm_unshare_fault(struct vm_area_struct *vma, unsigned long addr)
 {
-	return (__force unsigned int)handle_mm_fault(vma, addr, FAULT_FLAG_UNSHARE | FAULT_FLAG_REMOTE,
-						     NULL);
+	unsigned int flags = FAULT_FLAG_UNSHARE | FAULT_FLAG_REMOTE;
+
+	return (__force unsigned int)handle_mm_fault(vma, addr, flags, NULL);
 }

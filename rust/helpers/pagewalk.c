@@ -30,9 +30,9 @@ void *rksm_walk_private(struct mm_walk *walk)
 	return walk->private;
 }
 
-/* The page at `addr` with a reference to its folio, if it is anonymous memory. */
-struct folio *rksm_folio_walk_get(struct vm_area_struct *vma, unsigned long addr, struct page **page,
-				  bool *touched)
+/* Returns the folio of the page at `addr` with a reference, if it is anonymous memory. */
+struct folio *rksm_folio_walk_get(struct vm_area_struct *vma, unsigned long addr,
+				  struct page **page, bool *touched)
 {
 	struct folio_walk fw;
 	struct folio *folio = folio_walk_start(&fw, vma, addr, 0);

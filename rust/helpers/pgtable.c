@@ -68,8 +68,8 @@ struct rksm_mapped {
 };
 
 /*
- * What a present entry maps, if its kind can be merged. One call for all, as nothing here is inlined
- * into Rust. An entry that is not special has a normal page.
+ * Finds what a present entry maps, if its kind can be merged. One call returns everything, as
+ * nothing here is inlined into Rust. An entry that is not special has a normal page.
  */
 bool rksm_pte_mapped(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep,
 		     struct rksm_mapped *mapped)

@@ -24,13 +24,14 @@ int rksm_folio_try_share_anon_rmap_pte(struct folio *folio, struct page *page)
 }
 
 /*
- * Makes sure that reclaim writes a merged page out. MADV_FREE, by the only process that maps it, lets
- * reclaim drop it instead, and must not do so for those that come to share it.
+ * Makes sure that reclaim writes a merged page out. After MADV_FREE by the only process that maps
+ * the page, reclaim may drop it instead, and the processes that share it later would lose it.
  *
- * The folio is locked and referenced. MADV_FREE makes a folio clean under that lock, and only while it
- * has one mapping: until the lock is released, the folio stays dirty, and then it has two. Reclaim does
- * not drop a dirty folio, and makes one swap-backed that it finds not to be. A folio that is on its way
- * between two lists, and so cannot be isolated, is left to that; on a list the flag may not change.
+ * The folio is locked and referenced. MADV_FREE makes a folio clean under that lock, and only while
+ * it has one mapping: the folio stays dirty until the lock is released, and then it has two.
+ * Reclaim does not drop a dirty folio; it makes it swap-backed if it is not. A folio that is moving
+ * between two lists cannot be isolated and is left to reclaim: the flag must not change while a
+ * folio is on a list.
  */
 void rksm_folio_keep(struct folio *folio)
 {
@@ -42,7 +43,7 @@ void rksm_folio_keep(struct folio *folio)
 	}
 }
 
-/* The contents of a poisoned page must not be looked at, nor anybody get it who has it not yet. */
+/* The contents of a poisoned page must not be read, nor may it be mapped anywhere else. */
 bool rksm_folio_poisoned(struct folio *folio)
 {
 	return folio_contain_hwpoisoned_page(folio);
@@ -73,7 +74,10 @@ pte_t rksm_map_ksm_zero_page(struct vm_area_struct *vma, unsigned long addr, pte
 	atomic_long_inc(rksm_data_ksm_zero_pages());
 	atomic_long_inc(&vma->vm_mm->ksm_zero_pages);
 	dec_mm_counter(vma->vm_mm, MM_ANONPAGES);
-	/* Dirty is how the core of mm knows a zero page of KSM's; that marks it as soft-dirty, too. */
+	/*
+	 * The core of mm recognizes KSM's zero pages by the dirty bit. Setting it sets the
+	 * soft-dirty bit, too.
+	 */
 	return rksm_pte_as_soft_dirty(pte_mkdirty(pte), old);
 }
 

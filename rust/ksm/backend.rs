@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The memory operations of the engine, over the other files of this folder.
+//! The engine's [`Backend`], implemented with the other files of this folder.
 
 use crate::engine::{
     backend::{
@@ -58,7 +58,8 @@ use kernel::{
     sync::Arc, //
 };
 
-/// Mappings of the zero page that KSM, built-in or not, has placed. The core of mm counts them down.
+/// Returns the number of mappings of the zero page that KSM, built-in or not, has placed. The core
+/// of mm decrements it.
 pub(crate) fn zero_pages(_symbols: Symbols) -> i64 {
     // SAFETY: The counter has been resolved.
     unsafe { raw::rksm_ksm_zero_pages() as i64 }
@@ -168,7 +169,7 @@ impl Backend for StableNodes {
                 })
             }
         };
-        // INVARIANT: The caller does so.
+        // INVARIANT: The engine keeps the batch's reference and its own lock until `finish`.
         Ok(Merge {
             trace: self.trace,
             page: own,
@@ -251,7 +252,7 @@ impl Backend for StableNodes {
     }
 
     fn should_pause(&self) -> bool {
-        // SAFETY: The current task is valid, and only looked at.
+        // SAFETY: The current task is valid, and only read.
         unsafe {
             raw::rksm_freezing(kernel::task::Task::current_raw()) || raw::rksm_kthread_stopping()
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Pages that a walk has collected, and the references to them.
+//! The pages that a walk has collected, and the references to them.
 
 use crate::engine::{
     backend::{
@@ -26,55 +26,57 @@ use kernel::{
     sync::Arc, //
 };
 
-/// Folios that are freed at a time.
+/// The number of folios freed at a time.
 const FOLIOS: usize = 64;
 
 #[derive(Clone, Copy)]
 struct Collected {
     addr: usize,
-    /// `None` once it has been given up.
+    /// `None` once the page has been released.
     page: Option<NonNull<raw::page>>,
     /// This entry owns a reference to the page's folio.
     holds_ref: bool,
-    /// The page was given up for a huge page to be split.
+    /// The page was released so that its huge page could be split.
     released_for_split: bool,
     /// The page may have been touched since a walk last took it.
     accessed: bool,
 }
 
-/// A huge page of which the mark that it was touched has been taken away, for all of its pages but before all were
-/// collected. The others count as touched until the next walk that comes from below.
+/// A huge mapping whose accessed bit this batch cleared before it had collected all of its pages.
+/// The bit covers the whole mapping, so its other pages count as accessed until a walk starts at or
+/// below it.
 pub(super) struct Huge {
     pub(super) mm: usize,
     pub(super) pages: Range<usize>,
 }
 
-/// Pages found by a walk, in ascending order of their addresses.
+/// The pages found by a walk, in ascending order of their addresses.
 ///
 /// # Invariants
 ///
-/// For every entry that has a page, the batch owns a reference to its folio: the entry itself owns it, or the next entry
-/// after it that has a page and owns one, and that is of the same folio. So a huge page costs one reference a batch.
+/// For every entry that has a page, the batch owns a reference to the page's folio. Either the
+/// entry itself owns it, or the next later entry that has a page and owns a reference, which is of
+/// the same folio. So a huge page costs one reference per batch.
 pub(crate) struct Batch {
     entries: KVec<Collected>,
-    /// The batch is full with so many entries.
+    /// The number of entries at which the batch is full.
     limit: usize,
     /// Entries before this one have no page any more.
     released: usize,
-    /// Addresses where nobody collects pages of the same mm beside this batch.
+    /// The addresses at which no other batch collects pages of the same mm.
     pub(super) own: Range<usize>,
     pub(super) huge: Option<Huge>,
-    /// References to folios that nobody else refers to, to be given up together.
+    /// References to folios that have no other reference, to be dropped together.
     last_refs: KVec<*mut raw::folio>,
 }
 
-// SAFETY: References to folios may be given up on any CPU.
+// SAFETY: References to folios may be dropped on any CPU.
 unsafe impl Send for Batch {}
-// SAFETY: With a shared reference pages are only looked at.
+// SAFETY: A shared reference gives read access only.
 unsafe impl Sync for Batch {}
 
 impl Batch {
-    /// An empty batch with room for so many pages.
+    /// Creates an empty batch with room for `pages` pages.
     ///
     /// # Errors
     ///
@@ -90,8 +92,8 @@ impl Batch {
         })
     }
 
-    /// Has the batch be full with `limit` pages more, of an mm that other threads walk too, but not at the addresses of
-    /// its `own`.
+    /// Makes the batch full after `limit` more pages. Other threads may walk the same mm, but not
+    /// at the addresses in `own`.
     pub(crate) fn set_limit(&mut self, limit: usize, own: &Range<usize>) {
         self.limit = (self.entries.len() + limit).min(self.entries.capacity());
         self.own = own.clone();
@@ -105,12 +107,12 @@ impl Batch {
         self.entries.get(i)
     }
 
-    /// The `i`th page, if it has not been given up.
+    /// Returns page `i`, if it has not been released.
     pub(crate) fn page(&self, i: usize) -> Option<NonNull<raw::page>> {
         self.entry(i)?.page
     }
 
-    /// The folio of the `i`th page, if that is a huge page.
+    /// Returns the folio of page `i`, if it is a large folio.
     pub(crate) fn huge_folio(&self, i: usize) -> Option<*mut raw::folio> {
         let page = self.page(i)?;
         // SAFETY: The page is referenced by the invariant.
@@ -147,8 +149,8 @@ impl Batch {
             // SAFETY: The folio is mapped by the contract, so its count is not zero.
             unsafe { raw::rksm_folio_get(folio.as_ptr()) };
         }
-        // INVARIANT: The new entry owns the reference just taken, or the one the entry before it had.
-        // There is room, as the batch is not full.
+        // INVARIANT: The new entry owns the reference just taken, or the one the entry before it
+        // had. There is room, as the batch is not full.
         let _ = self.entries.push_within_capacity(Collected {
             addr,
             page: Some(page),
@@ -158,8 +160,9 @@ impl Batch {
         });
     }
 
-    /// Gives up a reference to the folio that a page is part of now: at once, or if it is the last one, when the batch
-    /// is cleared. Freeing many folios at a time takes the locks of LRU lists and of free lists once.
+    /// Drops a reference to the folio that a page is now part of: at once, or when the batch is
+    /// cleared if it is the last one. Freeing many folios at a time takes the locks of LRU lists
+    /// and of free lists once.
     ///
     /// The caller owns the reference.
     fn put(&mut self, page: NonNull<raw::page>) {
@@ -169,17 +172,17 @@ impl Batch {
             (folio, raw::rksm_folio_last_ref(folio))
         };
         if !last || self.last_refs.push_within_capacity(folio).is_err() {
-            // SAFETY: The reference is the caller's to give.
+            // SAFETY: The caller owns the reference and passes it on.
             unsafe { raw::rksm_folio_put(folio) };
         }
     }
 
-    /// Whether the `i`th page was given up by `release_huge_folio`.
+    /// Returns whether `release_huge_folio` has released page `i`.
     pub(crate) fn released_for_split(&self, i: usize) -> bool {
         self.entry(i).is_some_and(|entry| entry.released_for_split)
     }
 
-    /// Has the batch have an `i`th page again.
+    /// Gives page `i` back to the batch after `release_huge_folio`.
     pub(crate) fn reacquire(&mut self, i: usize, held: PageGuard) {
         if let Some(entry) = self.entries.get_mut(i) {
             // INVARIANT: The entry takes over the reference.
@@ -228,7 +231,7 @@ impl backend::Batch for Batch {
         if let (Some(page), true) = (page, owns) {
             let mut before = self.entries[self.released.min(i)..i].iter_mut().rev();
             match before.find(|entry| entry.page.is_some()) {
-                // INVARIANT: It has relied on this entry, and is of the same folio.
+                // INVARIANT: It relied on this entry's reference, and is of the same folio.
                 Some(before) if !before.holds_ref => before.holds_ref = true,
                 _ => self.put(page),
             }
@@ -243,7 +246,7 @@ impl backend::Batch for Batch {
         let mut references = 0;
         for (i, entry) in self.entries.iter_mut().enumerate() {
             let Some(page) = entry.page else { continue };
-            // SAFETY: The page is referenced by the invariant: references are given up below only.
+            // SAFETY: The page is referenced by the invariant: references are dropped below only.
             if unsafe { raw::rksm_page_folio(page.as_ptr()) } != huge {
                 continue;
             }
@@ -267,7 +270,7 @@ impl backend::Batch for Batch {
             self.release(i);
         }
         for folios in self.last_refs.chunks_mut(FOLIOS) {
-            // SAFETY: Each is a folio of which a reference is ours to give.
+            // SAFETY: The batch owns one reference to each of these folios, and passes it on.
             unsafe { raw::rksm_folios_put(folios.as_mut_ptr(), folios.len() as c_int) };
         }
         self.last_refs.clear();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Merging: a page joins a node, or two pages become the merged page of a new one.
+//! Merging: a page joins a stable node, or two pages become the merged page of a new one.
 
 use crate::engine::{
     backend::{
@@ -56,12 +56,12 @@ pub(super) fn in_vma<R>(
     f(live, vma)
 }
 
-/// A merge that is ready, and what has come of it.
+/// A prepared merge and its outcome.
 ///
 /// # Invariants
 ///
-/// The batch of which `page` is keeps its reference until the merge is finished, and the engine's lock is held for as long.
-/// Until then neither the items are freed, nor the node.
+/// Until the merge is finished, the batch that `page` belongs to keeps its reference, and the
+/// engine's lock is held. So neither the items nor the node are freed before.
 pub(crate) struct Merge {
     pub(super) trace: Trace,
     pub(super) page: NonNull<raw::page>,
@@ -120,7 +120,7 @@ impl Merge {
         }
     }
 
-    /// Does a merge that needs the mmap lock of one mm only, which is held.
+    /// Runs a merge that needs only the mmap lock of one mm, which is held.
     fn run_in(&mut self, vmas: &mut Vmas<'_>, before_split: impl FnOnce()) {
         let (trace, page) = (self.trace, self.page);
         match &self.prepared {
@@ -159,7 +159,7 @@ impl Merge {
         };
         let first = new
             .look(page)
-            // A huge page is split by this, and the first page's frame stays.
+            // This splits a huge page; the first page keeps its frame.
             .and_then(|()| new.share_first(page, before_split));
         let kpage = core::ptr::null_mut();
         trace_merge(trace, page, kpage, &new.first, &first);
@@ -187,7 +187,7 @@ impl backend::Merge for Merge {
         }
     }
 
-    /// Takes the mmap lock once for merges of one mm that follow each other, unless somebody waits for it.
+    /// Takes the mmap lock once for consecutive merges of one mm, unless another task waits for it.
     fn run_all<'a>(merges: impl Iterator<Item = &'a mut Self>) {
         let mut merges = merges.peekable();
         while let Some(first) = merges.next() {
@@ -249,7 +249,7 @@ fn share_with(
 }
 
 impl NewNode {
-    /// Looks at the other page: most refusals show here, before anything has been touched.
+    /// Checks the other page first: most refusals show here, before anything has been changed.
     fn look(&self, page: NonNull<raw::page>) -> Result<(), Refusal> {
         let addr = self.second.addr();
         in_vma(self.second.mm(), addr, |_, vma| {
@@ -264,7 +264,7 @@ impl NewNode {
             if self.nid.is_some_and(|nid| nid != page_nid(second)) {
                 return Err(Refusal::FarNode);
             }
-            // Nor is a page worth a merge that is to be taken back.
+            // The second page is pinned: merging the first would have to be undone.
             if held.is_pinned() {
                 return Err(Refusal::Pinned);
             }
@@ -276,7 +276,7 @@ impl NewNode {
         })
     }
 
-    /// Makes the first page the merged page.
+    /// Turns the first page into the merged page.
     fn share_first(
         &mut self,
         page: NonNull<raw::page>,
@@ -286,7 +286,8 @@ impl NewNode {
         let accessed = in_vma(self.first.mm(), addr, |live, vma| {
             self.first.set_anon_vma(vma)?;
             race_window::sleep();
-            // The page becomes findable with its item on the node.
+            // The item must be on the node before a folio names the node: rmap walks follow it
+            // then.
             // SAFETY: The node is in its arena, and no folio names it.
             unsafe { self.first.link(node, None) };
             let target = PteReplacement::InPlace(StableNode::mapping(node));
@@ -299,14 +300,15 @@ impl NewNode {
         Ok(())
     }
 
-    /// Puts the merged page, which is `kfolio`, in the place of the second page.
+    /// Replaces the second page by the merged page `kfolio`.
     fn share_second(&self, kfolio: &FolioRef, trace: Trace) -> Result<(), Refusal> {
         let (node, addr) = (self.node, self.second.addr());
         in_vma(self.second.mm(), addr, |live, vma| {
-            // Referenced only now, so that a huge page of which both are part could be split for the first.
+            // Referenced only now: a reference would have kept a huge page that holds both pages
+            // from being split for the first.
             let held = page::page_at(vma, addr).ok_or(Refusal::Gone)?;
             let page = held.page();
-            // It may have migrated since it was looked at.
+            // The page may have been migrated since it was checked.
             if self.nid.is_some_and(|nid| nid != page_nid(page)) {
                 return Err(Refusal::FarNode);
             }
@@ -338,13 +340,13 @@ fn trace_merge(
     trace.merge_with_ksm_page(kpage as usize, pfn, item, mm, outcome(result));
 }
 
-/// What the trace events show for a refusal.
+/// Returns what the trace events show as `err`.
 fn outcome(result: &Result<(), Refusal>) -> Result {
     (*result).map_err(|refusal| Error::from_errno(refusal.trace_code()))
 }
 
 impl StableNodes {
-    /// Unshares a page that has just become a merged page alone.
+    /// Unshares the first page of a new node whose second page was refused.
     pub(super) fn unmerge_first(&mut self, first: &UnlinkedItem) {
         let (mm, addr, first) = (first.mm(), first.addr(), first.id());
         let node = self.node_of(first);

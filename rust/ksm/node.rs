@@ -2,22 +2,24 @@
 
 //! Stable nodes and rmap items: merged pages as the core of mm knows them.
 //!
-//! A merged folio's `mapping` is a pointer to its stable node, marked `FOLIO_MAPPING_KSM`; `rmap_walk_ksm`,
-//! `folio_migrate_ksm` and `collect_procs_ksm` follow it to the node's `hlist` of rmap items. So both structs have
-//! the fields these functions use where the built-in KSM has them ([`crate::takeover::btf`] compares the layouts with the
-//! running kernel's), and use the rest for their own ends. What comes before the first and after the last such field
-//! is left out: a pointer that the core has to either points to where the whole struct would begin.
+//! A merged folio's `mapping` is a pointer to its stable node, marked `FOLIO_MAPPING_KSM`;
+//! `rmap_walk_ksm`, `folio_migrate_ksm` and `collect_procs_ksm` follow it to the node's `hlist` of
+//! rmap items. Both structs have the fields that these functions use where the built-in KSM has
+//! them; [`crate::takeover::btf`] compares the layouts with the running kernel's. The other fields
+//! are rksm's own. What lies before the first and after the last shared field is left out: a
+//! pointer that the core has to either struct points to where the whole struct would begin.
 //!
-//! Of an `hlist_node` the core uses `next` only. So the list is singly linked here, and an item is taken off by moving
-//! the first item of the list to its place.
+//! The core uses only `next` of an `hlist_node`. So the list is singly linked here, and an item is
+//! removed by moving the first item of the list to its place.
 //!
-//! A node holds no reference to its page, which can so be freed at once. [`StableNodes::get_folio`](super::stable_nodes::StableNodes::get_folio) finds out
-//! whether the page is still the node's.
+//! A node holds no reference to its page, so the page can be freed at any time.
+//! [`super::stable_nodes::StableNodes::get_folio`] checks whether the page is still the node's.
 //!
 //! # Locks
 //!
-//! A node's `hlist` changes only under its folio's lock. All else here belongs to the engine's lock, the
-//! `thread_mutex`. The folio lock nests inside the `mmap_lock`; neither is held on return.
+//! A node's `hlist` changes only under its folio's lock. Everything else here is protected by the
+//! engine's lock, the `thread_mutex`. The folio lock nests inside the `mmap_lock`; neither is held
+//! on return.
 
 use crate::engine::types::{
     Fingerprint,
@@ -50,7 +52,7 @@ use kernel::{
 
 /// A merged page: `struct ksm_stable_node` from [`NODE_SKIP`] on.
 ///
-/// The bytes before `hlist` belong, in the built-in, to its trees, which no function but its own scanner looks at.
+/// The built-in keeps its tree links in the bytes before `hlist`; only its own scanner reads them.
 #[repr(C)]
 pub(super) struct StableNode {
     /// Fingerprint, and [`HEAD`].
@@ -74,8 +76,8 @@ pub(super) const HEAD: u64 = 1 << 63;
 
 /// A mapping of a merged page: `struct ksm_rmap_item` from its second word to `hlist.next`.
 ///
-/// In the place of `head`, by which the built-in finds the node, are the numbers of the node and of
-/// the range that tracks the page.
+/// The numbers of the node and of the range that tracks the page take the place of `head`, by which
+/// the built-in finds the node.
 #[repr(C)]
 pub(super) struct RmapItem {
     /// Owns a reference, taken under the mmap lock before the item could be found; `None` before.
@@ -128,22 +130,23 @@ const _: () = {
 };
 
 impl StableNode {
-    /// The `mapping` word of the node's folio.
+    /// Returns the `mapping` word of the node's folio.
     pub(super) fn mapping(node: NonNull<Self>) -> FolioMapping {
         FolioMapping::ksm(node.as_ptr() as usize - NODE_SKIP)
     }
 
-    /// Where the node is that a `mapping` word names.
+    /// Returns the node that a `mapping` word names.
     pub(super) fn of_mapping(mapping: FolioMapping) -> Option<NonNull<Self>> {
         let base = mapping.stable_node().filter(|base| *base != 0)?;
         NonNull::new((base + NODE_SKIP) as *mut Self)
     }
 
-    /// Puts an item on the node.
+    /// Adds an item to the node.
     ///
     /// # Safety
     ///
-    /// Both are in their arenas, and the item is on no node. The node's folio is locked, or no folio names the node.
+    /// Both are in their arenas, and the item is on no node. The node's folio is locked, or no
+    /// folio names the node.
     pub(super) unsafe fn push(node: NonNull<Self>, item: NonNull<RmapItem>) {
         // SAFETY: By the contract.
         unsafe {
@@ -154,11 +157,12 @@ impl StableNode {
         }
     }
 
-    /// Takes the first item off the node.
+    /// Removes the first item from the node.
     ///
     /// # Safety
     ///
-    /// The node is in its arena, as are the items on it. Its folio is locked, or no folio names the node.
+    /// The node is in its arena, as are the items on it. Its folio is locked, or no folio names the
+    /// node.
     pub(super) unsafe fn pop(node: NonNull<Self>) -> Option<NonNull<RmapItem>> {
         // SAFETY: By the contract.
         let link = NonNull::new(unsafe { (*node.as_ptr()).hlist.first })?;
@@ -172,12 +176,13 @@ impl StableNode {
         }
     }
 
-    /// Takes an item off the node: another comes to its place, if it was not the first. Returns the place that is free
-    /// now, with the item that is gone in it.
+    /// Removes an item from the node. Unless it was the first, the first item moves to its place.
+    /// Returns the place that is now unused, which holds the removed item.
     ///
     /// # Safety
     ///
-    /// As for [`StableNode::pop`]; `item` is on the node.
+    /// The node is in its arena, as are the items on it, of which `item` is one. Its folio is
+    /// locked, or no folio names the node.
     pub(super) unsafe fn unlink(node: NonNull<Self>, item: NonNull<RmapItem>) -> NonNull<RmapItem> {
         // SAFETY: By the contract.
         let Some(first) = (unsafe { Self::pop(node) }) else {
@@ -214,7 +219,7 @@ impl Drop for RmapItem {
 ///
 /// # Invariants
 ///
-/// The item is in the arena, and nobody else uses it.
+/// The item is in the arena, and nothing else uses it.
 pub(super) struct UnlinkedItem(pub(super) NonNull<RmapItem>);
 
 impl UnlinkedItem {
@@ -235,14 +240,14 @@ impl UnlinkedItem {
         unsafe { (*self.0.as_ptr()).address }
     }
 
-    /// Gives the item what an rmap walk needs to know of its vma.
+    /// Sets what an rmap walk needs to know of the item's vma.
     ///
-    /// The `anon_vma` is referenced here, under the mmap lock: once the item is on a node, an rmap walk follows it
-    /// whatever has become of the vma.
+    /// The `anon_vma` is referenced here, under the mmap lock: once the item is on a node, an rmap
+    /// walk follows it whatever has become of the vma.
     pub(super) fn set_anon_vma(&self, vma: &VmaRef) -> Result<(), Refusal> {
         let anon_vma = NonNull::new(mm::anon_vma(vma)).ok_or(Refusal::Gone)?;
-        // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the address lies in the vma. The item is ours by
-        // the invariant.
+        // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the address lies in the
+        // vma. The item is ours by the invariant.
         unsafe {
             let item = &mut *self.0.as_ptr();
             if item.anon_vma.is_none() {
@@ -255,19 +260,19 @@ impl UnlinkedItem {
         Ok(())
     }
 
-    /// Puts the item on a node.
+    /// Adds the item to a node.
     ///
     /// # Safety
     ///
-    /// The node is in its arena. `lock` is the lock of the node's folio, or no folio names the node yet. The item is used as
-    /// one of the node's from now on.
+    /// The node is in its arena. `lock` is the lock of the node's folio, or no folio names the node
+    /// yet. From now on the item is used as one of the node's only.
     pub(super) unsafe fn link(&self, node: NonNull<StableNode>, _lock: Option<&FolioLock<'_>>) {
         // SAFETY: The item is in its arena; the rest is the contract.
         unsafe { StableNode::push(node, self.0) };
     }
 }
 
-/// The frame of a node of the arena, which `folio_migrate_ksm` may change any time.
+/// Returns the frame of a node of the arena. `folio_migrate_ksm` may change it at any time.
 pub(super) fn kpfn(node: NonNull<StableNode>) -> usize {
     // SAFETY: The caller has the node from the arena.
     unsafe { raw::rksm_read_once(&raw const (*node.as_ptr()).kpfn) }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! One page: what is mapped at an address, and where something merged is.
+//! One page: what is mapped at an address, and where a merged page is mapped.
 
 use crate::engine::{
     content_hash::ContentKey,
@@ -24,7 +24,8 @@ use kernel::{
     prelude::*, //
 };
 
-/// Most bytes of address space that are walked under one mmap lock, so that it is not held across a huge hole.
+/// The most bytes of address space that are walked under one mmap lock, so that the lock is not
+/// held across a huge hole.
 pub(super) const WALK_SPAN: usize = 1 << 30;
 
 impl MmPin for PinnedMm {
@@ -41,7 +42,8 @@ impl MmPin for PinnedMm {
     }
 }
 
-/// The first vma that ends above `addr` and may hold mergeable pages: `VM_MERGEABLE`, with an `anon_vma`.
+/// Returns the first vma that ends above `addr` and may hold mergeable pages: `VM_MERGEABLE`, with
+/// an `anon_vma`.
 pub(super) fn mergeable_from(mm: LiveMm<'_>, addr: usize) -> Option<&VmaRef> {
     let mut vma = mm.find_vma(addr)?;
     while !mergeable(vma) {
@@ -50,7 +52,7 @@ pub(super) fn mergeable_from(mm: LiveMm<'_>, addr: usize) -> Option<&VmaRef> {
     Some(vma)
 }
 
-/// The mergeable vma at `addr`.
+/// Returns the mergeable vma at `addr`.
 pub(super) fn mergeable_at(mm: LiveMm<'_>, addr: usize) -> Option<&VmaRef> {
     mm.find_vma(addr)
         .filter(|vma| vma.start() <= addr && mergeable(vma))
@@ -60,7 +62,7 @@ fn mergeable(vma: &VmaRef) -> bool {
     vma.flags() & vm::MERGEABLE != 0 && !anon_vma(vma).is_null()
 }
 
-/// The folio of a mapped page if its kind can be merged: anonymous, not of a device.
+/// Returns the folio of a mapped page if its kind can be merged: anonymous, not of a device.
 ///
 /// # Safety
 ///
@@ -74,8 +76,8 @@ pub(super) unsafe fn candidate_folio(page: NonNull<raw::page>) -> Option<NonNull
 
 /// A page with a reference to the folio that it is part of.
 ///
-/// It is the page that is held on to: when a huge folio is split, its reference passes to the small folio of the
-/// page for which it was split.
+/// The guard follows the page: when a huge folio is split, its reference passes to the small folio
+/// of the page for which it was split.
 ///
 /// # Invariants
 ///
@@ -91,7 +93,7 @@ impl PageGuard {
         self.page
     }
 
-    /// The page, whose reference passes to the caller.
+    /// Returns the page, and passes its reference to the caller.
     pub(crate) fn into_page(self) -> NonNull<raw::page> {
         core::mem::ManuallyDrop::new(self).page
     }
@@ -101,13 +103,14 @@ impl PageGuard {
         self.touched
     }
 
-    /// Whether it is a merged page.
+    /// Returns whether the page is a merged page.
     pub(crate) fn is_ksm(&self) -> bool {
         // SAFETY: By the invariant the page's folio is referenced.
         unsafe { raw::rksm_folio_test_ksm(raw::rksm_page_folio(self.page.as_ptr())) }
     }
 
-    /// Whether somebody else holds a reference to it, if it is a small page: it cannot be replaced then.
+    /// Returns whether the page is a small one to which somebody else holds a reference, so that it
+    /// cannot be replaced.
     pub(crate) fn is_pinned(&self) -> bool {
         // SAFETY: By the invariant the page's folio is referenced.
         unsafe {
@@ -119,12 +122,13 @@ impl PageGuard {
 
 impl Drop for PageGuard {
     fn drop(&mut self) {
-        // SAFETY: The page is referenced, so its folio does not change meanwhile; the reference is ours to give.
+        // SAFETY: The page is referenced, so its folio does not change meanwhile; the guard owns
+        // the reference.
         unsafe { raw::rksm_folio_put(raw::rksm_page_folio(self.page.as_ptr())) };
     }
 }
 
-/// The page that is mapped at `addr`, if its kind can be merged.
+/// Returns the page that is mapped at `addr`, if its kind can be merged.
 pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<PageGuard> {
     let (mut page, mut touched) = (core::ptr::null_mut(), true);
     // SAFETY: The vma is valid, its mm's lock is held, and `addr` lies in it.
@@ -137,7 +141,8 @@ pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<PageGuard> {
     NonNull::new(page).map(|page| PageGuard { page, touched })
 }
 
-/// The first address in `start..end` of `vma` where a merged page or a KSM-placed zero page is mapped.
+/// Returns the first address in `start..end` of `vma` where a merged page or a KSM-placed zero page
+/// is mapped.
 ///
 /// # Errors
 ///
@@ -208,23 +213,23 @@ unsafe extern "C" fn find_pmd(
     c_int::from(hit)
 }
 
-/// Hash of the contents of a page, as they are now.
+/// Returns the hash of the current contents of a page.
 ///
 /// # Safety
 ///
-/// The page is referenced, or reserved. It may change meanwhile.
+/// The page is referenced, or reserved. Its contents may change during the call.
 pub(super) unsafe fn content_hash(key: &ContentKey, page: NonNull<raw::page>) -> u64 {
     // SAFETY: By the contract the page is there.
     let words = unsafe { raw::rksm_kmap_local_page(page.as_ptr()) }.cast::<u64>();
-    // SAFETY: The page is mapped until below, and `hash` asks for words that lie in it. Whoever writes to it at the same
-    // time can only make the hash useless.
+    // SAFETY: The page is mapped until below, and `hash` asks for words that lie in it. A
+    // concurrent write can only make the hash useless.
     let hash = key.hash(|i| unsafe { words.add(i).read_volatile() });
     // SAFETY: Mapped above.
     unsafe { raw::rksm_kunmap_local(words.cast()) };
     hash
 }
 
-/// NUMA node of a page, which need not be referenced.
+/// Returns the NUMA node of a page, which need not be referenced.
 pub(super) fn page_nid(page: NonNull<raw::page>) -> u32 {
     // SAFETY: The memory map is readable; a page does not change its node.
     unsafe { raw::rksm_page_to_nid(page.as_ptr()) as u32 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! All stable nodes and rmap items: where they are, and the pages that nodes stand for.
+//! All stable nodes and rmap items, and the pages that the nodes stand for.
 
 use crate::engine::{
     backend::{
@@ -62,8 +62,8 @@ use kernel::{
 ///
 /// # Invariants
 ///
-/// - Every node in `nodes` has its own number in `id`. A node's `hlist` holds `rmap_hlist_len` items of `items`, all of
-///   which name it as their `node`.
+/// - Every node in `nodes` has its own number in `id`. A node's `hlist` holds `rmap_hlist_len`
+///   items of `items`, all of which name it as their `node`.
 /// - While there are nodes, the module holds a reference to itself.
 pub(crate) struct StableNodes {
     pub(super) nodes: Arena<StableNode>,
@@ -73,14 +73,15 @@ pub(crate) struct StableNodes {
     pub(super) trace: Trace,
 }
 
-// SAFETY: All pointers in it are to objects of the kernel that any thread may use under the locks named above.
+// SAFETY: All pointers in it are to kernel objects that any thread may use under the locks that the
+// documentation of `node` names.
 unsafe impl Send for StableNodes {}
-// SAFETY: As above. With a shared reference nodes and items are only looked at, but for those of merges, each of which has its
-// own, and for what the lock of a node's folio protects.
+// SAFETY: A shared reference gives only read access to nodes and items, with two exceptions: each
+// merge writes to items and a node of its own, and the lock of a node's folio protects its list.
 unsafe impl Sync for StableNodes {}
 
 impl StableNodes {
-    /// No merged pages.
+    /// Creates the set without any node, with a random key.
     ///
     /// # Errors
     ///
@@ -111,16 +112,17 @@ impl StableNodes {
         self.items.get(id.0)
     }
 
-    /// The node of ours that a `mapping` word names.
+    /// Returns the node of ours that a `mapping` word names.
     pub(super) fn node_of_mapping(&self, mapping: FolioMapping) -> Option<NodeId> {
         let node = StableNode::of_mapping(mapping)?;
-        // SAFETY: The built-in KSM had no page left when we took over, so every node that a folio names is ours, and a
-        // node is freed only after its folio has been freed or has ceased to name it.
+        // SAFETY: The built-in KSM had no page left when we took over, so every node that a folio
+        // names is ours, and a node is freed only after its folio has been freed or has ceased to
+        // name it.
         let id = unsafe { (*node.as_ptr()).id };
         (self.node(id) == Some(node)).then_some(id)
     }
 
-    /// What a page is whose folio has this `mapping` word and is mapped or referenced.
+    /// Returns the kind of a page whose folio has this `mapping` word and is mapped or referenced.
     pub(super) fn kind_of(&self, mapping: FolioMapping) -> PageKind {
         if mapping.is_plain_anon() {
             PageKind::Plain
@@ -130,17 +132,19 @@ impl StableNodes {
         }
     }
 
-    /// The node's folio, if it is still the node's.
+    /// Returns the node's folio with a reference, if it is still the node's.
     ///
-    /// The node holds no reference: its folio may be freed, or move to another frame, at any time. So the frame's
-    /// `mapping` is looked at before and after a reference is taken. A folio that is being migrated has its count
-    /// frozen, or a `mapping` of 0, and the node names the new frame before the old one ceases to name the node:
-    /// hence the barrier, which pairs with the one in `folio_migrate_ksm`.
+    /// The node holds no reference: its folio may be freed, or move to another frame, at any time.
+    /// So the frame's `mapping` is read before and after a reference is taken. A folio that is
+    /// being migrated has its count frozen, or a `mapping` of 0, and the node names the new frame
+    /// before the old one ceases to name the node: hence the barrier, which pairs with the one in
+    /// `folio_migrate_ksm`.
     pub(super) fn get_folio(&self, node: NonNull<StableNode>) -> Option<FolioRef> {
         let expected = StableNode::mapping(node);
         loop {
             let frame = kpfn(node);
-            // SAFETY: `frame` is one that held our page; frames that are taken offline are pruned before.
+            // SAFETY: `frame` is one that held our page; frames that are taken offline are pruned
+            // before.
             let folio = unsafe { NonNull::new_unchecked(raw::rksm_pfn_folio(frame)) };
             if folio::mapping(folio) == expected {
                 race_window::spin();
@@ -148,8 +152,8 @@ impl StableNodes {
                     // SAFETY: As above.
                     match unsafe { FolioRef::try_get(folio) } {
                         Some(reference) => break Some(reference),
-                        // A count of 0 means that the folio has been freed, or that migration has frozen it, which it
-                        // does to a folio in the swap cache only.
+                        // A count of 0 means that the folio has been freed, or that migration has
+                        // frozen it, which it does to a folio in the swap cache only.
                         // SAFETY: As above.
                         None if unsafe { raw::rksm_folio_test_swapcache(folio.as_ptr()) } => {
                             core::hint::spin_loop()
@@ -169,7 +173,7 @@ impl StableNodes {
         }
     }
 
-    /// The node's folio, locked, if it is still the node's. May sleep.
+    /// Calls `f` with the node's folio locked, if it is still the node's.
     pub(super) fn with_locked<R>(
         &self,
         node: NonNull<StableNode>,
@@ -187,7 +191,7 @@ impl StableNodes {
         }
     }
 
-    /// Makes an rmap item that is on no node yet.
+    /// Creates an rmap item that is on no node yet.
     ///
     /// Not under the mmap lock, which the OOM killer may need to free memory.
     pub(super) fn new_item(
@@ -204,11 +208,11 @@ impl StableNodes {
             next: core::ptr::null_mut(),
         };
         let (_, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
-        // INVARIANT: Nobody else knows of it.
+        // INVARIANT: Nothing else has a pointer to it.
         Ok(UnlinkedItem(item))
     }
 
-    /// Accounts for an item that has been put on a node.
+    /// Accounts for an item that has been added to a node.
     pub(super) fn added(&self, item: &UnlinkedItem) -> ItemId {
         // SAFETY: The item pins its mm.
         unsafe { raw::rksm_mm_add_merging(item.mm().as_ptr(), 1) };
@@ -223,7 +227,7 @@ impl StableNodes {
         }
     }
 
-    /// Frees an item that has been on no node.
+    /// Frees an item that was never on a node.
     pub(super) fn discard_item(&mut self, item: &UnlinkedItem) {
         drop(self.items.remove(item.id().0));
     }
@@ -247,7 +251,7 @@ impl StableNodes {
         match self.nodes.insert(node) {
             Ok((id, node)) => {
                 let id = NodeId(id);
-                // SAFETY: Just inserted, and known to nobody else.
+                // SAFETY: The node has just been inserted, and nothing else has a pointer to it.
                 // INVARIANT: The node gets its own number.
                 unsafe {
                     (*node.as_ptr()).id = id;
@@ -273,9 +277,10 @@ impl StableNodes {
     pub(super) fn free_node(&mut self, node: NonNull<StableNode>, orphan: &mut dyn FnMut(PageId)) {
         // SAFETY: The node is in the arena.
         let (id, kpfn) = unsafe { ((*node.as_ptr()).id, (*node.as_ptr()).kpfn) };
-        // SAFETY: No folio names the node, so nobody else looks at its list; items are freed after they left it.
+        // SAFETY: No folio names the node, so no rmap walk follows its list; items are freed after
+        // they have left it.
         while let Some(item) = unsafe { StableNode::pop(node) } {
-            // SAFETY: The item is in the arena still.
+            // SAFETY: The item is still in the arena.
             let (id, page, more) = unsafe {
                 let more = !(*node.as_ptr()).hlist.first.is_null();
                 (Arena::number_of(item), (*item.as_ptr()).page(), more)
@@ -377,7 +382,8 @@ impl backend::StableNodes for StableNodes {
 
     fn mappings(&self, node: NodeId) -> u32 {
         self.node(node).map_or(0, |node| {
-            // SAFETY: The node is in the arena; only the engine, whose lock is held, changes the length.
+            // SAFETY: The node is in the arena; only the engine, whose lock is held, changes the
+            // length.
             unsafe { (*node.as_ptr()).rmap_hlist_len as u32 }
         })
     }
@@ -396,7 +402,7 @@ impl backend::StableNodes for StableNodes {
         let mapped = self.with_locked(node, |lock| {
             let mapped = lock.folio().mapped();
             if !mapped {
-                // SAFETY: The folio is locked, and nobody maps it: it may end its days without a node.
+                // SAFETY: The folio is locked and not mapped, so nothing needs its node any more.
                 unsafe {
                     raw::rksm_folio_set_mapping(
                         lock.folio().as_ptr(),

@@ -164,7 +164,7 @@ impl JobCount {
     /// Counts one more, and wakes the sleepers.
     fn add(&self) {
         // A sleeper increments `sleepers` before it rechecks `jobs`. Both are fully ordered (store
-        // buffering), so one of both sees the other: no wake-up is lost.
+        // buffering), so one of them sees the other: no wake-up is lost.
         self.jobs.fetch_add(1, Full);
         if self.sleepers.load(Relaxed) > 0 {
             self.queue.wake_up_all();

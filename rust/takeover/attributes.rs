@@ -17,9 +17,9 @@
 //! ```
 //!
 //! While *held*, callers wait. When *open*, our [`AttributeHandler`] answers. In *forward*, which
-//! begins when the pointers are the built-in's again, those that still come or have waited get what the
-//! built-in answers. So a user sees neither an error nor a wrong answer at `insmod` and `rmmod`,
-//! at worst a delay.
+//! begins when the pointers are the built-in's again, those that still come or have waited get what
+//! the built-in answers. So a user sees neither an error nor a wrong answer at `insmod` and
+//! `rmmod`, at worst a delay.
 
 use crate::{
     bindings::raw,
@@ -272,8 +272,8 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<
     ///
     /// # Errors
     ///
-    /// `EINVAL` for a name that is none of its files, a file that cannot be written, or more than 63
-    /// bytes; or what the built-in returns.
+    /// `EINVAL` for a name that is none of its files, a file that cannot be written, or more than
+    /// 63 bytes; or what the built-in returns.
     pub(crate) fn builtin_store(&self, name: &CStr, data: &[u8]) -> Result {
         let file = self.inner.named(name)?;
         // sysfs adds a NUL, on which the built-in relies.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What is used of the built-in KSM: its locks, its list of mms, `ksm_run`, and whether it has anything left.
+//! The parts of the built-in KSM that rksm uses: its locks, its list of mms and `ksm_run`, and the
+//! check that it has no merged page left.
 
 use crate::{
     bindings::raw,
@@ -154,8 +155,8 @@ impl Builtin {
 
     /// Whether the built-in has neither merged pages nor rmap items.
     ///
-    /// Its cursor is at rest once it has unmerged, whether that succeeded or not. (Nor could it be looked at
-    /// everywhere: Clang makes several objects of `ksm_scan`.)
+    /// Its cursor is at rest once it has unmerged, whether that succeeded or not. (Nor could it be
+    /// looked at everywhere: Clang makes several objects of `ksm_scan`.)
     pub(super) fn is_drained(self) -> bool {
         let _mutex = ThreadMutex::lock(self.0);
         let symbols = self.0;

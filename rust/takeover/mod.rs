@@ -125,8 +125,9 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
         self.builtin
     }
 
-    /// What the built-in's file `name` shows; see [`BuiltinAttributes::builtin_show`]. In `run` that
-    /// is what it said before it was stopped, unless [`Self::set_final_run`] has chosen another value.
+    /// What the built-in's file `name` shows; see [`BuiltinAttributes::builtin_show`]. In `run`
+    /// that is what it said before it was stopped, unless [`Self::set_final_run`] has chosen
+    /// another value.
     pub(crate) fn builtin_show(&self, name: &CStr) -> Result<AttributeText> {
         if name == RUN {
             return AttributeText::new(&[b'0' + self.final_run.load(Relaxed) as u8, b'\n']);

@@ -49,8 +49,8 @@ impl<B: Backend> Metadata<B> {
         false
     }
 
-    /// Removes all stable nodes. Returns whether none is left: a page that is still mapped keeps its
-    /// node.
+    /// Removes all stable nodes. Returns whether none is left: a page that is still mapped keeps
+    /// its node.
     pub fn remove_all_nodes(&mut self) -> bool {
         let mut at = None;
         while let Some(node) = self.backend.next(at) {

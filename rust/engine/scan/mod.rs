@@ -5,8 +5,8 @@
 //! A page is merged after its contents have not changed from one full scan to the next: with the
 //! KSM page of the same contents if there is one, else with another page that has not changed, a
 //! *candidate*. Both are looked up in one content index by a fingerprint. The [`Backend`] compares
-//! the contents themselves once nobody can write to the page any more, so no answer of the index can
-//! do harm.
+//! the contents themselves once nobody can write to the page any more, so no answer of the index
+//! can do harm.
 //!
 //! Contents are not read again while the accessed bit is clear ([`AccessedHint`]). What is known of
 //! them may then be out of date, which costs a merge tried in vain, or one that comes some scans
@@ -20,8 +20,8 @@
 //!
 //! 1. *Walk*: each partition is a part of the address space with a batch for the pages there. What
 //!    is known of each page is looked up.
-//! 2. *Hash* the contents that have to be read, job by job. Meanwhile the stage compares the pages of
-//!    completed jobs with what is known: most need no more attention.
+//! 2. *Hash* the contents that have to be read, job by job. Meanwhile the stage compares the pages
+//!    of completed jobs with what is known: most need no more attention.
 //! 3. *Merge* pages that have an equal. Meanwhile the stage prepares more merges, and records the
 //!    results. No two threads merge pages of the same contents at once.
 //!
