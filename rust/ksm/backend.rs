@@ -219,7 +219,8 @@ impl Backend for StableNodes {
         let node = self.node(node).ok_or(Refusal::Stale)?;
         // SAFETY: The batch holds a reference to the page.
         let folio = unsafe { NonNull::new_unchecked(raw::rksm_page_folio(own.as_ptr())) };
-        // SAFETY: As above.
+        // SAFETY: The folio is that of the batch's page, which stays valid while the batch holds
+        // its reference.
         let folio = unsafe { FolioRef::try_get(folio) }.ok_or(Refusal::Stale)?;
         let item = self.new_item(&page)?;
         let adopted = in_vma(page.mm, page.addr, |_, vma| item.set_anon_vma(vma)).and_then(|()| {

@@ -148,7 +148,7 @@ impl StableNode {
     /// Both are in their arenas, and the item is on no node. The node's folio is locked, or no
     /// folio names the node.
     pub(super) unsafe fn push(node: NonNull<Self>, item: NonNull<RmapItem>) {
-        // SAFETY: By the contract.
+        // SAFETY: By the contract both are valid, and nothing else accesses the list or the item.
         unsafe {
             (*item.as_ptr()).node = (*node.as_ptr()).id;
             (*item.as_ptr()).next = (*node.as_ptr()).hlist.first;
@@ -164,9 +164,10 @@ impl StableNode {
     /// The node is in its arena, as are the items on it. Its folio is locked, or no folio names the
     /// node.
     pub(super) unsafe fn pop(node: NonNull<Self>) -> Option<NonNull<RmapItem>> {
-        // SAFETY: By the contract.
+        // SAFETY: By the contract the node is valid, and nothing else changes its list.
         let link = NonNull::new(unsafe { (*node.as_ptr()).hlist.first })?;
-        // SAFETY: The list links `RmapItem`s by their `next`.
+        // SAFETY: The list links `RmapItem`s by their `next`; by the contract they are in their
+        // arena, and nothing else changes the list.
         unsafe {
             let item =
                 kernel::container_of!(link.as_ptr().cast::<*mut raw::hlist_node>(), RmapItem, next);
@@ -184,7 +185,7 @@ impl StableNode {
     /// The node is in its arena, as are the items on it, of which `item` is one. Its folio is
     /// locked, or no folio names the node.
     pub(super) unsafe fn unlink(node: NonNull<Self>, item: NonNull<RmapItem>) -> NonNull<RmapItem> {
-        // SAFETY: By the contract.
+        // SAFETY: The contract of `pop` is part of this function's.
         let Some(first) = (unsafe { Self::pop(node) }) else {
             return item;
         };
@@ -230,13 +231,15 @@ impl UnlinkedItem {
 
     /// The mm of the mapping.
     pub(super) fn mm(&self) -> &PinnedMm {
-        // SAFETY: By the invariant; and who walks a node's items does not change the field.
+        // SAFETY: By the invariant the item is in its arena. An rmap walk does not change the
+        // field.
         unsafe { &(*self.0.as_ptr()).mm }
     }
 
     /// The address of the mapping.
     pub(super) fn addr(&self) -> usize {
-        // SAFETY: As above.
+        // SAFETY: By the invariant the item is in its arena. An rmap walk does not change the
+        // field.
         unsafe { (*self.0.as_ptr()).address }
     }
 

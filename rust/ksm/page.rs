@@ -70,7 +70,7 @@ fn mergeable(vma: &VmaRef) -> bool {
 pub(super) unsafe fn candidate_folio(page: NonNull<raw::page>) -> Option<NonNull<raw::folio>> {
     // SAFETY: The page is mapped by the contract, so its folio does not change.
     let folio = NonNull::new(unsafe { raw::rksm_page_folio(page.as_ptr()) })?;
-    // SAFETY: As above.
+    // SAFETY: By the contract the page is mapped or referenced, so its folio is valid.
     unsafe { raw::rksm_folio_mergeable(folio.as_ptr()) }.then_some(folio)
 }
 
@@ -153,7 +153,9 @@ pub(crate) fn find_merged(
     end: usize,
 ) -> kernel::error::Result<Option<usize>> {
     let mut found: usize = 0;
-    // SAFETY: As in `collect`, with `found` as the private data.
+    // SAFETY: The vma is valid, as its mm's lock is held for reading, and `start..end` lies within
+    // it. The callback gets `found`, which outlives the call, as its private data, and expects that
+    // type.
     let ret = unsafe {
         raw::rksm_walk_page_range_vma(
             vma.as_ptr().cast(),

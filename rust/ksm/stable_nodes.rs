@@ -93,7 +93,7 @@ impl StableNodes {
         unsafe { raw::get_random_bytes(words.as_mut_ptr().cast(), size_of_val(words)) };
         // SAFETY: The zero page is always there.
         let zero = unsafe { NonNull::new(raw::rksm_zero_page()) }.ok_or(EINVAL)?;
-        // SAFETY: As above.
+        // SAFETY: The zero page is reserved, and never freed.
         let zero_hash = unsafe { page::content_hash(&key, zero) };
         Ok(Self {
             nodes: Arena::new(),
@@ -149,12 +149,14 @@ impl StableNodes {
             if folio::mapping(folio) == expected {
                 race_window::spin();
                 let reference = loop {
-                    // SAFETY: As above.
+                    // SAFETY: `folio` is the memory map's entry of a frame that is not taken
+                    // offline before nodes in it are pruned; a folio of any kind may be tried.
                     match unsafe { FolioRef::try_get(folio) } {
                         Some(reference) => break Some(reference),
                         // A count of 0 means that the folio has been freed, or that migration has
                         // frozen it, which it does to a folio in the swap cache only.
-                        // SAFETY: As above.
+                        // SAFETY: `folio` is an entry of the memory map, whose flags may be read
+                        // without a reference.
                         None if unsafe { raw::rksm_folio_test_swapcache(folio.as_ptr()) } => {
                             core::hint::spin_loop()
                         }
@@ -286,7 +288,7 @@ impl StableNodes {
                 (Arena::number_of(item), (*item.as_ptr()).page(), more)
             };
             if more {
-                // SAFETY: As above.
+                // SAFETY: The item is still in the arena, and pins its mm.
                 let mm = unsafe { (*item.as_ptr()).mm.as_mm() };
                 self.trace
                     .remove_rmap_item(kpfn, item.as_ptr() as usize, mm);
@@ -326,7 +328,7 @@ impl backend::StableNodes for StableNodes {
         let mm = unsafe { (*gone.as_ptr()).mm.as_mm() };
         self.trace
             .remove_rmap_item(kpfn(node), item.as_ptr() as usize, mm);
-        // SAFETY: As above.
+        // SAFETY: `gone` is in the arena until it is freed here.
         self.free_item(ItemId(unsafe { Arena::number_of(gone) }));
         let remaining = self.mappings(node_id);
         Some(Released {
@@ -358,7 +360,8 @@ impl backend::StableNodes for StableNodes {
     fn set_meta(&mut self, node: NodeId, meta: NodeMeta) {
         let Some(node) = self.node(node) else { return };
         let head = if meta.head { HEAD } else { 0 };
-        // SAFETY: As above.
+        // SAFETY: The node is in the arena; only the engine, whose lock is held, accesses these
+        // fields.
         unsafe {
             (*node.as_ptr()).content = meta.fingerprint.to_bits() | head;
             (*node.as_ptr()).next = meta.next;
@@ -375,7 +378,8 @@ impl backend::StableNodes for StableNodes {
 
     fn set_nid(&mut self, node: NodeId, nid: u32) {
         if let Some(node) = self.node(node) {
-            // SAFETY: As above.
+            // SAFETY: The node is in the arena; only the engine, whose lock is held, accesses
+            // `nid`.
             unsafe { (*node.as_ptr()).nid = nid as c_int };
         }
     }

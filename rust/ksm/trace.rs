@@ -11,33 +11,39 @@ use kernel::{
     prelude::*, //
 };
 
-/// A `ksm` trace event of ours, fired as the built-in KSM fires it. Costs one load while nobody
-/// traces it.
+/// Fires the `ksm` trace events as the built-in KSM fires them. An event costs one load while it is
+/// not traced.
+///
+/// # Invariants
+///
+/// The tracepoints are resolved.
 #[derive(Clone, Copy)]
 pub(crate) struct Trace(());
 
 impl Trace {
-    /// For which the tracepoints must have been resolved.
+    /// Creates it; `_symbols` proves that the tracepoints are resolved.
     pub(crate) fn new(_symbols: Symbols) -> Self {
+        // INVARIANT: There are `Symbols` only when everything in them is resolved.
         Self(())
     }
 
     /// A full scan begins: how many were completed, and how many pages are tracked.
     pub(crate) fn start_scan(self, seq: u64, rmap_entries: usize) {
-        // SAFETY: The tracepoint is resolved, and only reads its arguments.
+        // SAFETY: The tracepoint is resolved by the invariant, and only reads its arguments.
         unsafe { raw::rksm_trace_ksm_start_scan(seq as c_int, rmap_entries as u32) }
     }
 
     /// A full scan ends.
     pub(crate) fn stop_scan(self, seq: u64, rmap_entries: usize) {
-        // SAFETY: As in `start_scan`.
+        // SAFETY: The tracepoint is resolved by the invariant, and only reads its arguments.
         unsafe { raw::rksm_trace_ksm_stop_scan(seq as c_int, rmap_entries as u32) }
     }
 
-    /// A page was tried to be merged with a page that is not a KSM page yet, or a zero page. The
+    /// rksm tried to merge a page with one that is not a KSM page yet, or with the zero page. The
     /// rmap item is only an address to print.
     pub(crate) fn merge_one_page(self, pfn: usize, rmap_item: usize, mm: &Mm, err: Result) {
-        // SAFETY: As in `start_scan`; the pointers are printed, not followed.
+        // SAFETY: The tracepoint is resolved by the invariant, and prints the pointers without
+        // following them.
         unsafe {
             raw::rksm_trace_ksm_merge_one_page(
                 pfn,
@@ -48,7 +54,7 @@ impl Trace {
         }
     }
 
-    /// A page was tried to be merged with a KSM page (whose `struct page` is at `ksm_page`).
+    /// rksm tried to merge a page with a KSM page, whose `struct page` is at `ksm_page`.
     pub(crate) fn merge_with_ksm_page(
         self,
         ksm_page: usize,
@@ -57,7 +63,8 @@ impl Trace {
         mm: &Mm,
         err: Result,
     ) {
-        // SAFETY: As in `merge_one_page`.
+        // SAFETY: The tracepoint is resolved by the invariant, and prints the pointers without
+        // following them.
         unsafe {
             raw::rksm_trace_ksm_merge_with_ksm_page(
                 ksm_page as *mut c_void,
@@ -71,13 +78,14 @@ impl Trace {
 
     /// A stable node is removed.
     pub(crate) fn remove_ksm_page(self, pfn: usize) {
-        // SAFETY: As in `start_scan`.
+        // SAFETY: The tracepoint is resolved by the invariant, and only reads its arguments.
         unsafe { raw::rksm_trace_ksm_remove_ksm_page(pfn) }
     }
 
     /// An rmap item leaves its stable node.
     pub(crate) fn remove_rmap_item(self, pfn: usize, rmap_item: usize, mm: &Mm) {
-        // SAFETY: As in `merge_one_page`.
+        // SAFETY: The tracepoint is resolved by the invariant, and prints the pointers without
+        // following them.
         unsafe {
             raw::rksm_trace_ksm_remove_rmap_item(pfn, rmap_item as *mut c_void, mm.as_raw().cast())
         }
@@ -85,7 +93,7 @@ impl Trace {
 
     /// The advisor has set `pages_to_scan`: the last full scan took `scan_time` seconds.
     pub(crate) fn advisor(self, scan_time: i64, pages_to_scan: usize, cpu_percent: u32) {
-        // SAFETY: As in `start_scan`.
+        // SAFETY: The tracepoint is resolved by the invariant, and only reads its arguments.
         unsafe { raw::rksm_trace_ksm_advisor(scan_time, pages_to_scan, cpu_percent) }
     }
 }
