@@ -123,7 +123,11 @@ pub(crate) struct Arena<T> {
 }
 
 impl<T> Arena<T> {
-    /// An empty arena. Allocates nothing.
+    /// Creates an empty arena, without allocating.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) const fn new() -> Self {
         // INVARIANT: There are no chunks.
         Self {
@@ -135,12 +139,20 @@ impl<T> Arena<T> {
         }
     }
 
-    /// The number of objects.
+    /// Returns the number of objects.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// Bytes of memory that the arena takes.
+    /// Returns the bytes of memory that the arena takes.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn bytes(&self) -> usize {
         self.live_chunks * size_of::<Chunk<T>>()
             + self.chunks.capacity() * size_of::<Entry<T>>()
@@ -224,7 +236,7 @@ impl<T> Arena<T> {
         Ok((number << SHIFT | bit, object))
     }
 
-    /// The object of this number.
+    /// Returns the object with this number.
     ///
     /// # Context
     ///
@@ -239,7 +251,7 @@ impl<T> Arena<T> {
         chunk.slot(bit as usize)
     }
 
-    /// The number of an object.
+    /// Returns the number of an object.
     ///
     /// # Context
     ///
@@ -259,7 +271,7 @@ impl<T> Arena<T> {
         number << SHIFT | slot as u32
     }
 
-    /// Takes an object out, which ends its address.
+    /// Removes an object, and returns it. Its address is invalid from then on.
     ///
     /// # Context
     ///
@@ -286,7 +298,11 @@ impl<T> Arena<T> {
         Some(value)
     }
 
-    /// The number of the first object after `after`; of the first one for `None`.
+    /// Returns the number of the first object after `after`; of the first one for `None`.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn next(&self, after: Option<u32>) -> Option<u32> {
         let from = match after {
             Some(id) => id.checked_add(1)?,

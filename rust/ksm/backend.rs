@@ -60,6 +60,10 @@ use kernel::{
 
 /// Returns the number of mappings of the zero page that KSM, built-in or not, has placed. The core
 /// of mm decrements it.
+///
+/// # Context
+///
+/// Any.
 pub(crate) fn zero_pages(_symbols: Symbols) -> i64 {
     // SAFETY: The counter has been resolved.
     unsafe { raw::rksm_ksm_zero_pages() as i64 }

@@ -78,6 +78,10 @@ unsafe impl Sync for Batch {}
 impl Batch {
     /// Creates an empty batch with room for `pages` pages.
     ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
     /// # Errors
     ///
     /// `ENOMEM`.
@@ -94,6 +98,10 @@ impl Batch {
 
     /// Makes the batch full after `limit` more pages. Other threads may walk the same mm, but not
     /// at the addresses in `own`.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn set_limit(&mut self, limit: usize, own: &Range<usize>) {
         self.limit = (self.entries.len() + limit).min(self.entries.capacity());
         self.own = own.clone();
@@ -108,11 +116,19 @@ impl Batch {
     }
 
     /// Returns page `i`, if it has not been released.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn page(&self, i: usize) -> Option<NonNull<raw::page>> {
         self.entry(i)?.page
     }
 
     /// Returns the folio of page `i`, if it is a large folio.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn huge_folio(&self, i: usize) -> Option<*mut raw::folio> {
         let page = self.page(i)?;
         // SAFETY: The page is referenced by the invariant.
@@ -123,6 +139,10 @@ impl Batch {
     }
 
     /// Adds a page that the caller holds the page table lock for.
+    ///
+    /// # Context
+    ///
+    /// Atomic. The page table lock is held.
     ///
     /// # Safety
     ///
@@ -178,11 +198,19 @@ impl Batch {
     }
 
     /// Returns whether `release_huge_folio` has released page `i`.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn released_for_split(&self, i: usize) -> bool {
         self.entry(i).is_some_and(|entry| entry.released_for_split)
     }
 
     /// Gives page `i` back to the batch after `release_huge_folio`.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn reacquire(&mut self, i: usize, held: PageGuard) {
         if let Some(entry) = self.entries.get_mut(i) {
             // INVARIANT: The entry takes over the reference.

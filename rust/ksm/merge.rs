@@ -45,6 +45,10 @@ use kernel::{
 };
 
 /// Finds the mergeable vma at an address and calls `f` with it, under the mmap lock.
+///
+/// # Context
+///
+/// May sleep. Takes the mmap lock for reading; `f` runs under it.
 pub(super) fn in_vma<R>(
     mm: &PinnedMm,
     addr: usize,
@@ -347,6 +351,11 @@ fn outcome(result: &Result<(), Refusal>) -> Result {
 
 impl StableNodes {
     /// Unshares the first page of a new node whose second page was refused.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The engine's lock is held. Takes the mmap lock for reading, and then the folio
+    /// lock.
     pub(super) fn unmerge_first(&mut self, first: &UnlinkedItem) {
         let (mm, addr, first) = (first.mm(), first.addr(), first.id());
         let node = self.node_of(first);

@@ -143,6 +143,10 @@ impl StableNode {
 
     /// Adds an item to the node.
     ///
+    /// # Context
+    ///
+    /// Any.
+    ///
     /// # Safety
     ///
     /// Both are in their arenas, and the item is on no node. The node's folio is locked, or no
@@ -158,6 +162,10 @@ impl StableNode {
     }
 
     /// Removes the first item from the node.
+    ///
+    /// # Context
+    ///
+    /// Any.
     ///
     /// # Safety
     ///
@@ -179,6 +187,10 @@ impl StableNode {
 
     /// Removes an item from the node. Unless it was the first, the first item moves to its place.
     /// Returns the place that is now unused, which holds the removed item.
+    ///
+    /// # Context
+    ///
+    /// Any.
     ///
     /// # Safety
     ///
@@ -247,6 +259,10 @@ impl UnlinkedItem {
     ///
     /// The `anon_vma` is referenced here, under the mmap lock: once the item is on a node, an rmap
     /// walk follows it whatever has become of the vma.
+    ///
+    /// # Context
+    ///
+    /// Any. The mmap lock of the vma is held.
     pub(super) fn set_anon_vma(&self, vma: &VmaRef) -> Result<(), Refusal> {
         let anon_vma = NonNull::new(mm::anon_vma(vma)).ok_or(Refusal::Gone)?;
         // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the address lies in the
@@ -264,6 +280,10 @@ impl UnlinkedItem {
     }
 
     /// Adds the item to a node.
+    ///
+    /// # Context
+    ///
+    /// Any.
     ///
     /// # Safety
     ///

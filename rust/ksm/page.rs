@@ -44,6 +44,10 @@ impl MmPin for PinnedMm {
 
 /// Returns the first vma that ends above `addr` and may hold mergeable pages: `VM_MERGEABLE`, with
 /// an `anon_vma`.
+///
+/// # Context
+///
+/// The mmap lock is held, as `mm` shows.
 pub(super) fn mergeable_from(mm: LiveMm<'_>, addr: usize) -> Option<&VmaRef> {
     let mut vma = mm.find_vma(addr)?;
     while !mergeable(vma) {
@@ -53,6 +57,10 @@ pub(super) fn mergeable_from(mm: LiveMm<'_>, addr: usize) -> Option<&VmaRef> {
 }
 
 /// Returns the mergeable vma at `addr`.
+///
+/// # Context
+///
+/// The mmap lock is held, as `mm` shows.
 pub(super) fn mergeable_at(mm: LiveMm<'_>, addr: usize) -> Option<&VmaRef> {
     mm.find_vma(addr)
         .filter(|vma| vma.start() <= addr && mergeable(vma))
@@ -63,6 +71,10 @@ fn mergeable(vma: &VmaRef) -> bool {
 }
 
 /// Returns the folio of a mapped page if its kind can be merged: anonymous, not of a device.
+///
+/// # Context
+///
+/// Any.
 ///
 /// # Safety
 ///
@@ -89,21 +101,37 @@ pub(crate) struct PageGuard {
 
 impl PageGuard {
     /// The page.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn page(&self) -> NonNull<raw::page> {
         self.page
     }
 
     /// Returns the page, and passes its reference to the caller.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn into_page(self) -> NonNull<raw::page> {
         core::mem::ManuallyDrop::new(self).page
     }
 
     /// Whether it may have been touched since a walk last took it.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn touched(&self) -> bool {
         self.touched
     }
 
     /// Returns whether the page is a merged page.
+    ///
+    /// # Context
+    ///
+    /// Any. Only the folio lock keeps the answer from changing.
     pub(crate) fn is_ksm(&self) -> bool {
         // SAFETY: By the invariant the page's folio is referenced.
         unsafe { raw::rksm_folio_test_ksm(raw::rksm_page_folio(self.page.as_ptr())) }
@@ -111,6 +139,10 @@ impl PageGuard {
 
     /// Returns whether the page is a small one to which somebody else holds a reference, so that it
     /// cannot be replaced.
+    ///
+    /// # Context
+    ///
+    /// Any. The answer can change at any time.
     pub(crate) fn is_pinned(&self) -> bool {
         // SAFETY: By the invariant the page's folio is referenced.
         unsafe {
@@ -129,6 +161,10 @@ impl Drop for PageGuard {
 }
 
 /// Returns the page that is mapped at `addr`, if its kind can be merged.
+///
+/// # Context
+///
+/// May sleep. The mmap lock is held. Takes the page table lock, and releases it.
 pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<PageGuard> {
     let (mut page, mut touched) = (core::ptr::null_mut(), true);
     // SAFETY: The vma is valid, its mm's lock is held, and `addr` lies in it.
@@ -143,6 +179,10 @@ pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<PageGuard> {
 
 /// Returns the first address in `start..end` of `vma` where a merged page or a KSM-placed zero page
 /// is mapped.
+///
+/// # Context
+///
+/// May sleep. The mmap lock is held. Takes one page table lock at a time.
 ///
 /// # Errors
 ///
@@ -217,6 +257,10 @@ unsafe extern "C" fn find_pmd(
 
 /// Returns the hash of the current contents of a page.
 ///
+/// # Context
+///
+/// Any.
+///
 /// # Safety
 ///
 /// The page is referenced, or reserved. Its contents may change during the call.
@@ -232,6 +276,10 @@ pub(super) unsafe fn content_hash(key: &ContentKey, page: NonNull<raw::page>) ->
 }
 
 /// Returns the NUMA node of a page, which need not be referenced.
+///
+/// # Context
+///
+/// Any.
 pub(super) fn page_nid(page: NonNull<raw::page>) -> u32 {
     // SAFETY: The memory map is readable; a page does not change its node.
     unsafe { raw::rksm_page_to_nid(page.as_ptr()) as u32 }

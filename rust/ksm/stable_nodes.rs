@@ -83,6 +83,10 @@ unsafe impl Sync for StableNodes {}
 impl StableNodes {
     /// Creates the set without any node, with a random key.
     ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
     /// # Errors
     ///
     /// `ENOMEM`.
@@ -139,6 +143,10 @@ impl StableNodes {
     /// being migrated has its count frozen, or a `mapping` of 0, and the node names the new frame
     /// before the old one ceases to name the node: hence the barrier, which pairs with the one in
     /// `folio_migrate_ksm`.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     pub(super) fn get_folio(&self, node: NonNull<StableNode>) -> Option<FolioRef> {
         let expected = StableNode::mapping(node);
         loop {
@@ -176,6 +184,10 @@ impl StableNodes {
     }
 
     /// Calls `f` with the node's folio locked, if it is still the node's.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes the folio lock. `f` runs under it.
     pub(super) fn with_locked<R>(
         &self,
         node: NonNull<StableNode>,
@@ -195,7 +207,11 @@ impl StableNodes {
 
     /// Creates an rmap item that is on no node yet.
     ///
-    /// Not under the mmap lock, which the OOM killer may need to free memory.
+    /// The mmap lock must not be held: the OOM killer may need it to free memory.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The engine's lock is held; the mmap lock is not.
     pub(super) fn new_item(
         &mut self,
         page: &PageAddr<'_, PinnedMm>,
@@ -222,6 +238,10 @@ impl StableNodes {
     }
 
     /// Accounts for an item that leaves its node, and frees it.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The engine's lock is held.
     pub(super) fn free_item(&mut self, id: ItemId) {
         if let Some(item) = self.items.remove(id.0) {
             // SAFETY: The item pins its mm.
@@ -235,6 +255,10 @@ impl StableNodes {
     }
 
     /// Adds a node without items and without a page. Takes a module reference for the first one.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The engine's lock is held; the mmap lock is not.
     pub(super) fn new_node(&mut self, nid: c_int) -> Result<NonNull<StableNode>, Refusal> {
         if self.nodes.len() == 0 && !module_ref::get() {
             return Err(Refusal::Unloading);
@@ -276,6 +300,10 @@ impl StableNodes {
     }
 
     /// Frees a node that no folio names.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The engine's lock is held.
     pub(super) fn free_node(&mut self, node: NonNull<StableNode>, orphan: &mut dyn FnMut(PageId)) {
         // SAFETY: The node is in the arena.
         let (id, kpfn) = unsafe { ((*node.as_ptr()).id, (*node.as_ptr()).kpfn) };

@@ -307,6 +307,10 @@ pub(crate) struct KthreadPool {
 impl KthreadPool {
     /// A pool without workers.
     ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
     /// # Errors
     ///
     /// `ENOMEM`.

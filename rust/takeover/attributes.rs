@@ -59,7 +59,7 @@ use kernel::{
     }, //
 };
 
-/// `Held`, `Open` or `Forward`, see above.
+/// `HELD`, `OPEN` or `FORWARD`; see "Phases" in the module's documentation.
 type Phase = i32;
 const HELD: Phase = 0;
 const OPEN: Phase = 1;
@@ -68,9 +68,9 @@ const FORWARD: Phase = 2;
 /// The one [`Inner`] that `show` and `store` use, or null.
 static INSTANCE: Atomic<*mut c_void> = Atomic::new(ptr::null_mut());
 
-/// A built-in attribute, and what it was.
+/// A built-in attribute, and its original functions.
 struct BuiltinAttribute<A> {
-    /// What the handler knows it by.
+    /// The handler's name for it.
     id: A,
     name: &'static CStr,
     attr: *mut raw::kobj_attribute,
@@ -120,7 +120,7 @@ unsafe impl<A: Send, H: Send + Sync> Send for Inner<A, H> {}
 // own.
 unsafe impl<A: Sync, H: Send + Sync> Sync for Inner<A, H> {}
 
-/// What a built-in file says.
+/// What a built-in file shows.
 pub(crate) struct AttributeText {
     page: KBox<PageBuffer>,
     len: usize,
@@ -140,6 +140,10 @@ impl PageBuffer {
 
 impl AttributeText {
     /// The text `text`, of a page at most.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     ///
     /// # Errors
     ///
@@ -166,11 +170,15 @@ impl Deref for AttributeText {
 }
 
 impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<A, H> {
-    /// Takes the files of `ours`, and lets their users wait. The handler gets what stands beside a
-    /// file's name.
+    /// Takes over the files of `ours`, and lets their users wait. The handler gets the value that
+    /// stands beside a file's name.
     ///
-    /// When this returns, nobody is in a function of a built-in file any more. May sleep for as
-    /// long as somebody is in one, such as in the store of `run` while it unmerges.
+    /// When this returns, no thread is in a function of a built-in file any more.
+    ///
+    /// # Context
+    ///
+    /// Sleeps for as long as a thread is in a built-in function, such as the store of `run` while
+    /// it unmerges.
     ///
     /// # Errors
     ///
@@ -210,15 +218,20 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<
         Ok(held)
     }
 
-    /// Waits until nobody is in a function of the built-in files.
+    /// Waits until no thread is in a function of the built-in files.
+    ///
+    /// # Context
+    ///
+    /// Sleeps.
     fn wait_for_builtin(&self) -> Result {
-        // Orders the new pointers before the counts. Who is not counted yet will see them.
+        // Orders the new pointers before the counts: a thread that is not counted yet will see
+        // them.
         smp_mb(Full);
         for file in &self.inner.attributes {
             loop {
                 // All that come to us stay inside until `phase` changes, so if there are no more
-                // active ones than those, no active one is elsewhere. This must be read first:
-                // who comes in between is then only counted below.
+                // active ones than those, no active one is elsewhere. `inside` must be read first:
+                // a thread that comes in between is then counted in `active` only.
                 let inside = file.inside.load(Acquire);
                 // SAFETY: `file` has a reference to the node.
                 let active = unsafe { raw::rksm_kernfs_active(file.node) };
@@ -234,24 +247,36 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<
         Ok(())
     }
 
-    /// Lets `handler` answer the files from now on, also for those who wait.
+    /// Lets `handler` answer the files from now on, also for threads that wait.
     ///
     /// The first handler stays: after [`Self::close`] this opens the files for it again.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn open(&self, handler: Arc<H>) {
         let _ = self.inner.handler.populate(handler);
         self.inner.set_phase(OPEN);
     }
 
-    /// Lets users of the files wait again. When this returns, nobody is in the handler. Sleeps.
+    /// Lets users of the files wait again. When this returns, no thread is in the handler.
     ///
     /// What the handler may be waiting for, such as the scanner, must go on until then.
+    ///
+    /// # Context
+    ///
+    /// Sleeps. What the handler may be waiting for, such as the scanner, must go on meanwhile.
     pub(crate) fn close(&self) {
         self.inner.set_phase(HELD);
         let inner = &self.inner;
         inner.changed.wait_idle(|| inner.running.load(Acquire) == 0);
     }
 
-    /// What the built-in's file `name` shows.
+    /// Returns what the built-in's file `name` shows.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     ///
     /// # Errors
     ///
@@ -269,6 +294,10 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<
     }
 
     /// Writes to the built-in's file `name`.
+    ///
+    /// # Context
+    ///
+    /// May sleep for as long as the built-in's function does.
     ///
     /// # Errors
     ///
@@ -300,8 +329,8 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Drop for BuiltinAt
         }
         self.inner.set_phase(FORWARD);
 
-        // Whoever read our pointers is counted as inside after this: a task that has not slept
-        // since then is waited for, and one that sleeps in our functions is counted.
+        // After this every task that read our pointers is counted as inside: one that has not slept
+        // since is waited for, and one that sleeps in our functions is counted.
         synchronize_rcu_tasks(self.symbols);
         let inner = &self.inner;
         let empty = || {
@@ -311,7 +340,7 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Drop for BuiltinAt
                 .all(|file| file.inside.load(Acquire) == 0)
         };
         inner.changed.wait_idle(empty);
-        // And those who are not counted any more, but have not returned yet.
+        // Waits for tasks that are no longer counted, but have not returned yet.
         synchronize_rcu_tasks(self.symbols);
         INSTANCE.store(ptr::null_mut(), Release);
     }
@@ -319,7 +348,11 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Drop for BuiltinAt
 
 /// Waits until each task has slept since now, or been in user space.
 ///
-/// With `sleep_millisecs` = 0 the built-in's thread never sleeps, but to get its mutex.
+/// With `sleep_millisecs` = 0 the built-in's thread sleeps only to get its mutex.
+///
+/// # Context
+///
+/// Sleeps. Takes `ksm_thread_mutex`.
 fn synchronize_rcu_tasks(symbols: Symbols) {
     let _mutex = ThreadMutex::lock(symbols);
     // SAFETY: May sleep here.
@@ -340,6 +373,10 @@ impl<A: Copy, H: AttributeHandler<A>> Inner<A, H> {
 
     /// Calls `answer` with the handler, or `forward` when the built-in is to answer, for a thread
     /// that came with `attr`. Waits while the files are held.
+    ///
+    /// # Context
+    ///
+    /// Sleeps while the files are held.
     fn enter(
         &self,
         attr: *mut raw::kobj_attribute,
@@ -445,7 +482,7 @@ fn find_in<A>(
         };
         let show = file.show.map_or(0, |show| show as usize);
         let store = file.store.map_or(show, |store| store as usize);
-        // SAFETY: Only looks at the number.
+        // SAFETY: The function only compares the address.
         let foreign = |&text: &usize| unsafe { raw::core_kernel_text(text) } == 0;
         if [show, store].iter().any(foreign) {
             pr_err!("cannot load: another module has taken over /sys/kernel/mm/ksm\n");

@@ -156,6 +156,10 @@ impl Drop for Struct {
 
 /// Compares the layouts that this module was compiled with to those of the running kernel.
 ///
+/// # Context
+///
+/// May sleep.
+///
 /// # Errors
 ///
 /// `EINVAL`, after one line in the log that says what differs.

@@ -20,10 +20,10 @@ pub(super) const RUN_STOP: u8 = 0;
 pub(super) const RUN_UNMERGE: u8 = 2;
 pub(super) const RUN_OFFLINE: u8 = 4;
 
-/// How many mms are pinned in one go.
+/// The number of mms that are pinned at a time.
 const BATCH: usize = 128;
 
-/// What of the built-in KSM can be used beside its files, from anywhere.
+/// The parts of the built-in KSM that can be used beside its files, from anywhere.
 #[derive(Clone, Copy)]
 pub(crate) struct Builtin(Symbols);
 
@@ -31,7 +31,11 @@ pub(crate) struct Builtin(Symbols);
 pub(crate) struct ThreadMutex(Symbols);
 
 impl ThreadMutex {
-    /// Takes it. Sleeps, for as long as a batch of the built-in takes.
+    /// Takes the mutex.
+    ///
+    /// # Context
+    ///
+    /// Sleeps for as long as a batch of the built-in takes. Takes `ksm_thread_mutex`.
     pub(crate) fn lock(symbols: Symbols) -> Self {
         // SAFETY: The kernel's own mutex; may sleep here.
         unsafe { raw::mutex_lock(symbols.ksm_thread_mutex()) };
@@ -56,7 +60,7 @@ impl MmlistLock {
         Self(symbols)
     }
 
-    /// The mms on the built-in's list, in its order.
+    /// Iterates over the mms on the built-in's list, in its order.
     fn mms(&self) -> impl Iterator<Item = &Mm> {
         let head = self.0.ksm_mm_head();
         // SAFETY: `head` is the built-in's, whose layout has been checked.
@@ -68,7 +72,7 @@ impl MmlistLock {
                 return None;
             }
             // SAFETY: Every other node is in an `mm_slot`. Its mm has been grabbed, or is about to
-            // be by its user, who keeps it meanwhile; whoever drops it takes the slot off before.
+            // be by its user, which keeps it meanwhile; a slot is removed before its mm is dropped.
             unsafe {
                 let slot = kernel::container_of!(node, raw::layout::mm_slot, mm_node);
                 node = (*node).next;
@@ -86,7 +90,11 @@ impl Drop for MmlistLock {
 }
 
 impl Builtin {
-    /// For which the layouts must have been checked.
+    /// Creates it. [`check_layouts`](super::btf::check_layouts) must have succeeded.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn new(symbols: Symbols) -> Self {
         Self(symbols)
     }
@@ -95,11 +103,15 @@ impl Builtin {
     /// visited or not, and an mm may be visited twice.
     ///
     /// The mm is pinned by `mm_count` during the call; it may be exiting. Neither the list's lock
-    /// nor any other is held then. Sleeps.
+    /// nor any other is held then.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes `ksm_mmlist_lock` to pin a batch of mms; `visit` is called without it.
     ///
     /// # Errors
     ///
-    /// `ENOMEM`, and whatever `visit` returns, which ends it.
+    /// `ENOMEM`, and whatever `visit` returns, which ends the walk.
     pub(crate) fn for_each_mm(self, mut visit: impl FnMut(&Mm) -> Result) -> Result {
         might_sleep();
         let mut batch: KVec<ARef<Mm>> = KVec::with_capacity(BATCH, GFP_KERNEL | __GFP_NOWARN)?;
@@ -111,7 +123,7 @@ impl Builtin {
             }
             let more = batch.len() == BATCH;
             last = batch.pop();
-            // Drops the pins outside of the lock: the last one may sleep.
+            // Drops the pins without the lock: dropping the last one may sleep.
             batch.clear();
             if !more {
                 return Ok(());
@@ -120,6 +132,10 @@ impl Builtin {
     }
 
     /// Fills `batch` with the mms that come after `last`, or with the first ones if that has left.
+    ///
+    /// # Context
+    ///
+    /// Atomic while it holds `ksm_mmlist_lock`, which it takes.
     fn pin_batch(self, last: Option<&Mm>, batch: &mut KVec<ARef<Mm>>) {
         let list = MmlistLock::lock(self.0);
         let known = last.is_some_and(|last| list.mms().any(|mm| ptr::eq(mm, last)));
@@ -138,8 +154,12 @@ impl Builtin {
 
     /// Lets the built-in's `ksm_run` show that memory is being unmerged, or that it is stopped.
     ///
-    /// The core of mm then copies a KSM page that it swaps in, instead of mapping it. Must be on
-    /// from before the first page is unmerged until the user ends that state. Sleeps.
+    /// The core of mm then copies a KSM page that it swaps in, instead of mapping it. It must show
+    /// unmerging from before the first page is unmerged until the user ends that state.
+    ///
+    /// # Context
+    ///
+    /// Sleeps. Takes `ksm_thread_mutex`.
     pub(crate) fn set_unmerging(self, unmerging: bool) {
         let _mutex = ThreadMutex::lock(self.0);
         let run = if unmerging { RUN_UNMERGE } else { RUN_STOP };
@@ -153,10 +173,14 @@ impl Builtin {
         }
     }
 
-    /// Whether the built-in has neither merged pages nor rmap items.
+    /// Returns whether the built-in has neither merged pages nor rmap items.
     ///
     /// Its cursor is at rest once it has unmerged, whether that succeeded or not. (Nor could it be
     /// looked at everywhere: Clang makes several objects of `ksm_scan`.)
+    ///
+    /// # Context
+    ///
+    /// Sleeps. Takes `ksm_thread_mutex`.
     pub(super) fn is_drained(self) -> bool {
         let _mutex = ThreadMutex::lock(self.0);
         let symbols = self.0;

@@ -51,8 +51,8 @@ const DRAIN_PAUSE: c_uint = 100;
 
 /// The built-in KSM, drained and stopped, with its files in our hands.
 ///
-/// Dropping it gives all back: the built-in's `run` is set to [`Self::set_final_run`], and then its
-/// files answer again. Whatever else was changed must have been put back before, with
+/// Dropping it hands everything back: the built-in's `run` is set to [`Self::set_final_run`], and
+/// then its files answer again. Whatever else was changed must have been put back before, with
 /// [`Self::builtin_store`].
 pub(crate) struct Takeover<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> {
     builtin: Builtin,
@@ -61,11 +61,14 @@ pub(crate) struct Takeover<A: Copy + Send + Sync + 'static, H: AttributeHandler<
 }
 
 impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
-    /// Takes the files of `ours`, which must have `run`, and drains the built-in; see
+    /// Takes over the files of `ours`, of which `run` must be one, and drains the built-in; see
     /// [`BuiltinAttributes::hold`].
     ///
-    /// Users of the files wait from here on until [`Self::open`]. Sleeps, for as long as the
-    /// built-in takes to unmerge everything.
+    /// Users of the files wait from here on until [`Self::open`].
+    ///
+    /// # Context
+    ///
+    /// Sleeps for as long as the built-in takes to unmerge everything. Takes `ksm_thread_mutex`.
     ///
     /// # Errors
     ///
@@ -114,20 +117,32 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
         self.attributes.builtin_store(RUN, &[b'0' + run])
     }
 
-    /// Chooses what `run` the built-in gets when this is dropped.
+    /// Sets the value of `run` that the built-in gets when this is dropped.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn set_final_run(&self, run: u8) {
         self.final_run
             .store(i32::from(run.min(RUN_UNMERGE)), Relaxed);
     }
 
-    /// See [`Builtin`].
+    /// Returns the parts of the built-in that can be used beside its files.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub(crate) fn builtin(&self) -> Builtin {
         self.builtin
     }
 
-    /// What the built-in's file `name` shows; see [`BuiltinAttributes::builtin_show`]. In `run`
-    /// that is what it said before it was stopped, unless [`Self::set_final_run`] has chosen
-    /// another value.
+    /// Returns what the built-in's file `name` shows; see [`BuiltinAttributes::builtin_show`]. For
+    /// `run` that is what it showed before it was stopped, unless [`Self::set_final_run`] has
+    /// chosen another value.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn builtin_show(&self, name: &CStr) -> Result<AttributeText> {
         if name == RUN {
             return AttributeText::new(&[b'0' + self.final_run.load(Relaxed) as u8, b'\n']);
@@ -137,6 +152,10 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
 
     /// Writes to the built-in's file `name`; see [`BuiltinAttributes::builtin_store`]. Not for
     /// `run`.
+    ///
+    /// # Context
+    ///
+    /// May sleep for as long as the built-in's function does, which takes `ksm_thread_mutex`.
     pub(crate) fn builtin_store(&self, name: &CStr, data: &[u8]) -> Result {
         if name == RUN {
             return Err(EINVAL);
@@ -145,11 +164,19 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
     }
 
     /// Lets `handler` answer the files; see [`BuiltinAttributes::open`].
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn open(&self, handler: Arc<H>) {
         self.attributes.open(handler);
     }
 
     /// Lets users of the files wait; see [`BuiltinAttributes::close`].
+    ///
+    /// # Context
+    ///
+    /// Sleeps until no thread is in the handler. The caller holds no lock that the handler takes.
     pub(crate) fn close(&self) {
         self.attributes.close();
     }
