@@ -1,6 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! The `ksm:*` trace events, fired as the built-in KSM fires them.
+//!
+//! # What `err` shows
+//!
+//! `ksm_merge_one_page` and `ksm_merge_with_ksm_page` show 0 in `err` for a page that was merged.
+//! Otherwise `err` says why it was not, by the number that
+//! [`trace_code`](crate::engine::types::Refusal::trace_code) gives to the reason. The numbers lie
+//! beyond the kernel's own errnos and do not change. The built-in shows `-EFAULT` for all of them.
+//!
+//! | `err` | reason       | meaning                                                       |
+//! |-------|--------------|---------------------------------------------------------------|
+//! | -1001 | `gone`       | the vma or the mapping is gone, or no longer mergeable        |
+//! | -1002 | `locked`     | another task holds the lock of the folio                      |
+//! | -1003 | `pinned`     | a reference exists that could write to the page               |
+//! | -1004 | `differs`    | the contents differ                                           |
+//! | -1005 | `unsplit`    | the huge page could not be split                              |
+//! | -1006 | `same`       | both addresses map the same page already                      |
+//! | -1007 | `no_memory`  | no memory for the bookkeeping                                 |
+//! | -1008 | `busy`       | the KSM page is locked, being migrated or poisoned            |
+//! | -1009 | `stale`      | the KSM page has been freed                                   |
+//! | -1010 | `far_node`   | another NUMA node, and `merge_across_nodes` is 0              |
+//! | -1011 | `userfault`  | the entry is protected for a userfaultfd                      |
+//! | -1012 | `unloading`  | the module is being unloaded                                  |
 
 use crate::{
     bindings::raw,
