@@ -101,7 +101,7 @@ impl<T> Drop for ChunkBox<T> {
 /// What is known of a chunk number.
 struct Entry<T> {
     chunk: Option<ChunkBox<T>>,
-    /// The number is in [`Arena::partial`].
+    /// The number is in [`ObjectArena::partial`].
     listed: bool,
 }
 
@@ -111,10 +111,10 @@ struct Entry<T> {
 ///
 /// - `partial` holds a number at most once, and if and only if its entry is `listed`. Every chunk
 ///   that has a free slot is listed; numbers whose chunk has been filled or freed since are dropped
-///   when [`Arena::insert`] meets them.
+///   when [`ObjectArena::insert`] meets them.
 /// - `holes` holds the number of every entry without a chunk, once.
 /// - The capacity of `partial` and of `holes` is at least `chunks.len()`.
-pub(crate) struct Arena<T> {
+pub(crate) struct ObjectArena<T> {
     chunks: KVVec<Entry<T>>,
     partial: KVVec<u32>,
     holes: KVVec<u32>,
@@ -122,7 +122,7 @@ pub(crate) struct Arena<T> {
     live_chunks: usize,
 }
 
-impl<T> Arena<T> {
+impl<T> ObjectArena<T> {
     /// Creates an empty arena, without allocating.
     ///
     /// # Context
@@ -211,7 +211,7 @@ impl<T> Arena<T> {
         }
     }
 
-    /// Adds an object, whose address is valid until [`Arena::remove`].
+    /// Adds an object, whose address is valid until [`ObjectArena::remove`].
     ///
     /// # Context
     ///
@@ -259,7 +259,7 @@ impl<T> Arena<T> {
     ///
     /// # Safety
     ///
-    /// The object is in an arena, whose [`Arena::insert`] or [`Arena::get`] has given
+    /// The object is in an arena, whose [`ObjectArena::insert`] or [`ObjectArena::get`] has given
     /// out the pointer.
     pub(crate) unsafe fn number_of(object: NonNull<T>) -> u32 {
         let offset = object.as_ptr().addr() % CHUNK_SIZE;
@@ -329,7 +329,7 @@ fn keep_capacity(list: &mut KVVec<u32>, want: usize) -> Result {
     Ok(())
 }
 
-impl<T> Drop for Arena<T> {
+impl<T> Drop for ObjectArena<T> {
     fn drop(&mut self) {
         let mut at = None;
         while let Some(id) = self.next(at) {

@@ -41,7 +41,7 @@ use crate::{
             PinnedMm, //
         }, //
     },
-    ksm::arena::Arena, //
+    ksm::arena::ObjectArena, //
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -238,7 +238,7 @@ pub(super) struct UnlinkedItem(pub(super) NonNull<RmapItem>);
 impl UnlinkedItem {
     pub(super) fn id(&self) -> ItemId {
         // SAFETY: By the invariant.
-        ItemId(unsafe { Arena::number_of(self.0) })
+        ItemId(unsafe { ObjectArena::number_of(self.0) })
     }
 
     /// The mm of the mapping.

@@ -34,7 +34,7 @@ use crate::{
         race_window, //
     },
     ksm::{
-        arena::Arena,
+        arena::ObjectArena,
         node::{
             kpfn,
             RmapItem,
@@ -66,8 +66,8 @@ use kernel::{
 ///   items of `items`, all of which name it as their `node`.
 /// - While there are nodes, the module holds a reference to itself.
 pub(crate) struct StableNodes {
-    pub(super) nodes: Arena<StableNode>,
-    pub(super) items: Arena<RmapItem>,
+    pub(super) nodes: ObjectArena<StableNode>,
+    pub(super) items: ObjectArena<RmapItem>,
     pub(super) key: Arc<ContentKey>,
     pub(super) zero_hash: u64,
     pub(super) trace: Trace,
@@ -100,8 +100,8 @@ impl StableNodes {
         // SAFETY: The zero page is reserved, and never freed.
         let zero_hash = unsafe { page::content_hash(&key, zero) };
         Ok(Self {
-            nodes: Arena::new(),
-            items: Arena::new(),
+            nodes: ObjectArena::new(),
+            items: ObjectArena::new(),
             key: key.into(),
             zero_hash,
             trace,
@@ -313,7 +313,7 @@ impl StableNodes {
             // SAFETY: The item is still in the arena.
             let (id, page, more) = unsafe {
                 let more = !(*node.as_ptr()).hlist.first.is_null();
-                (Arena::number_of(item), (*item.as_ptr()).page(), more)
+                (ObjectArena::number_of(item), (*item.as_ptr()).page(), more)
             };
             if more {
                 // SAFETY: The item is still in the arena, and pins its mm.
@@ -357,7 +357,7 @@ impl backend::StableNodes for StableNodes {
         self.trace
             .remove_rmap_item(kpfn(node), item.as_ptr() as usize, mm);
         // SAFETY: `gone` is in the arena until it is freed here.
-        self.free_item(ItemId(unsafe { Arena::number_of(gone) }));
+        self.free_item(ItemId(unsafe { ObjectArena::number_of(gone) }));
         let remaining = self.mappings(node_id);
         Some(Released {
             node: node_id,

@@ -5,7 +5,7 @@
 #[path = "../../../../../rust/ksm/arena.rs"]
 mod arena;
 
-use arena::Arena;
+use arena::ObjectArena;
 use core::{
     cell::Cell,
     ptr::NonNull, //
@@ -50,7 +50,7 @@ enum Op {
     Insert(u64),
     /// Removes one of those that are there.
     Remove(usize),
-    /// Writes to one through the pointer that [`Arena::insert`] gave out.
+    /// Writes to one through the pointer that [`ObjectArena::insert`] gave out.
     Write(usize, u64),
     /// All allocations fail for the next operation.
     Fail,
@@ -82,7 +82,7 @@ proptest! {
         let live = Rc::new(Cell::new(0));
         let before = live_bytes();
         let mut known: BTreeMap<u32, (NonNull<Object>, u64)> = BTreeMap::new();
-        let mut arena = Arena::new();
+        let mut arena = ObjectArena::new();
         for op in ops {
             let mut fails = false;
             match op {
@@ -122,7 +122,7 @@ proptest! {
             prop_assert_eq!(arena.get(id), Some(object));
             prop_assert_eq!(value(object), expected);
             // SAFETY: The object is in the arena.
-            prop_assert_eq!(unsafe { Arena::number_of(object) }, id);
+            prop_assert_eq!(unsafe { ObjectArena::number_of(object) }, id);
             at = arena.next(at);
             prop_assert_eq!(at, Some(id));
         }
@@ -137,8 +137,8 @@ proptest! {
 #[test]
 fn numbers_of_freed_chunks_are_used_again() {
     let live = Rc::new(Cell::new(0));
-    let mut arena = Arena::new();
-    let fill = |arena: &mut Arena<Object>| -> Vec<u32> {
+    let mut arena = ObjectArena::new();
+    let fill = |arena: &mut ObjectArena<Object>| -> Vec<u32> {
         (0..12 * 84)
             .map(|i| {
                 arena
@@ -166,7 +166,7 @@ fn numbers_of_freed_chunks_are_used_again() {
 fn an_arena_survives_every_failed_allocation() {
     let live = Rc::new(Cell::new(0));
     for n in 0..6 {
-        let mut arena = Arena::new();
+        let mut arena = ObjectArena::new();
         fail(Fail::Once(n));
         let tried = (0..200).filter(|&i| arena.insert(Object::new(i, &live)).is_ok());
         let done = tried.count();
