@@ -5,8 +5,8 @@
 use super::policy::Policy;
 use kernel::page::PAGE_SIZE;
 
-/// An unaccessed page is read again in one full scan of so many: devices write without leaving a
-/// trace in page tables.
+/// Number of full scans after which an unaccessed page is read again: devices write without leaving
+/// a trace in page tables.
 const REREAD_INTERVAL: usize = 16;
 
 /// Decides for which pages a clear accessed bit counts as unchanged contents.
@@ -34,7 +34,7 @@ impl AccessedHint {
         }
     }
 
-    /// Returns whether the accessed bit of any page is looked at.
+    /// Returns whether the accessed bits are used at all.
     #[inline]
     pub(super) const fn enabled(&self) -> bool {
         self.enabled

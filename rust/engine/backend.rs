@@ -107,9 +107,9 @@ pub struct Released {
     pub node: NodeId,
     /// rmap items that remain on it.
     pub remaining: u32,
-    /// The node's page is unmapped or gone: [`StableNodes::remove`] is due.
+    /// The node's page is unmapped or gone: the caller has to call [`StableNodes::remove`].
     pub due: bool,
-    /// Another item of the node took over the number of the released one: its page.
+    /// Another item of the node has got the id of the released one: the page of that item.
     pub moved: Option<(PageId, ItemId)>,
 }
 
@@ -186,48 +186,96 @@ pub trait Batch: Send + Sync {
     type Key: Clone + Send + Sync;
 
     /// Returns the number of pages.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn nr_pages(&self) -> usize;
 
     /// Returns the address of page `i`.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn addr(&self, i: usize) -> usize;
 
     /// Returns whether page `i` may have been accessed through an address space since a walk last
     /// cleared its accessed bit.
     ///
     /// A hint: devices write without setting the bit, and reclaim clears it.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn accessed(&self, i: usize) -> bool;
 
     /// Returns the NUMA node of page `i`.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn nid(&self, i: usize) -> u32;
 
     /// Returns the huge folio that page `i` is part of; it has to be split before a merge.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn huge(&self, i: usize) -> Option<HugeId>;
 
     /// Hashes the contents of page `i` as they are now.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes no lock. Several threads hash pages of one batch at once.
     fn hash(&self, i: usize, key: &Self::Key) -> u64;
 
-    /// Drops the batch's reference to page `i`. While it is held, any other merge of the page sees
-    /// it as pinned.
+    /// Drops the batch's reference to page `i`.
+    ///
+    /// While it is held, any other merge of the page sees it as pinned.
+    ///
+    /// # Context
+    ///
+    /// May sleep: the last reference frees the page.
     fn release(&mut self, i: usize);
 
-    /// Drops all references to a huge folio except one for page `keep`: a folio can be split only
-    /// if no other reference is held. The pages can be had again by [`Backend::reacquire`].
+    /// Drops all references to a huge folio except one for page `keep`.
+    ///
+    /// A folio can be split only while nothing else holds a reference. [`Backend::reacquire`] takes
+    /// the references again.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Called by `before_split` of [`Merge::run`], which holds mmap lock and folio lock.
     fn release_huge_folio(&mut self, huge: HugeId, keep: Option<usize>);
 
     /// Drops all references that are still held, and empties the batch.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Several threads clear batches at once, each its own.
     fn clear(&mut self);
 }
 
 /// A merge that is ready.
 pub trait Merge {
-    /// Replaces the page, or leaves it and its target as they were.
+    /// Replaces the page, or leaves it and its target unchanged; compare `try_to_merge_one_page()`.
     ///
     /// Calls `before_split` before it splits a huge folio, so that all other references to it can
-    /// be dropped. Merges that run at the same time have different contents, and are of small pages
-    /// only. Others may be prepared and finished meanwhile.
+    /// be dropped. Merges that run at the same time have different contents, and are merges of
+    /// small pages only. Other merges may be prepared and finished meanwhile.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes the mmap lock of one mm at a time, then folio locks, then page table locks.
+    /// Several threads run merges at once, each its own.
     fn run(&mut self, before_split: impl FnOnce());
 
     /// Runs merges of small pages, one after the other.
+    ///
+    /// # Context
+    ///
+    /// As [`Merge::run`].
     fn run_all<'a>(merges: impl Iterator<Item = &'a mut Self>)
     where
         Self: 'a,
@@ -239,50 +287,104 @@ pub trait Merge {
 /// The stable nodes and their rmap items.
 pub trait StableNodes {
     /// Returns the node that an rmap item is on.
-    fn node_of(&self, item: ItemId) -> Option<NodeId>;
-
-    /// Takes an rmap item off its node and frees it.
-    fn release_item(&mut self, item: ItemId) -> Option<Released>;
-
-    /// Returns what the engine keeps in a node.
-    fn meta(&self, node: NodeId) -> Option<NodeMeta>;
-
-    /// Changes what the engine keeps in a node.
-    fn set_meta(&mut self, node: NodeId, meta: NodeMeta);
-
-    /// Returns the NUMA node that the node's page was on when its fingerprint was made.
-    fn nid(&self, node: NodeId) -> u32;
-
-    /// Changes [`StableNodes::nid`].
-    fn set_nid(&mut self, node: NodeId, nid: u32);
-
-    /// Returns the number of rmap items on a node.
-    fn mappings(&self, node: NodeId) -> u32;
-
-    /// Returns whether the node's page still exists.
     ///
     /// # Context
     ///
-    /// Takes no lock.
+    /// Any: [`WalkFilter::filter`] calls it. Takes no lock.
+    fn node_of(&self, item: ItemId) -> Option<NodeId>;
+
+    /// Removes an rmap item from its node and frees it; compare `remove_rmap_item_from_tree()`.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes the lock of the folio that the node names.
+    fn release_item(&mut self, item: ItemId) -> Option<Released>;
+
+    /// Returns what the engine keeps in a node.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn meta(&self, node: NodeId) -> Option<NodeMeta>;
+
+    /// Changes what the engine keeps in a node.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn set_meta(&mut self, node: NodeId, meta: NodeMeta);
+
+    /// Returns the NUMA node that the node's page was on when its fingerprint was made.
+    ///
+    /// # Context
+    ///
+    /// Any: [`WalkFilter::filter`] calls it. Takes no lock.
+    fn nid(&self, node: NodeId) -> u32;
+
+    /// Changes [`StableNodes::nid`].
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn set_nid(&mut self, node: NodeId, nid: u32);
+
+    /// Returns the number of rmap items on a node.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn mappings(&self, node: NodeId) -> u32;
+
+    /// Returns whether the node's page still exists; compare `ksm_get_folio()`.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn state(&self, node: NodeId) -> NodeState;
 
-    /// Frees a node whose page is unmapped or gone, and calls `orphan` with the page of each rmap
-    /// item that was still on it. Returns whether it was freed: a node whose page is mapped is not.
+    /// Frees a node whose page is unmapped or gone; compare `remove_stable_node()`.
+    ///
+    /// Calls `orphan` with the page of each rmap item that was still on it. Returns whether the
+    /// node was freed: a node whose page is mapped is not.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes the lock of the folio that the node names.
     fn remove(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool;
 
     /// Frees a node without looking at its page.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes no folio lock: the frame of the page may be gone.
     fn forget(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId));
 
     /// Returns the first node after `after` in the order of their numbers; `None` at the end.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn next(&self, after: Option<NodeId>) -> Option<NodeId>;
 
     /// Returns the first node after `after` whose page frame number lies in `frames`.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn next_in(&self, after: Option<NodeId>, frames: Range<usize>) -> Option<NodeId>;
 
     /// Returns the number of nodes.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn count(&self) -> usize;
 
     /// Returns how many bytes of memory nodes and rmap items take.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn bytes(&self) -> usize;
 }
 
@@ -295,13 +397,14 @@ pub trait Backend: StableNodes + Sync {
     /// A merge that has been decided on, with all that it needs.
     type Merge: Merge + Send + Unpin;
 
-    /// Adds up to `limit` pages of mergeable vmas of `mm` whose addresses are `within`, as far as
-    /// `filter` collects them, to the batch, which has room for them. Other threads may collect at
-    /// the same time, but not within `own`.
+    /// Adds pages of mergeable vmas of `mm` to the batch; compare `scan_get_next_rmap_item()`.
+    ///
+    /// Adds up to `limit` pages whose addresses are `within` and that `filter` collects. The batch
+    /// has room for them. Other threads may collect at the same time, but not within `own`.
     ///
     /// # Context
     ///
-    /// May sleep. Takes the mmap lock of `mm` once, and walks its page tables once.
+    /// May sleep. Takes the mmap lock of `mm` once, and under it page table locks.
     fn collect<F: WalkFilter>(
         &self,
         mm: &Self::Mm,
@@ -313,24 +416,46 @@ pub trait Backend: StableNodes + Sync {
     ) -> Collected;
 
     /// Returns what page `i` of the batch is now.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn kind(&self, batch: &Self::Batch, i: usize) -> PageKind;
 
-    /// Takes a reference again to the page that is mapped at the address of page `i` now, if
-    /// [`Batch::release_huge_folio`] has dropped it. Returns whether the batch holds one.
+    /// Replaces the reference to page `i` that [`Batch::release_huge_folio`] has dropped, by one to
+    /// the page that is mapped at its address now. Returns whether the batch holds one.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes the mmap lock of `mm`. No mmap lock is held.
     fn reacquire(&self, mm: &Self::Mm, batch: &mut Self::Batch, i: usize) -> bool;
 
     /// Returns what [`Batch::hash`] needs.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn key(&self) -> <Self::Batch as Batch>::Key;
 
     /// Returns the hash of a page of zeroes.
+    ///
+    /// # Context
+    ///
+    /// Any: [`WalkFilter::filter`] calls it. Takes no lock.
     fn zero_hash(&self) -> u64;
 
-    /// Prepares the merge of page `i` of the batch, whose reference stays there until
-    /// [`Backend::finish`]. With `nid` the target has to lie on that NUMA node.
+    /// Prepares the merge of page `i` of the batch. With `nid` the target has to lie on that NUMA
+    /// node.
+    ///
+    /// The batch keeps its reference to the page until [`Backend::finish`].
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes no mmap lock and no folio lock. Other merges may be running.
     ///
     /// # Errors
     ///
-    /// Nothing has changed.
+    /// Why the page cannot be merged. Nothing has changed.
     fn prepare(
         &mut self,
         page: PageAddr<'_, Self::Mm>,
@@ -340,18 +465,27 @@ pub trait Backend: StableNodes + Sync {
         nid: Option<u32>,
     ) -> Result<Self::Merge, Refusal>;
 
-    /// Records the result of a merge, and frees what it has not used.
+    /// Records the result of a merge, and frees the objects that it has not used.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes mmap lock and folio lock of the first page if its merge has to be undone.
     ///
     /// # Errors
     ///
-    /// For their users, contents and mappings of the pages are unchanged.
+    /// Why the page was not merged. Every process reads the same contents as before.
     fn finish(&mut self, merge: &mut Self::Merge) -> Result<Merged, Refusal>;
 
-    /// Records that `page` maps the KSM page of `node`, as it does after a fork.
+    /// Creates the rmap item of a page that maps the KSM page of `node` without one, as after a
+    /// fork; compare `stable_tree_append()`.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes the mmap lock of the mm, and after that the lock of the folio.
     ///
     /// # Errors
     ///
-    /// `Gone` where it does not.
+    /// `Stale` if the page does not map it, and what else keeps the item from being created.
     fn adopt(
         &mut self,
         page: PageAddr<'_, Self::Mm>,
@@ -361,11 +495,23 @@ pub trait Backend: StableNodes + Sync {
     ) -> Result<ItemId, Refusal>;
 
     /// Adds `delta` to the mm's count of tracked pages (`ksm_rmap_items` of `/proc/PID/ksm_stat`).
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn account_tracked(&mut self, mm: &Self::Mm, delta: isize);
 
-    /// Reschedules if that is due.
+    /// Reschedules if necessary.
+    ///
+    /// # Context
+    ///
+    /// May sleep. No lock is held except `thread_mutex`.
     fn cond_resched(&self);
 
-    /// Returns whether the scan pauses (freezer, stop). Asked once after each pass.
+    /// Returns whether the scan has to pause (freezer, stop). Called once after each pass.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
     fn should_pause(&self) -> bool;
 }

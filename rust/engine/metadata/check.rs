@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The check of the invariants, for `check=1` and the tests.
+//! Checks of the invariants, for `check=1` and the tests.
 
 use super::super::{
     backend::{
@@ -35,7 +35,7 @@ impl<B: Backend> Metadata<B> {
     ///
     /// # Errors
     ///
-    /// Says which one does not hold.
+    /// Which invariant does not hold.
     pub fn check(&mut self) -> Result<(), &'static str> {
         self.states.check()?;
         let (stable, candidates) = (Cell::new(0), Cell::new(0));
@@ -56,7 +56,7 @@ impl<B: Backend> Metadata<B> {
         self.check_pages(candidates.get(), mappings)
     }
 
-    /// Checks nodes against index and counters. Returns the number of rmap items.
+    /// Checks the stable nodes against index and counters. Returns the number of rmap items.
     fn check_nodes(&mut self, in_index: usize) -> Result<u64, &'static str> {
         let (mut heads, mut in_chains, mut alone) = (0, 0, 0);
         let mut found = Counters::default();
@@ -110,7 +110,7 @@ impl<B: Backend> Metadata<B> {
         Ok(found.pages_shared + found.pages_sharing)
     }
 
-    /// Checks the chain of a head. Returns how many nodes it has.
+    /// Checks the chain of a head. Returns its number of nodes.
     fn check_chain(&self, head: NodeId, meta: NodeMeta) -> Result<usize, &'static str> {
         let of_content = |entry: &Entry| match entry {
             Entry::Stable(node) => {
@@ -144,7 +144,7 @@ impl<B: Backend> Metadata<B> {
         Ok(size)
     }
 
-    /// Checks page states against index, items and counters.
+    /// Checks the page states against index, rmap items and counters.
     fn check_pages(&mut self, in_index: usize, items: u64) -> Result<(), &'static str> {
         let (mut seen, mut merged, mut indexed) = (0, 0, 0);
         let mut slot = 0;

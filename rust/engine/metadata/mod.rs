@@ -35,7 +35,7 @@ use kernel::{
     page::PAGE_SIZE, //
 };
 
-/// Candidates of one content: so many are tried, and kept.
+/// Maximum number of candidates of one content.
 pub(super) const CANDIDATE_TRIES: u8 = 4;
 
 /// What is known of all pages.
@@ -58,7 +58,7 @@ pub struct Metadata<B: Backend> {
     pub counters: Counters,
     /// Why pages were not merged.
     pub refusals: Refusals,
-    /// The node that [`Metadata::prune`] looked at last.
+    /// The node that [`Metadata::prune`] examined last.
     prune_cursor: Option<NodeId>,
 }
 
@@ -90,7 +90,8 @@ impl<B: Backend> Metadata<B> {
         self.backend.count()
     }
 
-    /// Forgets all pages of an mm: it has left, or all of it has been unmerged.
+    /// Forgets all pages of an mm that has left or been unmerged, as
+    /// `remove_trailing_rmap_items()`.
     ///
     /// # Context
     ///
@@ -112,7 +113,7 @@ impl<B: Backend> Metadata<B> {
         if range.is_empty() {
             return;
         }
-        // From the end, where taking a state out moves no other.
+        // From the end: removing the last state moves no other.
         while let Some((page, _, state)) = self.states.last_in(slot, range.clone()) {
             self.untrack(mm, page, state);
             self.backend.cond_resched();
@@ -153,7 +154,7 @@ impl<B: Backend> Metadata<B> {
         }
     }
 
-    /// Returns whether the page is not merged, and has this fingerprint.
+    /// Returns whether the page is not merged and has this fingerprint.
     pub(super) fn has_fingerprint(&self, page: PageId, fingerprint: Fingerprint) -> bool {
         matches!(
             self.states.get(page),
@@ -161,12 +162,13 @@ impl<B: Backend> Metadata<B> {
         )
     }
 
-    /// Returns whether a page most likely is one of zeroes that the zero page is to replace.
+    /// Returns whether a page is to be replaced by the zero page, because it probably has only
+    /// zeroes.
     pub(super) fn is_zero(&self, policy: &Policy, fingerprint: Fingerprint, domain: u32) -> bool {
         policy.use_zero_pages && fingerprint == Fingerprint::new(self.backend.zero_hash(), domain)
     }
 
-    /// Adds to the index. Returns whether there was memory for it.
+    /// Adds an entry to the index. Returns whether there was memory for it.
     fn insert(&mut self, fingerprint: Fingerprint, entry: Entry) -> bool {
         let (states, backend) = (&self.states, &self.backend);
         let inserted = self
@@ -177,7 +179,7 @@ impl<B: Backend> Metadata<B> {
         inserted.is_ok()
     }
 
-    /// Records that a page is merged, by an item that is on its node already.
+    /// Records that a page is merged. `item` is already on its node.
     pub(super) fn set_merged(&mut self, page: PageId, item: ItemId) {
         // INVARIANT: 2. The caller has the item from the backend, made for this page.
         self.states.set(page, PageState::Merged(item));

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Stable nodes: the chains of one content, and what becomes of nodes whose page is gone.
+//! Stable nodes: the chains of dups, and the removal of nodes whose page is gone.
 //!
-//! A merged page is mapped at most `max_page_sharing` times, so one content may have several, whose
-//! stable nodes form a chain. The newest is the chain's head and the only one in the index; nodes
-//! that have got room again are moved next to it. A search looks at no more than
-//! [`MAX_DUPS_TRIED`] of them.
+//! A KSM page is mapped at most `max_page_sharing` times, so one content may have several KSM
+//! pages. Their stable nodes, the dups, form a chain. The newest is the head, and the only one in
+//! the index. A dup that has room again moves next to the head. A search examines at most
+//! [`MAX_DUPS_TRIED`] dups.
 
 use super::super::{
     backend::{
@@ -25,12 +25,18 @@ use super::super::{
 use super::Metadata;
 use core::ops::Range;
 
-/// Nodes of a chain that a search for room looks at.
+/// Dups of a chain that a search for room examines.
 const MAX_DUPS_TRIED: usize = 3;
 
 impl<B: Backend> Metadata<B> {
-    /// Checks up to `count` stable nodes from where the last call ended, and removes those whose
+    /// Prunes up to `count` stable nodes, starting where the last call ended: removes those whose
     /// page is gone. Returns whether the last node was reached.
+    ///
+    /// The built-in KSM prunes each chain in `stable_node_dup()` when it searches that chain.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub fn prune(&mut self, count: usize) -> bool {
         for _ in 0..count {
             let Some(node) = self.backend.next(self.prune_cursor) else {
@@ -49,8 +55,12 @@ impl<B: Backend> Metadata<B> {
         false
     }
 
-    /// Removes all stable nodes. Returns whether none is left: a page that is still mapped keeps
-    /// its node.
+    /// Removes all stable nodes, as `remove_all_stable_nodes()`. Returns whether none is left: a
+    /// page that is still mapped keeps its node.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub fn remove_all_nodes(&mut self) -> bool {
         let mut at = None;
         while let Some(node) = self.backend.next(at) {
@@ -61,7 +71,12 @@ impl<B: Backend> Metadata<B> {
         self.backend.count() == 0
     }
 
-    /// Forgets the stable nodes whose page frames, by number, have gone offline.
+    /// Frees the stable nodes whose page frame numbers are in `frames`, which have gone offline, as
+    /// `ksm_check_stable_tree()`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub fn forget_frames(&mut self, frames: Range<usize>) {
         let mut at = None;
         while let Some(node) = self.backend.next_in(at, frames.clone()) {
@@ -73,7 +88,8 @@ impl<B: Backend> Metadata<B> {
         }
     }
 
-    /// Puts a node under the fingerprint of the NUMA node `nid`, if its page has migrated there.
+    /// Moves a node whose page has migrated to NUMA node `nid` to the fingerprint of that NUMA
+    /// node. In `stable_tree_search()` such nodes are on the list `migrate_nodes`.
     pub(in super::super) fn follow_migration(
         &mut self,
         node: NodeId,
@@ -102,7 +118,7 @@ impl<B: Backend> Metadata<B> {
         })
     }
 
-    /// Returns the head of the chain of this content, which most likely is `guess`.
+    /// Returns the head of the chain of this content. `guess` is tried first.
     pub(in super::super) fn head_at(
         &self,
         guess: Option<NodeId>,
@@ -115,7 +131,8 @@ impl<B: Backend> Metadata<B> {
         guess.filter(right).or_else(|| self.head(fingerprint))
     }
 
-    /// Returns a node of this chain that has room for one more mapping beyond those `to_come`.
+    /// Returns a dup of this chain that has room for one more mapping, as `stable_node_dup()`.
+    /// `to_come` returns how many mappings are about to be added to a node.
     pub(in super::super) fn node_with_room(
         &self,
         head: NodeId,
@@ -136,7 +153,7 @@ impl<B: Backend> Metadata<B> {
         None
     }
 
-    /// Makes a node the head of the chain of its contents.
+    /// Makes a node the head of the chain of its content, as `stable_tree_insert()`.
     pub(in super::super) fn link_node(&mut self, node: NodeId, fingerprint: Fingerprint) {
         let mut meta = NodeMeta {
             fingerprint,
@@ -198,7 +215,7 @@ impl<B: Backend> Metadata<B> {
         }
     }
 
-    /// Moves a node that has room again next to its chain's head, where a search finds it.
+    /// Moves a dup that has room again next to the head of its chain, where a search finds it.
     fn move_to_head(&mut self, node: NodeId) {
         let Some(meta) = self.backend.meta(node) else {
             return;
@@ -240,13 +257,14 @@ impl<B: Backend> Metadata<B> {
         );
     }
 
-    /// Removes a node whose page is unmapped or gone. Returns whether it was.
+    /// Removes a node whose page is unmapped or gone, as `remove_stable_node()`. Returns whether it
+    /// was removed.
     pub(in super::super) fn remove_node(&mut self, node: NodeId) -> bool {
         self.drop_node(node, |backend, node, orphan| backend.remove(node, orphan))
     }
 
-    /// Removes a node by `remove`, which calls back with the page of each item. Returns whether it
-    /// was removed.
+    /// Removes a node by `remove`, which passes the page of each rmap item to its callback. Returns
+    /// whether the node was removed.
     fn drop_node(
         &mut self,
         node: NodeId,
@@ -268,13 +286,14 @@ impl<B: Backend> Metadata<B> {
         removed
     }
 
-    /// Releases the item of a page that is merged no more.
+    /// Releases the rmap item of a page that is no longer merged, as
+    /// `remove_rmap_item_from_tree()`.
     pub(super) fn release_item(&mut self, item: ItemId) {
         let Some(released) = self.backend.release_item(item) else {
             return;
         };
         if let Some((page, item)) = released.moved {
-            // INVARIANT: 2. The item has this number now.
+            // INVARIANT: 2. The item has this id now.
             self.states.set(page, PageState::Merged(item));
         }
         self.counters.mapping_removed(released.remaining == 0);
@@ -285,7 +304,7 @@ impl<B: Backend> Metadata<B> {
         }
     }
 
-    /// Records that two pages have become mappings of a new node, which has no others.
+    /// Records that two pages map the KSM page of a new node, which has no other mappings.
     pub(in super::super) fn set_both_merged(
         &mut self,
         first: (PageId, ItemId),
@@ -293,10 +312,10 @@ impl<B: Backend> Metadata<B> {
     ) {
         for (page, item) in [second, first] {
             self.unindex_now(page);
-            // INVARIANT: 2.
+            // INVARIANT: 2. The backend has made the item for this page.
             self.states.set(page, PageState::Merged(item));
         }
-        // INVARIANT: 4.
+        // INVARIANT: 4. The node has two mappings, of which one is shared and one sharing.
         self.counters.mapping_added(true);
         self.counters.mapping_added(false);
     }

@@ -63,8 +63,8 @@ where
 }
 
 impl<B: Backend, I> HashStage<'_, '_, B, I> {
-    /// Looks up a page of which the walk found nothing, and starts to track it. Returns whether it
-    /// is to be compared.
+    /// Looks up a page that was not classified by the walk, and starts to track it. Returns whether
+    /// it has to be compared.
     fn look_up(&mut self, batch: &B::Batch, i: usize, page: &mut ScannedPage) -> bool {
         let (ctx, metadata, addr) = (self.ctx, &mut *self.metadata, page.addr);
         let known = metadata.states.at(ctx.slot, addr);
@@ -101,8 +101,8 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
             PageState::Merged(_) => metadata.release_state(id, state),
         }
         if ctx.hint.enabled() && !matches!(known, Some((_, PageState::Tracked(_)))) {
-            // Whether it changes shows in the next scan without hashing it now: many a page is gone
-            // by then.
+            // The next scan sees by the accessed bit whether it has changed. Many pages are gone by
+            // then: do not hash them now.
             return false;
         }
         page.read(ctx, batch, i);
@@ -113,6 +113,9 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
     }
 
     /// Compares a page with what is known. Returns whether there may be an equal page.
+    ///
+    /// Mirrors the checksum rule of `cmp_and_merge_page()`: only a page whose contents have not
+    /// changed since the last scan becomes a candidate.
     fn compare(&mut self, page: &mut ScannedPage) -> bool {
         let metadata = &mut *self.metadata;
         let known = page
@@ -143,7 +146,8 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
         false
     }
 
-    /// Visits a page that is merged already.
+    /// Visits a page that is already merged. Compare `stable_tree_append()`, by which
+    /// `cmp_and_merge_page()` adds such a page to its node.
     fn visit_merged(
         &mut self,
         page: PageAddr<'_, B::Mm>,
@@ -166,13 +170,13 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
             return;
         }
         metadata.release_state(page.page, state);
-        // A child has inherited the mapping, beyond max_page_sharing if need be.
+        // A child has inherited the mapping, which may exceed max_page_sharing.
         match metadata.backend.adopt(page, batch, i, node) {
             Ok(item) => metadata.set_merged(page.page, item),
             Err(refusal) => metadata.refusals.count(refusal),
         }
-        // The first of two pages of which the second could not be merged: from now on its contents
-        // do not change.
+        // The first page of a pair whose second page could not be merged. It is write-protected, so
+        // its contents no longer change.
         let unknown = |meta: &NodeMeta| meta.fingerprint == Fingerprint::NONE;
         if metadata.backend.meta(node).as_ref().is_some_and(unknown) {
             metadata.link_node(node, Fingerprint::new(batch.hash(i, self.key), domain));

@@ -4,8 +4,9 @@
 
 use super::super::types::Fingerprint;
 
-/// Fingerprints of the contents that are being merged: a counting filter, which may contain a
-/// fingerprint that was never added, but never lacks one that was.
+/// Fingerprints of the contents that are being merged: a counting filter.
+///
+/// It may contain a fingerprint that was never added, but never lacks one that was.
 pub(super) struct InFlight([u16; Self::COUNTERS]);
 
 impl InFlight {
@@ -33,7 +34,7 @@ impl InFlight {
         }
     }
 
-    /// Takes back one [`InFlight::add`].
+    /// Reverts one [`InFlight::add`].
     pub(super) fn remove(&mut self, fingerprint: Fingerprint) {
         if let Some(count) = self.counter(fingerprint) {
             *count -= 1;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Deciding what a page is merged with, and recording what came of it.
+//! Decides what a page is merged with, and records the results.
 
 use super::super::{
     backend::{
@@ -63,7 +63,7 @@ pub(super) fn run_job<B: Backend>(job: &mut MergeJob<B>) {
     B::Merge::run_all(job.iter_mut().map(|prepared| &mut prepared.merge));
 }
 
-/// What the merge stage needs of memory.
+/// Memory of the merge stage, allocated once.
 pub(super) struct MergeBuffers<B: Backend> {
     /// Empty jobs. Their number bounds how many can be in flight.
     spare: KVec<MergeJob<B>>,
@@ -191,7 +191,9 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         }
     }
 
-    /// Runs the last merge of the job, whose page is part of a huge folio: that is split.
+    /// Runs the last merge of the job, whose page is part of a huge folio, which the merge splits.
+    ///
+    /// The batches hold references to other pages of the folio, and drop them before the split.
     fn merge_after_split(&mut self, job: &mut MergeJob<B>) {
         let Some(mut prepared) = job.pop() else {
             return;
@@ -211,7 +213,8 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         self.record(&mut prepared);
     }
 
-    /// Decides what to do with the page at `pos`. A merge that is ready is appended to `job`.
+    /// Decides what to do with the page at `pos`, as `cmp_and_merge_page()`: tries the zero page,
+    /// stable nodes and candidates in this order. A merge that is ready is appended to `job`.
     fn decide(&mut self, pos: PagePos, job: &mut MergeJob<B>) -> Decision {
         let Some((partition, mut page)) = self.partitions.page(pos) else {
             return Decision::Done;
@@ -236,7 +239,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
             && self
                 .metadata
                 .is_zero(self.ctx.policy, page.fingerprint, page.domain);
-        // One thread may merge several pages of one content, one after the other.
+        // The merges of one job run one after the other, so they may have the same content.
         let own = |job: &MergeJob<B>| job.iter().any(|p| p.fingerprint == page.fingerprint);
         if in_flight && !zero && !own(job) {
             return Decision::RetryNextRound;
@@ -265,7 +268,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         }
     }
 
-    /// Tries to merge a page with the zero page.
+    /// Tries to merge a page with the zero page, as `try_to_merge_with_zero_page()`.
     fn try_zero_page(
         &mut self,
         pos: PagePos,
@@ -283,7 +286,8 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         }
     }
 
-    /// Tries to merge a page with a KSM page. `in_flight`: the job has merges of the same contents.
+    /// Tries to merge a page with the KSM page that `stable_tree_search()` would find. `in_flight`:
+    /// the job has merges of the same content.
     fn try_stable(
         &mut self,
         pos: PagePos,
@@ -321,7 +325,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         None
     }
 
-    /// Tries to merge a page with a candidate.
+    /// Tries to merge a page with a candidate, as `unstable_tree_search_insert()` finds one.
     fn try_candidates(
         &mut self,
         pos: PagePos,
@@ -375,7 +379,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         let by_id = target.by_id();
         let backend = &mut self.metadata.backend;
         let merge = backend.prepare(addr, batch, pos.index, target, nid)?;
-        // `fill` has made sure that there is room.
+        // There is room: `fill` has checked that.
         let _ = job.push_within_capacity(PreparedMerge {
             pos,
             fingerprint: page.fingerprint,
@@ -386,13 +390,13 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         Ok(())
     }
 
-    /// Makes a page that could not be merged a candidate.
+    /// Makes a page that could not be merged a candidate, as `unstable_tree_search_insert()`.
     fn stay_candidate(&mut self, id: PageId, page: &ScannedPage) {
-        // One page at several addresses, as after a fork: one of them is candidate enough.
+        // After a fork one page is mapped at several addresses; one candidate is enough.
         if page.shares_page_already {
             return;
         }
-        // Any number of candidates may be of mms that are just leaving.
+        // All candidates may belong to mms that are leaving: replace the last one.
         let last = CANDIDATE_TRIES - 1;
         if let Some((last, tracked)) = self.metadata.candidate(page.fingerprint, id, last) {
             self.metadata.unindex(last, tracked);
@@ -400,8 +404,8 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         self.metadata.become_candidate(id, page.fingerprint);
     }
 
-    /// Drops the reference that a batch holds to the page at `addr`: with it the page could not be
-    /// merged.
+    /// Drops the reference that a batch holds to the page at `addr`, which would keep the page from
+    /// being merged.
     fn release_from_batch(&mut self, addr: usize) {
         let Some((partition, i)) = self.partitions.find(addr) else {
             return;
@@ -479,7 +483,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         self.partitions.set_page(prepared.pos, page);
     }
 
-    /// Handles that a page was not merged with a node. Returns whether it needs no more attention.
+    /// Handles a failed merge with a stable node. Returns whether the page needs no more attention.
     fn node_refused(
         &mut self,
         id: PageId,
@@ -513,7 +517,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         }
     }
 
-    /// Handles that a page was not merged with a candidate.
+    /// Handles a failed merge with a candidate.
     fn candidate_refused(&mut self, other: PageId, refusal: Refusal, page: &mut ScannedPage) {
         self.metadata.refusals.count(refusal);
         match refusal {
@@ -523,8 +527,8 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
             }
             // Its contents are not what the index says.
             Refusal::Gone | Refusal::Differs => self.metadata.forget_fingerprint(other),
-            // One of the two cannot be merged now. It is a candidate no more, so that the scanner
-            // tries again in the next full scan.
+            // One of the two cannot be merged now. The other is no longer a candidate, so that the
+            // next full scan tries again.
             Refusal::Busy
             | Refusal::FarNode
             | Refusal::Stale
@@ -551,7 +555,7 @@ impl<B: Backend, P: Pins<B::Mm>> Stage<MergeJob<B>> for MergeStage<'_, '_, B, P>
                     self.jobs_in_flight += 1;
                     return Some(job);
                 }
-                // There is room: it was taken from there.
+                // There is room: the job was popped from `spare`.
                 let _ = self.buffers.spare.push_within_capacity(job);
                 if wait {
                     return None;
@@ -572,7 +576,7 @@ impl<B: Backend, P: Pins<B::Mm>> Stage<MergeJob<B>> for MergeStage<'_, '_, B, P>
         }
         job.clear();
         self.jobs_in_flight -= 1;
-        // There is room: it was taken from there.
+        // There is room: the job was popped from `spare`.
         let _ = self.buffers.spare.push_within_capacity(job);
     }
 }

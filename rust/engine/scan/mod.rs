@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The scan of an mm: what becomes of each page.
+//! The scan of an mm: decides what becomes of each page, as `cmp_and_merge_page()`.
 //!
 //! A page is merged after its contents have not changed from one full scan to the next: with the
 //! KSM page of the same contents if there is one, else with another page that has not changed, a
 //! *candidate*. Both are looked up in one content index by a fingerprint. The [`Backend`] compares
-//! the contents themselves once nobody can write to the page any more, so no answer of the index
-//! can do harm.
+//! the contents themselves when the page is write-protected, so a wrong answer of the index does no
+//! harm.
 //!
 //! Contents are not read again while the accessed bit is clear ([`AccessedHint`]). What is known of
-//! them may then be out of date, which costs a merge tried in vain, or one that comes some scans
-//! late.
+//! them may then be out of date. The cost is a merge that fails, or one that happens some scans
+//! later.
 //!
 //! # A pass
 //!
-//! A *pass* takes some pages of an mm through these stages. One thread runs the stages, and alone
-//! changes the metadata, which needs no lock of its own for that; all threads of the [`WorkerPool`]
-//! run the jobs.
+//! A *pass* takes some pages of an mm through these stages. One thread runs the stages. Only this
+//! thread changes the metadata, which therefore needs no lock of its own. All threads of the
+//! [`WorkerPool`] run the jobs.
 //!
 //! 1. *Walk*: each partition is a part of the address space with a batch for the pages there. What
 //!    is known of each page is looked up.
@@ -25,13 +25,13 @@
 //! 3. *Merge* pages that have an equal. Meanwhile the stage prepares more merges, and records the
 //!    results. No two threads merge pages of the same contents at once.
 //!
-//! The thread that runs a stage runs jobs, too, when it has nothing better to do. With one thread
+//! The thread that runs a stage also runs jobs while the stage has nothing to do. With one thread
 //! there is one partition, which has no end.
 //!
 //! # Context
 //!
-//! The engine is a plain value under the `thread_mutex`, which the scanner holds for a batch, and a
-//! write to `run` while it unmerges.
+//! The engine is a plain value, protected by the `thread_mutex`. The scanner holds it for one
+//! batch, a write to `run` for as long as it unmerges.
 
 mod context;
 mod hash_stage;
@@ -188,7 +188,7 @@ impl<B: Backend> Engine<B> {
             }
             return Collected::Exiting;
         }
-        // Where one partition has more pages than room, those after it wait for the next pass.
+        // If a partition has more pages than room, those after it wait for the next pass.
         let stopped = partitions.first(begun).iter().position(Partition::stopped);
         let used = stopped.map_or(begun, |n| n + 1);
         for partition in partitions.first(begun).iter_mut().skip(used) {

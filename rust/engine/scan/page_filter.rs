@@ -91,7 +91,7 @@ impl States for Deferred<'_> {
 /// What a walk has found besides the pages it collected.
 #[derive(Clone, Default)]
 pub(super) struct WalkSummary {
-    /// End of the addresses that have been looked at.
+    /// End of the addresses that the walk has passed.
     pub(super) from: usize,
     /// Pages of the budget that were collected or found unchanged.
     pub(super) budget_used: u32,
@@ -102,8 +102,8 @@ pub(super) struct WalkSummary {
     /// Addresses between mapped pages, of which some are tracked.
     pub(super) unmapped_gaps: [Range<usize>; MAX_GAPS],
     pub(super) nr_gaps: usize,
-    /// Addresses of untracked pages that were left. They are tracked from now on: whether a page
-    /// changes shows in the next scan, and many a page is gone by then.
+    /// Addresses of untracked pages that were not collected. They are tracked from now on: the next
+    /// scan shows whether they have changed, and many pages are gone by then.
     pub(super) untracked_runs: [Range<usize>; MAX_RUNS],
     pub(super) nr_runs: usize,
     /// The filter has ended the walk.
@@ -147,7 +147,7 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
         }
     }
 
-    /// Returns whether smart scan skips the page this time.
+    /// Returns whether smart scan skips the page this time, as `should_skip_rmap_item()`.
     fn skips(&mut self, page: PageId, state: PageState) -> bool {
         let PageState::Tracked(mut tracked) = state else {
             return false;
@@ -185,7 +185,7 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
         tracked.indexed && self.hint.unchanged(addr) && !(self.policy.use_zero_pages && zero())
     }
 
-    /// Returns whether a merged page is what it was when its item was made.
+    /// Returns whether a page still maps the KSM page of its rmap item's node.
     fn still_maps_node(&self, item: ItemId, node: NodeId, nid: u32) -> bool {
         self.backend.node_of(item) == Some(node)
             && (self.policy.merge_across_nodes || self.backend.nid(node) == nid)

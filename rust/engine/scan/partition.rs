@@ -181,7 +181,7 @@ impl<B: Backend> Partition<B> {
         matches!(self.found, Collected::More(next) if next < self.within.end)
     }
 
-    /// Drops what the walk has found: it is walked anew in the next pass.
+    /// Drops what the walk has found. The next pass repeats the walk.
     pub(super) fn discard(&mut self) {
         self.changes.clear();
         self.batch.clear();
@@ -189,8 +189,8 @@ impl<B: Backend> Partition<B> {
 
     /// Changes what is known of a page of the batch.
     pub(super) fn set_page(&mut self, i: usize, page: ScannedPage) {
-        if let Some(place) = self.pages.get_mut(i) {
-            *place = page;
+        if let Some(entry) = self.pages.get_mut(i) {
+            *entry = page;
         }
     }
 }

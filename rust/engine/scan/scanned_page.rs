@@ -16,10 +16,10 @@ use super::context::ScanContext;
 /// How far a page of a batch has come.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum PageStatus {
-    /// What is known of it has not been looked up.
+    /// The metadata has not been searched for it.
     #[default]
     Unclassified,
-    /// It is known, and is to be hashed, compared or merged.
+    /// Its metadata is known; it is to be hashed, compared or merged.
     Classified,
     /// It needs no more attention in this pass.
     Done,
@@ -48,7 +48,7 @@ pub(super) struct ScannedPage {
     pub(super) candidates_tried: u8,
     /// Number of the next candidate to try.
     pub(super) next_candidate: u8,
-    /// A candidate maps the very page.
+    /// A candidate maps the same page.
     pub(super) shares_page_already: bool,
 }
 

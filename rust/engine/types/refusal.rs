@@ -42,7 +42,7 @@ refusals! {
     Gone, c"gone", -1001;
     /// Another task holds the lock of the folio.
     Locked, c"locked", -1002;
-    /// Somebody holds a reference that could write to the page (O_DIRECT, GUP).
+    /// A reference is held through which the page could be written to (O_DIRECT, GUP).
     Pinned, c"pinned", -1003;
     /// The contents are not the same, byte for byte.
     Differs, c"differs", -1004;
@@ -50,7 +50,7 @@ refusals! {
     Unsplit, c"unsplit", -1005;
     /// Both addresses map the same page already.
     Same, c"same", -1006;
-    /// Memory for the bookkeeping could not be had.
+    /// There is no memory for node, rmap item or page state.
     NoMemory, c"no_memory", -1007;
     /// The merged page is being migrated or locked.
     Busy, c"busy", -1008;
