@@ -238,6 +238,26 @@ fn a_huge_page_is_split() {
     assert_eq!(huge_pages(&story), 0);
 }
 
+/// A batch holds references to all pages of a huge page. It drops those to the others before the
+/// page is split, and takes them again: two pages merge in one scan.
+#[test]
+fn a_batch_releases_a_huge_page_that_is_split() {
+    let mut story = Story::new(1);
+    story.write(0, 0, 1, 3);
+    story.write(0, 1, 1, 6);
+    for page in 0..8 {
+        story.write(0, 8 + page, 1, page as Content + 1);
+    }
+    story.happens(Event::Collapse { mm: 0, page: 8 });
+    assert_eq!(huge_pages(&story), 8);
+    story.scans(1);
+    assert_eq!(story.shared(), (0, 0));
+    story.scans(1);
+    assert_eq!(story.refused(Refusal::Unsplit), 0);
+    assert_eq!(story.shared(), (2, 2));
+    assert_eq!(huge_pages(&story), 0);
+}
+
 fn huge_pages(story: &Story) -> usize {
     let world = story.0.world.borrow();
     let frames = world.frames.keys();
