@@ -38,7 +38,7 @@ struct Collected {
     holds_ref: bool,
     /// The page was released so that its huge page could be split.
     released_for_split: bool,
-    /// The page may have been touched since a walk last took it.
+    /// The page may have been accessed since a walk last cleared its accessed bit.
     accessed: bool,
 }
 

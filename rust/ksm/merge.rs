@@ -104,13 +104,14 @@ impl<'g> Vmas<'g> {
     }
 
     /// The mergeable vma at an address.
-    fn at(&mut self, addr: usize) -> Result<(LiveMm<'g>, &'g VmaRef), Refusal> {
+    fn at(&mut self, addr: usize) -> Result<MappedVma<'g>, Refusal> {
         let live = self.live.ok_or(Refusal::Gone)?;
         let near = |vma: &&VmaRef| (vma.start()..vma.end()).contains(&addr);
         if !self.last.as_ref().is_some_and(near) {
             self.last = mergeable_at(live, addr);
         }
-        Ok((live, self.last.ok_or(Refusal::Gone)?))
+        let vma = self.last.ok_or(Refusal::Gone)?;
+        Ok(MappedVma { live, vma })
     }
 }
 
@@ -129,10 +130,10 @@ impl Merge {
         let (trace, page) = (self.trace, self.page);
         match &self.prepared {
             Prepared::ZeroPage { mm, addr } => {
-                self.outcome = vmas.at(*addr).and_then(|(live, vma)| {
+                self.outcome = vmas.at(*addr).and_then(|place| {
                     replace_pte::share(
-                        live,
-                        vma,
+                        place.live,
+                        place.vma,
                         *addr,
                         page,
                         &PteReplacement::ZeroPage,
@@ -145,9 +146,13 @@ impl Merge {
                 trace.merge_one_page(pfn, 0, mm.as_mm(), outcome(&self.outcome));
             }
             Prepared::Join { node, kfolio, item } => {
+                let merged = MergedPage {
+                    node: *node,
+                    kfolio,
+                };
                 self.outcome = vmas
                     .at(item.addr())
-                    .and_then(|place| share_with(place, page, (*node, kfolio), item, before_split));
+                    .and_then(|place| share_with(place, page, merged, item, before_split));
                 let kpage = kfolio.page().as_ptr();
                 trace_merge(trace, page, kpage, item, &self.outcome);
             }
@@ -221,18 +226,34 @@ pub(super) struct NewNode {
     pub(super) first: UnlinkedItem,
     pub(super) second: UnlinkedItem,
     pub(super) nid: Option<u32>,
-    /// The first page has become the merged page: whether it may have been touched until then.
+    /// Set once the first page has become the merged page: whether it may have been accessed since
+    /// a walk collected it.
     pub(super) accessed: Option<bool>,
 }
 
-/// Replaces the page at an address by the merged page of `node`, whose folio is `kfolio`.
+/// A vma of a live mm whose mmap lock is held.
+#[derive(Clone, Copy)]
+struct MappedVma<'a> {
+    live: LiveMm<'a>,
+    vma: &'a VmaRef,
+}
+
+/// A merged page: its node and its folio.
+#[derive(Clone, Copy)]
+struct MergedPage<'a> {
+    node: NonNull<StableNode>,
+    kfolio: &'a FolioRef,
+}
+
+/// Replaces the page at an address by a merged page.
 fn share_with(
-    (live, vma): (LiveMm<'_>, &VmaRef),
+    place: MappedVma<'_>,
     page: NonNull<raw::page>,
-    (node, kfolio): (NonNull<StableNode>, &FolioRef),
+    merged: MergedPage<'_>,
     item: &UnlinkedItem,
     before_split: impl FnOnce(),
 ) -> Result<(), Refusal> {
+    let MergedPage { node, kfolio } = merged;
     if kfolio.page() == page {
         return Err(Refusal::Same);
     }
@@ -242,10 +263,17 @@ fn share_with(
     if kfolio.mapping() != StableNode::mapping(node) {
         return Err(Refusal::Busy);
     }
-    item.set_anon_vma(vma)?;
+    item.set_anon_vma(place.vma)?;
     race_window::sleep();
     let target = PteReplacement::KsmPage(kfolio);
-    replace_pte::share(live, vma, item.addr(), page, &target, before_split)?;
+    replace_pte::share(
+        place.live,
+        place.vma,
+        item.addr(),
+        page,
+        &target,
+        before_split,
+    )?;
     race_window::sleep();
     // SAFETY: The node's folio is locked, and names it, so that the node is there.
     unsafe { item.link(node, Some(&lock)) };
@@ -272,8 +300,9 @@ impl NewNode {
             if held.is_pinned() {
                 return Err(Refusal::Pinned);
             }
-            // One that nothing has touched is still what it was when it became a candidate.
-            if held.touched() && !replace_pte::pages_identical(page, second) {
+            // A page that has not been accessed since it became a candidate still has the same
+            // contents.
+            if held.accessed() && !replace_pte::pages_identical(page, second) {
                 return Err(Refusal::Differs);
             }
             Ok(())
@@ -316,7 +345,9 @@ impl NewNode {
             if self.nid.is_some_and(|nid| nid != page_nid(page)) {
                 return Err(Refusal::FarNode);
             }
-            let result = share_with((live, vma), page, (node, kfolio), &self.second, || {});
+            let place = MappedVma { live, vma };
+            let merged = MergedPage { node, kfolio };
+            let result = share_with(place, page, merged, &self.second, || {});
             let kpage = kfolio.page().as_ptr();
             trace_merge(trace, page, kpage, &self.second, &result);
             result

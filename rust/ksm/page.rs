@@ -96,7 +96,7 @@ pub(super) unsafe fn candidate_folio(page: NonNull<raw::page>) -> Option<NonNull
 /// Owns one reference to the page's folio.
 pub(crate) struct PageGuard {
     page: NonNull<raw::page>,
-    touched: bool,
+    accessed: bool,
 }
 
 impl PageGuard {
@@ -118,13 +118,13 @@ impl PageGuard {
         core::mem::ManuallyDrop::new(self).page
     }
 
-    /// Whether it may have been touched since a walk last took it.
+    /// Returns whether the page may have been accessed since a walk last cleared its accessed bit.
     ///
     /// # Context
     ///
     /// Any.
-    pub(crate) fn touched(&self) -> bool {
-        self.touched
+    pub(crate) fn accessed(&self) -> bool {
+        self.accessed
     }
 
     /// Returns whether the page is a merged page.
@@ -166,15 +166,15 @@ impl Drop for PageGuard {
 ///
 /// May sleep. The mmap lock is held. Takes the page table lock, and releases it.
 pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<PageGuard> {
-    let (mut page, mut touched) = (core::ptr::null_mut(), true);
+    let (mut page, mut accessed) = (core::ptr::null_mut(), true);
     // SAFETY: The vma is valid, its mm's lock is held, and `addr` lies in it.
     let folio =
-        unsafe { raw::rksm_folio_walk_get(vma.as_ptr().cast(), addr, &mut page, &mut touched) };
+        unsafe { raw::rksm_folio_walk_get(vma.as_ptr().cast(), addr, &mut page, &mut accessed) };
     if folio.is_null() {
         return None;
     }
     // INVARIANT: The shim has taken a reference to the folio of the page.
-    NonNull::new(page).map(|page| PageGuard { page, touched })
+    NonNull::new(page).map(|page| PageGuard { page, accessed })
 }
 
 /// Returns the first address in `start..end` of `vma` where a merged page or a KSM-placed zero page
