@@ -344,7 +344,8 @@ static void load_one_by_one(void)
 		has_failed();
 		refused += !!err;
 		if (err && err != -ENOMEM) {
-			ksft_print_msg("insmod with failure %u of %u: %s\n", n, all, strerror(-err));
+			ksft_print_msg("insmod with failure %u of %u: %s\n", n, all,
+				       strerror(-err));
 			ok = false;
 		}
 		/* The built-in answers, or rksm does */
