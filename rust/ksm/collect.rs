@@ -2,9 +2,10 @@
 
 //! Collecting pages: one page table walk for a batch.
 //!
-//! A walk takes the mark away from the pages it collects or notes that they were touched (the accessed bits, and what secondary
-//! MMUs know), and flushes the TLBs before it ends: a page that is not marked when the next walk comes by has not been
-//! touched through an address space since. Reclaim and DAMON take marks away, too; so this is a hint.
+//! A walk takes the mark away from the pages it collects or notes that they were touched (the
+//! accessed bits, and what secondary MMUs know), and flushes the TLBs before it ends: a page that
+//! is not marked when the next walk comes by has not been touched through an address space since.
+//! Reclaim and DAMON take marks away, too; so this is a hint.
 
 use crate::engine::backend::WalkAction;
 use crate::{
@@ -48,7 +49,8 @@ struct Walk<'a, F> {
 }
 
 impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
-    /// Collects a page if it is wanted. Returns whether the mark that it was touched is to be taken away.
+    /// Collects a page if it is wanted. Returns whether the mark that it was touched is to be taken
+    /// away.
     ///
     /// # Safety
     ///
@@ -88,8 +90,8 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
     }
 }
 
-/// Collects the pages of mergeable vmas `within` that `filter` takes, by their address and what is mapped there.
-/// Returns where to go on, or `None` at the end.
+/// Collects the pages of mergeable vmas `within` that `filter` takes, by their address and what is
+/// mapped there. Returns where to go on, or `None` at the end.
 ///
 /// `filter` is called with a page table lock held. The caller holds the mmap lock, as `mm` shows.
 pub(crate) fn collect(
@@ -143,8 +145,8 @@ fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
         begun: false,
         cleared: 0..0,
     };
-    // SAFETY: The vma is valid and its mm's lock is held for reading; `start..end` lies within it; the callback
-    // gets `walk`, which outlives the call, as its private data, and has its type.
+    // SAFETY: The vma is valid and its mm's lock is held for reading; `start..end` lies within it;
+    // the callback gets `walk`, which outlives the call, as its private data, and has its type.
     let stopped = unsafe {
         raw::rksm_walk_page_range_vma(
             vma.as_ptr().cast(),
@@ -216,8 +218,8 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
     let mut ptep = first;
     let mut mapped = raw::rksm_mapped::default();
     while addr < end && !walk.batch.full() {
-        // SAFETY: `ptep` points to the entry of `addr`, within this page table, whose lock is held; so what is mapped
-        // stays mapped.
+        // SAFETY: `ptep` points to the entry of `addr`, within this page table, whose lock is held;
+        // so what is mapped stays mapped.
         unsafe {
             if raw::rksm_pte_mapped(vma, addr, ptep, &mut mapped) {
                 if walk.offer(addr, &mut mapped) && mapped.touched {
@@ -242,7 +244,8 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
 ///
 /// # Safety
 ///
-/// `pmd` maps `folio`, and at `range.start` its page `first`; its lock is held. `range` lies within the mapping.
+/// `pmd` maps `folio`, and at `range.start` its page `first`; its lock is held. `range` lies within
+/// the mapping.
 unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
     walk: &mut Walk<'_, F>,
     vma: *mut raw::vm_area_struct,

@@ -2,16 +2,17 @@
 
 //! Changing what a page table entry maps.
 //!
-//! One page is shared in one critical section: between `mmu_notifier_invalidate_range_start` and `_end`, under the
-//! folio lock and the page table lock, the entry is cleared and flushed from the TLB. Then nobody can write to the
-//! page through it, `get_user_pages_fast` cannot take a new reference, and references that exist are counted. Only
-//! then the contents are compared, and the entry either gets its new value or its old one back. So a refusal at
-//! any point leaves the process as it was, and an entry is flushed once, not twice.
+//! One page is shared in one critical section: between `mmu_notifier_invalidate_range_start` and
+//! `_end`, under the folio lock and the page table lock, the entry is cleared and flushed from the
+//! TLB. Then nobody can write to the page through it, `get_user_pages_fast` cannot take a new
+//! reference, and references that exist are counted. Only then the contents are compared, and the
+//! entry either gets its new value or its old one back. So a refusal at any point leaves the
+//! process as it was, and an entry is flushed once, not twice.
 //!
 //! # Locks
 //!
-//! `mmap_lock` (read) of one mm, then the folio lock (trylock), then mmu notifiers (may sleep), then the page table
-//! lock.
+//! `mmap_lock` (read) of one mm, then the folio lock (trylock), then mmu notifiers (may sleep),
+//! then the page table lock.
 
 use crate::engine::types::Refusal;
 use crate::{
@@ -51,7 +52,8 @@ pub(crate) enum PteReplacement<'a> {
 
 /// Whether two referenced pages have the same contents, now.
 pub(crate) fn pages_identical(a: NonNull<raw::page>, b: NonNull<raw::page>) -> bool {
-    // SAFETY: Both pages are referenced. They may change meanwhile, which the shim's `memcmp` allows for.
+    // SAFETY: Both pages are referenced. They may change meanwhile, which the shim's `memcmp`
+    // allows for.
     unsafe { raw::rksm_pages_identical(a.as_ptr(), b.as_ptr()) }
 }
 
@@ -65,19 +67,21 @@ fn matches_target(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool
     }
 }
 
-/// Whether memory has failed under a referenced page, or under what it is to be replaced by.
+/// Returns whether memory has failed under a referenced page, or under its replacement.
 fn is_poisoned(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
-    // SAFETY: The folios are referenced.
-    unsafe {
-        raw::rksm_folio_poisoned(raw::rksm_page_folio(page.as_ptr()))
-            || matches!(target, PteReplacement::KsmPage(kfolio) if raw::rksm_folio_poisoned(kfolio.as_ptr()))
+    // SAFETY: The page is referenced, and so is its folio.
+    let own = unsafe { raw::rksm_folio_poisoned(raw::rksm_page_folio(page.as_ptr())) };
+    own || match target {
+        // SAFETY: The replacement holds a reference.
+        PteReplacement::KsmPage(kfolio) => unsafe { raw::rksm_folio_poisoned(kfolio.as_ptr()) },
+        PteReplacement::ZeroPage | PteReplacement::InPlace(_) => false,
     }
 }
 
 /// Shares the page at `addr` of `vma`: see the module's documentation.
 ///
-/// The caller holds one reference to `page`. Before a huge page is split, which needs that this reference be the
-/// only one beside its mappings, `before_split` is called.
+/// The caller holds one reference to `page`. Before a huge page is split, which needs that this
+/// reference be the only one beside its mappings, `before_split` is called.
 ///
 /// Returns whether the page may have been touched since a walk collected it.
 ///
@@ -116,7 +120,8 @@ pub(crate) fn share(
             return Err(Refusal::Differs);
         }
         before_split();
-        // SAFETY: As above. On success the lock and the reference pass to the small folio of `page`.
+        // SAFETY: As above. On success the lock and the reference pass to the small folio of
+        // `page`.
         if unsafe { raw::rksm_split_huge_page(page.as_ptr()) } == 0 {
             share_locked(mm, vma, addr, page, target)
         } else {
@@ -148,7 +153,8 @@ fn share_locked(
     if unsafe {
         raw::rksm_page_anon_exclusive(page.as_ptr()) && raw::rksm_folio_pinned_beyond(folio, 1)
     } {
-        // Counted again below, where it is final: this spares users of a page that is pinned for long the bracket.
+        // Counted again below, where it is final: this spares users of a page that is pinned for
+        // long the bracket.
         return Err(Refusal::Pinned);
     }
     race_window::sleep();
@@ -222,8 +228,8 @@ fn share_locked(
 
 /// Unshares merged pages in `start..end` of a vma, at most `faults` of them.
 ///
-/// Returns where to go on, or `None` when nothing merged is left. The caller pins the mm by `mm_users`: a fault can
-/// put a page back into an address space that is being torn down.
+/// Returns where to go on, or `None` when nothing merged is left. The caller pins the mm by
+/// `mm_users`: a fault can put a page back into an address space that is being torn down.
 ///
 /// # Errors
 ///

@@ -22,8 +22,8 @@ const FAULTS: usize = 64;
 
 /// Unshares all merged pages of an mm that are mapped in mergeable vmas.
 ///
-/// The mm is pinned by `mm_users`, and its mmap lock held, only for a few faults at a time: the memory of a process
-/// that is killed meanwhile goes at the next of these gaps. May sleep for long.
+/// The mm is pinned by `mm_users`, and its mmap lock held, only for a few faults at a time: the
+/// memory of a process that is killed meanwhile goes at the next of these gaps. May sleep for long.
 ///
 /// # Errors
 ///

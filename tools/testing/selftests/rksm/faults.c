@@ -318,7 +318,7 @@ static void unmerge_one_by_one(void)
 	ksft_test_result(ok && n > FEW && n < 1000, "run=2 with each of its allocations failing\n");
 }
 
-/* insmod with one of the allocations of rksm's init failing: some of them each time the test runs */
+/* insmod with one of the allocations of rksm's init failing: some of them each time this runs */
 static void load_one_by_one(void)
 {
 	unsigned int all, loads, refused = 0;
