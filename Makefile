@@ -48,6 +48,10 @@ mutants: ## Which small mistakes in the engine the host tests notice; hours
 test: ## Every test; ends in "N passed, M failed"
 	@scripts/test
 
+.PHONY: test-long
+test-long: ## Every test, those that take long, too; hours
+	@RKSM_LONG=1 scripts/test
+
 .PHONY: torture
 torture: ## Everything at once at random, every byte checked; MINUTES= SEED= KERNEL=
 	@scripts/torture

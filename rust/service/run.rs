@@ -12,7 +12,8 @@ use crate::{
             Action,
             Change,
             RunState,
-            StoreCtx, //
+            StoreCtx,
+            RUN_OFFLINE, //
         },
         types::Progress, //
     },
@@ -21,9 +22,13 @@ use crate::{
     service::{
         Ksm,
         ScanState, //
-    }, //
+    },
+    takeover::builtin, //
 };
 use kernel::prelude::*;
+
+// Neither layer may know the other, and both keep the bit.
+const _: () = assert!(RUN_OFFLINE == builtin::RUN_OFFLINE);
 
 impl Ksm {
     /// Applies a change that needs the scanner to stand still.

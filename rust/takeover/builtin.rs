@@ -18,7 +18,7 @@ use kernel::{
 /// `KSM_RUN_STOP`, `KSM_RUN_MERGE`, `KSM_RUN_UNMERGE` and `KSM_RUN_OFFLINE`: values of `run`.
 pub(super) const RUN_STOP: u8 = 0;
 pub(super) const RUN_UNMERGE: u8 = 2;
-pub(super) const RUN_OFFLINE: u8 = 4;
+pub(crate) const RUN_OFFLINE: u8 = 4;
 
 /// The number of mms that are pinned at a time.
 const BATCH: usize = 128;

@@ -21,7 +21,7 @@ pub enum RunState {
 }
 
 /// Bit of `run` that shows while memory goes offline, when no knob can change.
-const RUN_OFFLINE: u8 = 4;
+pub const RUN_OFFLINE: u8 = 4;
 
 /// Who sets `pages_to_scan`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
