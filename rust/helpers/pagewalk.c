@@ -32,7 +32,7 @@ void *rksm_walk_private(struct mm_walk *walk)
 
 /* Returns the folio of the page at `addr` with a reference, if it is anonymous memory. */
 struct folio *rksm_folio_walk_get(struct vm_area_struct *vma, unsigned long addr,
-				  struct page **page, bool *touched)
+				  struct page **page, bool *accessed)
 {
 	struct folio_walk fw;
 	struct folio *folio = folio_walk_start(&fw, vma, addr, 0);
@@ -41,7 +41,7 @@ struct folio *rksm_folio_walk_get(struct vm_area_struct *vma, unsigned long addr
 		return NULL;
 	if (folio_test_anon(folio) && !folio_is_zone_device(folio)) {
 		*page = fw.page;
-		*touched = fw.level != FW_LEVEL_PTE || pte_young(fw.pte) ||
+		*accessed = fw.level != FW_LEVEL_PTE || pte_young(fw.pte) ||
 			   mmu_notifier_test_young(vma->vm_mm, addr);
 		folio_get(folio);
 	} else {

@@ -42,18 +42,18 @@ pte_t rksm_pte_wrprotect_clean(pte_t pte)
 	return pte_write(pte) ? pte_wrprotect(pte) : pte;
 }
 
-/* Whether the mark is there that the page was touched since it was last taken away. */
-bool rksm_touched(struct vm_area_struct *vma, unsigned long addr, pte_t pte)
+/* Whether the page was accessed since its bit was last cleared. */
+bool rksm_accessed(struct vm_area_struct *vma, unsigned long addr, pte_t pte)
 {
 	return pte_young(pte) || mmu_notifier_test_young(vma->vm_mm, addr);
 }
 
 /*
- * Whether a page may have been touched through an entry, now invalid, since its mark was last taken
- * away. What a secondary MMU knew went with the invalidation, and KVM uses a translation without
- * setting the mark again.
+ * Whether a page may have been accessed through an entry, now invalid, since its bit was last
+ * cleared. What a secondary MMU knew went with the invalidation, and KVM uses a translation without
+ * setting the bit again.
  */
-bool rksm_may_be_touched(struct mm_struct *mm, pte_t pte)
+bool rksm_may_be_accessed(struct mm_struct *mm, pte_t pte)
 {
 	return pte_young(pte) || mm_has_notifiers(mm);
 }
@@ -64,7 +64,7 @@ struct rksm_mapped {
 	struct folio *folio;
 	unsigned long mapping;
 	int nid;
-	bool touched;
+	bool accessed;
 };
 
 /*
@@ -84,7 +84,7 @@ bool rksm_pte_mapped(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep
 		return false;
 	mapped->mapping = (unsigned long)READ_ONCE(mapped->folio->mapping);
 	mapped->nid = page_to_nid(mapped->page);
-	mapped->touched = rksm_touched(vma, addr, pte);
+	mapped->accessed = rksm_accessed(vma, addr, pte);
 	return true;
 }
 
@@ -95,7 +95,7 @@ static void rksm_folio_was_young(struct folio *folio)
 	folio_set_young(folio);
 }
 
-/* Takes the mark away that the page was touched. TLBs are to be flushed for it to be set again. */
+/* Clears the accessed bit of a page. It is set again only after the TLBs are flushed. */
 void rksm_pte_mkold(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep,
 		    struct folio *folio)
 {

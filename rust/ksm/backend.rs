@@ -91,7 +91,7 @@ impl Backend for StableNodes {
         };
         let mut filter = |addr, mapped: &raw::rksm_mapped| {
             let kind = self.kind_of(FolioMapping::from_raw(mapped.mapping));
-            filter.filter(addr, kind, mapped.nid as u32, mapped.touched)
+            filter.filter(addr, kind, mapped.nid as u32, mapped.accessed)
         };
         match collect::collect(live, within, batch, &mut filter) {
             Some(next) => Collected::More(next),

@@ -176,7 +176,7 @@ impl Batch {
             page: Some(page),
             holds_ref: true,
             released_for_split: false,
-            accessed: mapped.touched,
+            accessed: mapped.accessed,
         });
     }
 

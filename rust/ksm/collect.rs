@@ -2,10 +2,10 @@
 
 //! Collecting pages: one page table walk for a batch.
 //!
-//! A walk takes the mark away from the pages it collects or notes that they were touched (the
-//! accessed bits, and what secondary MMUs know), and flushes the TLBs before it ends: a page that
-//! is not marked when the next walk comes by has not been touched through an address space since.
-//! Reclaim and DAMON take marks away, too; so this is a hint.
+//! A walk clears the accessed bit of each page that it collects or that the filter wants cleared,
+//! in the page tables and in secondary MMUs, and flushes the TLBs before it ends. A page whose bit
+//! is still clear at the next walk has not been accessed through an address space since. This is a
+//! hint only: reclaim and DAMON clear the bit, too.
 
 use crate::engine::backend::WalkAction;
 use crate::{
@@ -38,26 +38,25 @@ struct Walk<'a, F> {
     batch: &'a mut Batch,
     filter: &'a mut F,
     live: LiveMm<'a>,
-    /// Where to go on after a walk that has ended early.
+    /// Where to continue after a walk that has ended early.
     next: usize,
-    /// `filter` has ended the walk, or somebody waits for the mmap lock.
+    /// `filter` has ended the walk, or another task waits for the mmap lock.
     stopped: bool,
     /// Whether a page table has been walked.
     begun: bool,
-    /// From the first to the last page whose mark has been taken away.
+    /// From the first to the last page whose accessed bit has been cleared.
     cleared: Range<usize>,
 }
 
 impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
-    /// Collects a page if it is wanted. Returns whether the mark that it was touched is to be taken
-    /// away.
+    /// Collects the page if the filter wants it. Returns whether its accessed bit is to be cleared.
     ///
     /// # Safety
     ///
     /// `mapped` is what a page table maps whose lock the caller holds.
     unsafe fn offer(&mut self, addr: usize, mapped: &mut raw::rksm_mapped) -> bool {
         if let Some(huge) = &self.batch.huge {
-            mapped.touched |= huge.mm == self.mm() && huge.pages.contains(&addr);
+            mapped.accessed |= huge.mm == self.mm() && huge.pages.contains(&addr);
         }
         match (self.filter)(addr, mapped) {
             WalkAction::Collect => {
@@ -72,7 +71,7 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
         false
     }
 
-    /// Takes note that a page's mark has been taken away.
+    /// Records that the accessed bit of a page has been cleared.
     fn cleared(&mut self, addr: usize) {
         if self.cleared.is_empty() {
             self.cleared.start = addr;
@@ -80,7 +79,7 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
         self.cleared.end = addr + PAGE_SIZE;
     }
 
-    /// Names the mm.
+    /// Returns the number that identifies the mm.
     fn mm(&self) -> usize {
         self.live.mm().as_ptr() as usize
     }
@@ -90,8 +89,8 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
     }
 }
 
-/// Collects the pages of mergeable vmas `within` that `filter` takes, by their address and what is
-/// mapped there. Returns where to go on, or `None` at the end.
+/// Collects the pages of mergeable vmas in `within` that `filter` selects by address and mapping.
+/// Returns where to continue, or `None` at the end.
 ///
 /// `filter` is called with a page table lock held. The caller holds the mmap lock, as `mm` shows.
 pub(crate) fn collect(
@@ -157,7 +156,7 @@ fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
         )
     };
     if !walk.cleared.is_empty() {
-        // Before the contents are read: a write from now on sets the mark again.
+        // Before the contents are read: a write from now on sets the accessed bit again.
         // SAFETY: The vma is valid.
         unsafe {
             raw::rksm_flush_tlb_range(vma.as_ptr().cast(), walk.cleared.start, walk.cleared.end)
@@ -177,7 +176,8 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
     end: c_ulong,
     mm_walk: *mut raw::mm_walk,
 ) -> c_int {
-    // SAFETY: `collect_vma` has put its `Walk` there, which nobody else uses during the call.
+    // SAFETY: The private data is the `Walk` of `collect_vma`, which nothing else uses during the
+    // call.
     let walk = unsafe { &mut *raw::rksm_walk_private(mm_walk).cast::<Walk<'_, F>>() };
     // SAFETY: The walk names the vma it walks.
     let vma = unsafe { raw::rksm_walk_vma(mm_walk) };
@@ -185,7 +185,7 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
 
     // SAFETY: May sleep: a walk under the mmap lock holds no spinlock.
     unsafe { raw::rksm_cond_resched() };
-    // Whoever changes the address space waits for one page table at most.
+    // A task that changes the address space waits for one page table at most.
     if walk.begun && walk.live.mm().mmap_lock_is_contended() {
         walk.stopped = true;
         walk.next = addr;
@@ -200,7 +200,8 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
         if let Some(first) = NonNull::new(huge) {
             // SAFETY: The page is mapped, and the page table lock is held.
             if let Some(folio) = unsafe { candidate_folio(first) } {
-                // SAFETY: As above.
+                // SAFETY: `pmd` maps `folio`, and at `addr` its page `first`; the lock is held. The
+                // walk gives addresses within one mapping of this level.
                 addr = unsafe { collect_huge(walk, vma, pmd, addr..end, first, folio) };
             }
         }
@@ -222,7 +223,7 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
         // so what is mapped stays mapped.
         unsafe {
             if raw::rksm_pte_mapped(vma, addr, ptep, &mut mapped) {
-                if walk.offer(addr, &mut mapped) && mapped.touched {
+                if walk.offer(addr, &mut mapped) && mapped.accessed {
                     raw::rksm_pte_mkold(vma, addr, ptep, mapped.folio);
                     walk.cleared(addr);
                 }
@@ -240,7 +241,7 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
     c_int::from(walk.over())
 }
 
-/// Collects pages of a huge mapping. Returns where to go on.
+/// Collects pages of a huge mapping. Returns where to continue.
 ///
 /// # Safety
 ///
@@ -274,12 +275,12 @@ unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
             folio: folio.as_ptr(),
             mapping,
             nid,
-            // Who walks another part of it may come by first, and take the mark away.
-            touched: young || !own,
+            // A walk of another part of the mapping may clear the bit first.
+            accessed: young || !own,
         };
         // SAFETY: By the contract.
         if unsafe { walk.offer(addr, &mut mapped) } && !old {
-            // SAFETY: As above.
+            // SAFETY: By the contract `pmd` maps `folio` around `addr`, and its lock is held.
             unsafe { raw::rksm_pmd_mkold(vma, addr, pmd, folio.as_ptr()) };
             walk.cleared(addr);
             walk.batch.huge = Some(Huge {

@@ -50,14 +50,14 @@ pub(crate) enum PteReplacement<'a> {
     InPlace(FolioMapping),
 }
 
-/// Whether two referenced pages have the same contents, now.
+/// Returns whether two referenced pages have the same contents, now.
 pub(crate) fn pages_identical(a: NonNull<raw::page>, b: NonNull<raw::page>) -> bool {
     // SAFETY: Both pages are referenced. They may change meanwhile, which the shim's `memcmp`
     // allows for.
     unsafe { raw::rksm_pages_identical(a.as_ptr(), b.as_ptr()) }
 }
 
-/// Whether a referenced page has the contents that it is to be replaced by, now.
+/// Returns whether a referenced page has the contents that it is to be replaced by, now.
 fn matches_target(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
     match target {
         PteReplacement::InPlace(_) => true,
@@ -83,7 +83,12 @@ fn is_poisoned(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
 /// The caller holds one reference to `page`. Before a huge page is split, which needs that this
 /// reference be the only one beside its mappings, `before_split` is called.
 ///
-/// Returns whether the page may have been touched since a walk collected it.
+/// Returns whether the page may have been accessed since a walk collected it.
+///
+/// # Context
+///
+/// May sleep. The mmap lock of `mm` is held for reading. Tries the folio lock, calls mmu notifiers
+/// and takes the page table lock.
 ///
 /// # Errors
 ///
@@ -98,11 +103,11 @@ pub(crate) fn share(
 ) -> Result<bool, Refusal> {
     // SAFETY: The page is referenced.
     let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
-    // SAFETY: As above.
+    // SAFETY: The folio is referenced through its page.
     if !unsafe { raw::rksm_folio_mergeable(folio) && !raw::rksm_folio_test_ksm(folio) } {
         return Err(Refusal::Gone);
     }
-    // SAFETY: As above.
+    // SAFETY: The folio is referenced through its page.
     if !unsafe { raw::rksm_folio_trylock(folio) } {
         return Err(Refusal::Locked);
     }
@@ -120,8 +125,8 @@ pub(crate) fn share(
             return Err(Refusal::Differs);
         }
         before_split();
-        // SAFETY: As above. On success the lock and the reference pass to the small folio of
-        // `page`.
+        // SAFETY: The folio of `page` is referenced and locked. On success the lock and the
+        // reference pass to the small folio of `page`.
         if unsafe { raw::rksm_split_huge_page(page.as_ptr()) } == 0 {
             share_locked(mm, vma, addr, page, target)
         } else {
@@ -165,7 +170,7 @@ fn share_locked(
     if !unsafe { raw::rksm_pte_maps(entry, page.as_ptr()) } {
         return Err(Refusal::Gone);
     }
-    // SAFETY: As above.
+    // SAFETY: Looks at the entry's bits.
     if unsafe { raw::rksm_pte_uffd(entry) } {
         return Err(Refusal::Userfault);
     }
@@ -223,7 +228,7 @@ fn share_locked(
         }
     }
     // SAFETY: The mm is live.
-    Ok(unsafe { raw::rksm_may_be_touched(mm.mm().as_ptr(), entry) })
+    Ok(unsafe { raw::rksm_may_be_accessed(mm.mm().as_ptr(), entry) })
 }
 
 /// Unshares merged pages in `start..end` of a vma, at most `faults` of them.

@@ -17,13 +17,13 @@ use crate::{
 };
 use kernel::prelude::*;
 
-/// Most faults under one mmap lock.
+/// The most faults under one mmap lock.
 const FAULTS: usize = 64;
 
 /// Unshares all merged pages of an mm that are mapped in mergeable vmas.
 ///
-/// The mm is pinned by `mm_users`, and its mmap lock held, only for a few faults at a time: the
-/// memory of a process that is killed meanwhile goes at the next of these gaps. May sleep for long.
+/// The mm is pinned by `mm_users`, and its mmap lock held, only for a few faults at a time: in the
+/// gaps the memory of a process that has been killed can be freed.
 ///
 /// # Errors
 ///

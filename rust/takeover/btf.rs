@@ -111,7 +111,7 @@ impl Struct {
         if kind != raw::BTF_KIND_STRUCT && kind != raw::BTF_KIND_UNION {
             return None;
         }
-        // SAFETY: As before.
+        // SAFETY: `ty` is a struct or union of `self.btf`.
         for i in 0..unsafe { raw::rksm_btf_vlen(ty) } {
             // SAFETY: A struct or union has that many members.
             let (member, offset) = unsafe {
