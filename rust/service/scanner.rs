@@ -32,7 +32,8 @@ use kernel::{
     sync::atomic::Relaxed,
     time::{
         msecs_to_jiffies,
-        Msecs, //
+        Msecs,
+        NSEC_PER_MSEC, //
     }, //
 };
 
@@ -50,41 +51,87 @@ const PRUNE_MAX: usize = 4096;
 /// nodes while the scanner is stopped, memory for slots that could not be allocated.
 const IDLE_MSECS: Msecs = 500;
 
+/// The pause after a batch.
+#[derive(Clone, Copy)]
+struct Pause {
+    /// `sleep_millisecs` when it began.
+    msecs: Msecs,
+    /// When it ends, ns since the load.
+    until: i64,
+}
+
+impl Pause {
+    /// Whether the next batch may begin: the time is over, or `sleep_millisecs` is no longer what
+    /// it was.
+    fn is_over(self, now: i64, msecs: Msecs) -> bool {
+        self.msecs != msecs || self.until <= now
+    }
+
+    /// Milliseconds that are left of it, rounded up.
+    fn left(self, now: i64) -> Msecs {
+        let ns = self.until.saturating_sub(now).max(0);
+        Msecs::try_from((ns + NSEC_PER_MSEC - 1) / NSEC_PER_MSEC).unwrap_or(Msecs::MAX)
+    }
+}
+
 impl Ksm {
     /// The body of `rksmd`.
     pub(crate) fn scan_thread(&self, current: &Current) {
+        let mut pause: Option<Pause> = None;
         while !current.should_stop() {
-            let (settled, pause) = self.with_scan_state(|state| {
+            let settled = self.with_scan_state(|state| {
                 let settled = self.housekeeping(state);
-                self.prune(state);
-                if self.ksmd_should_run() {
-                    self.resize_worker_pool(state);
-                    self.do_scan(state, current);
+                // A wake-up for housekeeping buys no batch: rksmd waits for what is left of the
+                // pause. A scanner that was stopped begins with a batch.
+                pause = pause.filter(|pause| {
+                    self.ksmd_should_run()
+                        && !pause.is_over(self.now(), self.knobs().sleep_millisecs)
+                });
+                if pause.is_none() {
+                    self.prune(state);
+                    pause = self.scan_batch(state, current);
                 }
-                // Read under the mutex: a user that stops the scanner, changes the pause and starts
-                // it again does not wait for the new pause.
-                let pause = self.ksmd_should_run().then(|| self.knobs().sleep_millisecs);
-                (settled && state.engine.metadata.nodes() == 0, pause)
+                settled && state.engine.metadata.nodes() == 0
             });
             let woken = || current.should_stop() || self.housekeeping_due.load(Relaxed);
-            // The result of a wait does not matter: the loop looks at everything again.
-            let _ = if let Some(msecs) = pause {
+            if let Some(rest) = pause {
+                let left = msecs_to_jiffies(rest.left(self.now()));
                 // The freezer needs a wait, and zero jiffies are none.
-                let jiffies = msecs_to_jiffies(msecs).max(current.freezing().into());
-                self.iter_wait.wait_freezable_timeout(jiffies, || {
-                    woken() || self.knobs().sleep_millisecs != msecs
-                })
-            } else if settled {
-                self.thread_wait
-                    .wait_freezable(|| woken() || self.ksmd_should_run())
-                    .map(|()| true)
+                let jiffies = left.max(current.freezing().into());
+                let awake = || woken() || self.knobs().sleep_millisecs != rest.msecs;
+                if let Ok(false) = self.iter_wait.wait_freezable_timeout(jiffies, awake) {
+                    // All jiffies have passed. The clock may differ from them by a tick.
+                    pause = None;
+                }
+                continue;
+            }
+            let awake = || woken() || self.ksmd_should_run();
+            // The result of a wait does not matter: the loop looks at everything again.
+            let _ = if settled {
+                self.thread_wait.wait_freezable(awake).map(|()| true)
             } else {
                 self.thread_wait
-                    .wait_freezable_timeout(msecs_to_jiffies(IDLE_MSECS), || {
-                        woken() || self.ksmd_should_run()
-                    })
+                    .wait_freezable_timeout(msecs_to_jiffies(IDLE_MSECS), awake)
             };
         }
+    }
+
+    /// Scans one batch if there is something to scan. Returns the pause after it, or `None` if the
+    /// scanner is to stop.
+    fn scan_batch(&self, state: &mut ScanState, current: &Current) -> Option<Pause> {
+        if self.ksmd_should_run() {
+            self.resize_worker_pool(state, current);
+            self.do_scan(state, current);
+        }
+        // Read under the mutex: a user that stops the scanner, changes the pause and starts it
+        // again does not wait for the new pause.
+        self.ksmd_should_run().then(|| {
+            let msecs = self.knobs().sleep_millisecs;
+            Pause {
+                msecs,
+                until: self.now() + i64::from(msecs) * NSEC_PER_MSEC,
+            }
+        })
     }
 
     /// Does what must not wait for `run`: frees the slots of mms that have left, allocates slots
@@ -107,9 +154,12 @@ impl Ksm {
 
     /// Resizes the worker pool to `scan_threads`. Without memory for all of them the scan goes on
     /// with fewer.
-    fn resize_worker_pool(&self, state: &mut ScanState) {
+    ///
+    /// Does nothing while tasks are being frozen: a frozen thread does not stop, and waiting for it
+    /// would keep `rksmd` from being frozen.
+    fn resize_worker_pool(&self, state: &mut ScanState, current: &Current) {
         let threads = self.knobs().scan_threads;
-        if threads == state.threads {
+        if threads == state.threads || current.freezing() {
             return;
         }
         state.threads = threads;
