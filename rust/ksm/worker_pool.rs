@@ -301,6 +301,8 @@ impl Shared {
 /// stage runs the jobs itself that no worker has taken.
 pub(crate) struct KthreadPool {
     workers: KVec<Kthread>,
+    /// CPU time of workers that have been stopped, in nanoseconds.
+    stopped_cpu_time: u64,
     shared: Arc<Shared>,
 }
 
@@ -326,6 +328,7 @@ impl KthreadPool {
         )?;
         Ok(Self {
             workers: KVec::new(),
+            stopped_cpu_time: 0,
             shared,
         })
     }
@@ -340,7 +343,12 @@ impl KthreadPool {
     ///
     /// `ENOMEM`; the pool is smaller then.
     pub(crate) fn resize(&mut self, symbols: Symbols, size: usize) -> Result {
-        while self.workers.len() + 1 > size && self.workers.pop().is_some() {}
+        while self.workers.len() + 1 > size {
+            let Some(worker) = self.workers.pop() else {
+                break;
+            };
+            self.stopped_cpu_time += worker.cpu_time();
+        }
         while self.workers.len() + 1 < size {
             let name = CString::try_from_fmt(fmt!("rksmd/{}", self.workers.len() + 1))?;
             self.workers.reserve(1, GFP_KERNEL)?;
@@ -351,13 +359,15 @@ impl KthreadPool {
         Ok(())
     }
 
-    /// The CPU time that the workers have used, in nanoseconds.
+    /// Returns the CPU time that the workers have used, in nanoseconds. It never decreases: the
+    /// time of workers that have been stopped stays in it.
     ///
     /// # Context
     ///
     /// Any.
     pub(crate) fn cpu_time(&self) -> u64 {
-        self.workers.iter().map(Kthread::cpu_time).sum()
+        let running: u64 = self.workers.iter().map(Kthread::cpu_time).sum();
+        self.stopped_cpu_time + running
     }
 }
 
