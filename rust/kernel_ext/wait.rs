@@ -108,6 +108,20 @@ impl WaitQueue {
         let _ = self.wait(raw::TASK_IDLE, MAX_SCHEDULE_TIMEOUT, condition);
     }
 
+    /// Sleeps until `condition` or a fatal signal (`wait_event_killable`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ERESTARTSYS` when a fatal signal came.
+    pub(crate) fn wait_killable(&self, condition: impl FnMut() -> bool) -> Result {
+        self.wait(raw::TASK_KILLABLE, MAX_SCHEDULE_TIMEOUT, condition)
+            .map(|_| ())
+    }
+
     /// Wakes one task of those in an interruptible wait (`wake_up_interruptible`).
     ///
     /// # Context

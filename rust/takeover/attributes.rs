@@ -372,7 +372,8 @@ impl<A: Copy, H: AttributeHandler<A>> Inner<A, H> {
     }
 
     /// Calls `answer` with the handler, or `forward` when the built-in is to answer, for a thread
-    /// that came with `attr`. Waits while the files are held.
+    /// that came with `attr`. Waits while the files are held; a fatal signal ends the wait with
+    /// `EINTR`.
     ///
     /// # Context
     ///
@@ -393,16 +394,23 @@ impl<A: Copy, H: AttributeHandler<A>> Inner<A, H> {
             self.running.fetch_add(1, Full);
             let phase = self.phase.load(Relaxed);
             if phase != HELD {
-                break phase;
+                break Some(phase);
             }
             self.leave();
-            self.changed.wait_idle(|| self.phase.load(Relaxed) != HELD);
+            let changed = || self.phase.load(Relaxed) != HELD;
+            if self.changed.wait_killable(changed).is_err() {
+                break None;
+            }
         };
-        let result = match self.handler.as_ref() {
-            Some(handler) if phase == OPEN => answer(handler, file.id),
+        let result = match (phase, self.handler.as_ref()) {
+            // A fatal signal came, and the thread no longer counts as running.
+            (None, _) => to_errno(EINTR),
+            (Some(OPEN), Some(handler)) => answer(handler, file.id),
             _ => forward(file),
         };
-        self.leave();
+        if phase.is_some() {
+            self.leave();
+        }
         if file.inside.fetch_sub(1, Full) == 1 && self.phase.load(Relaxed) == FORWARD {
             self.changed.wake_up_all();
         }
