@@ -6,7 +6,7 @@
  * module while others read it.
  *
  * guest: --no-module
- * runs: cloud-amd64 sanitizer
+ * runs: cloud-amd64
  */
 #define _GNU_SOURCE
 #include <dirent.h>
