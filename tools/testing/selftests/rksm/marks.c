@@ -5,7 +5,7 @@
  * KSM pages and zero pages, one process and several, with a fork between the steps, and
  * reclaim with swap and without.
  *
- * runs: cloud-amd64 sanitizer
+ * runs: cloud-amd64
  */
 #define _GNU_SOURCE
 #include <errno.h>
