@@ -21,8 +21,9 @@ sub each_run {
         } elsif ($line =~ /^#### (.+?): (.+)$/) {
             ($ksm, $program, $tap) = ($1, $2, '');
         } elsif (defined $tap) {
-            # "Bail out!" is how kselftest ends after a failure that it has reported
-            $tap .= $line unless $line =~ /^Bail out!/;
+            # "Bail out!" is how kselftest ends after a failure that it has reported: it ends this
+            # program, not the test.
+            $tap .= $line =~ s/^(?=Bail out!)/# /r;
         }
     }
 }
