@@ -4,7 +4,7 @@
  * files live through it, the module stays while merged pages exist, and nothing leaks.
  *
  * guest: --no-module --timeout 1200
- * runs: cloud-amd64 amd64
+ * runs: cloud-amd64
  */
 #define _GNU_SOURCE
 #include <dirent.h>
