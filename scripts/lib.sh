@@ -100,7 +100,9 @@ add_to_sysroot() {
 	local root package lacking=()
 	root=$("$RKSM_TOP/scripts/sysroot") || return 1
 	for package; do
-		[ -e "$root/var/lib/dpkg/info/$package.list" ] || lacking+=("$package")
+		# Packages that can be had for several architectures have one in the name.
+		compgen -G "$root/var/lib/dpkg/info/$package.list" >/dev/null ||
+			compgen -G "$root/var/lib/dpkg/info/$package:*.list" >/dev/null || lacking+=("$package")
 	done
 	[ ${#lacking[@]} -gt 0 ] || return 0
 	lock sysroot
