@@ -112,6 +112,23 @@ typedef void (*watch_fn)(void *arg, const struct scan *sofar);
 bool scan_once(struct scan *spent, unsigned int limit_s, watch_fn watch, void *arg);
 void json_scan(const struct scan *s);
 
+/* Has the scanning threads run on one CPU until the program ends. */
+void ksm_run_on(unsigned int cpu);
+
+/*
+ * The scanner runs by itself at a given rate, whatever a page costs it: its
+ * pages_to_scan follows from what it did in the time before.
+ */
+struct rate {
+	unsigned int target, sleep_ms;	/* pages a second, between batches */
+	double pages;
+	struct scan last;
+};
+
+void rate_start(struct rate *r);
+void rate_adjust(struct rate *r);
+void print_rate(const struct scan *spent);
+
 /* worker.c: processes with memory */
 
 enum content {
@@ -173,5 +190,6 @@ void run_latency(void);
 void run_unmerge(void);
 void run_metadata(void);
 void run_threads(void);
+void run_victim(void);
 
 #endif

@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -201,6 +202,72 @@ void ksm_run_freely(unsigned int pages, unsigned int sleep_ms)
 	ksm_set_u64("sleep_millisecs", sleep_ms);
 	if (ksm_get("run") != 1)
 		ksm_set("run", "1");
+}
+
+static pid_t moved[ARRAY_SIZE(threads)];
+static size_t nr_moved;
+
+/* The threads outlive the program. */
+static void run_anywhere(void)
+{
+	cpu_set_t cpus;
+
+	memset(&cpus, 0xff, sizeof(cpus));
+	for (size_t i = 0; i < nr_moved; i++)
+		sched_setaffinity(moved[i], sizeof(cpus), &cpus);
+}
+
+void ksm_run_on(unsigned int cpu)
+{
+	cpu_set_t cpus;
+
+	CPU_ZERO(&cpus);
+	CPU_SET(cpu, &cpus);
+	memcpy(moved, threads, sizeof(moved));
+	nr_moved = nr_threads;
+	if (atexit(run_anywhere))
+		die("atexit");
+	for (size_t i = 0; i < nr_threads; i++)
+		if (sched_setaffinity(threads[i], sizeof(cpus), &cpus))
+			die("sched_setaffinity of %d: %s", threads[i], strerror(errno));
+}
+
+#define RATE_PERIOD_NS 400000000ull
+
+void rate_adjust(struct rate *r)
+{
+	struct scan spent;
+	double change;
+
+	if (now_ns() - r->last.wall_ns < RATE_PERIOD_NS)
+		return;
+	spent = scan_since(&r->last);
+	change = (double)r->target * spent.wall_ns / 1e9 / (spent.scanned + spent.skipped + 1);
+	if (change > 4)
+		change = 4;
+	r->pages *= change;
+	if (r->pages < 1)
+		r->pages = 1;
+	if (r->pages > 1e6)
+		r->pages = 1e6;
+	ksm_set_u64("pages_to_scan", r->pages);
+	r->last = scan_now();
+}
+
+void rate_start(struct rate *r)
+{
+	r->pages = (double)r->target * r->sleep_ms / 1000;
+	ksm_run_freely(r->pages, r->sleep_ms);
+	r->last = scan_now();
+	for (int i = 0; i < 4; i++) {
+		sleep_us(RATE_PERIOD_NS / 1000);
+		rate_adjust(r);
+	}
+}
+
+void print_rate(const struct scan *spent)
+{
+	json_f("rate", (double)(spent->scanned + spent->skipped) * 1e9 / spent->wall_ns);
 }
 
 /* As ksm_get("full_scans"), as cheaply as can be: scanning threads may want all CPUs. */

@@ -47,6 +47,9 @@ static const struct workload {
 	{ "metadata", "M", run_metadata, false, false,
 	  "kernel memory that the scanner's knowledge takes: dense, one page "
 	  "present of 64, and merged (8 copies)" },
+	{ "victim", "V", run_victim, false, true,
+	  "what a process on the other CPU gets done, random accesses to 256 MiB, while "
+	  "it is scanned at an equal rate" },
 	{ "threads", "S", run_threads, false, false,
 	  "full scans with 1 and 2 scan_threads" },
 };

@@ -19,54 +19,6 @@
 #define PR_SET_MEMORY_MERGE 67
 #endif
 
-/*
- * The scanner runs by itself at a given rate, whatever a page costs it: its
- * pages_to_scan follows from what it did in the time before.
- */
-struct rate {
-	unsigned int target, sleep_ms;	/* pages a second, between batches */
-	double pages;
-	struct scan last;
-};
-
-#define RATE_PERIOD_NS 400000000ull
-
-static void rate_adjust(struct rate *r)
-{
-	struct scan spent;
-	double change;
-
-	if (now_ns() - r->last.wall_ns < RATE_PERIOD_NS)
-		return;
-	spent = scan_since(&r->last);
-	change = (double)r->target * spent.wall_ns / 1e9 / (spent.scanned + spent.skipped + 1);
-	if (change > 4)
-		change = 4;
-	r->pages *= change;
-	if (r->pages < 1)
-		r->pages = 1;
-	if (r->pages > 1e6)
-		r->pages = 1e6;
-	ksm_set_u64("pages_to_scan", r->pages);
-	r->last = scan_now();
-}
-
-static void rate_start(struct rate *r)
-{
-	r->pages = (double)r->target * r->sleep_ms / 1000;
-	ksm_run_freely(r->pages, r->sleep_ms);
-	r->last = scan_now();
-	for (int i = 0; i < 4; i++) {
-		sleep_us(RATE_PERIOD_NS / 1000);
-		rate_adjust(r);
-	}
-}
-
-static void print_rate(const struct scan *spent)
-{
-	json_f("rate", (double)(spent->scanned + spent->skipped) * 1e9 / spent->wall_ns);
-}
-
 #define CHURN_PROCESSES 256
 #define CHURN_PAGES 256
 #define CHURN_RATE 30000

@@ -59,6 +59,11 @@ def per_page(key):
     return lambda r: r[key] / r["pages"]
 
 
+def per_1000(key):
+    """For each thousand pages that the scanner went over."""
+    return lambda r: r[key] * 1000 / (r["scanned"] + r["skipped"])
+
+
 def time_to_saving(index):
     """When 90 % of what is saved in the end was saved."""
 
@@ -127,6 +132,13 @@ METRICS = {
         Metric("pages visited", "", lambda r: r["scanned"] + r["skipped"], more=True, digits=0),
     ],
     "latency": [latency(op, p) for op in ("fault", "mmap", "fork") for p in ("p50", "p99", "p999")] + [RATE],
+    "victim": [
+        Metric("accesses per second", "10^6/s", lambda r: r["accesses"] / r["victim_ns"] * 1e3, more=True, digits=3),
+        Metric("its CPU per access", "ns", lambda r: r["victim_cpu_ns"] / r["accesses"], digits=1),
+        Metric("TLB shoot-downs", "per 1000 pages", per_1000("shootdowns"), digits=2),
+        Metric("its page faults", "per 1000 pages", per_1000("faults"), digits=2),
+        RATE,
+    ],
     "unmerge": [
         Metric("write to a merged page", "µs/page", lambda r: r["cow_ns"] / r["pages"] / 1e3, digits=3),
         Metric("run=2", "µs/page", lambda r: r["run2_ns"] / r["pages"] / 1e3, digits=3),
@@ -244,7 +256,7 @@ def tables(res, what):
         cases = res.of_workload(w)
         if not cases:
             continue
-        extra = {"latency": "none"}.get(w, "floor")
+        extra = "none" if w in ("latency", "victim") else "floor"
         with_extra = any(res.get(*c, extra, m.key) for c in cases for m in METRICS[w])
         head = ["case", "smart_scan", "figure", "unit", "built-in", "rksm", "rksm : built-in"]
         if with_extra:
@@ -293,6 +305,16 @@ class Targets:
         self.add(f"{self.name(case)}: {what}", "not above the built-in",
                  f"{ours.median:.2f}, built-in {theirs.median:.2f} [{theirs.low:.2f} … {theirs.high:.2f}]",
                  ours.median <= max(theirs.median, theirs.high))
+
+    def no_less(self, what, case, key):
+        """Not below the built-in's median, or within what the built-in itself spread over."""
+        ours, theirs = (self.res.get(*case, s, key) for s in ("rksm", "builtin"))
+        if not ours or not theirs:
+            self.add(f"{self.name(case)}: {what}", "not below the built-in", "not measured", None)
+            return
+        self.add(f"{self.name(case)}: {what}", "not below the built-in",
+                 f"{ours.median:.2f}, built-in {theirs.median:.2f} [{theirs.low:.2f} … {theirs.high:.2f}]",
+                 ours.median >= min(theirs.median, theirs.low))
 
     @staticmethod
     def name(case):
@@ -349,6 +371,11 @@ def targets(res):
         if res.get(*c, "rksm", "fault p50") or res.get(*c, "builtin", "fault p50"):
             for m in METRICS["latency"][:-1]:
                 t.no_worse(m.key + ", µs", c, m.key)
+    for c in res.of_workload("victim"):
+        t.no_less("accesses per second", c, "accesses per second")
+        f = res.get(*c, "rksm", "TLB shoot-downs")
+        t.add(f"{t.name(c)}: TLB shoot-downs per 1000 pages", "at most 1", f.text(2) if f else "not measured",
+              f.median <= 1 if f else None)
     for c in res.of_workload("unmerge"):
         for m in METRICS["unmerge"]:
             t.no_worse(m.key + ", µs/page", c, m.key)
@@ -450,7 +477,7 @@ def main():
         sys.exit(f"{raw}: no result at all")
     for r in records:
         r["workload"] = names.get(r["workload"], r["workload"])
-        if r["workload"] == "latency" and r["impl"] == "none":
+        if r["workload"] in ("latency", "victim") and r["impl"] == "none":
             r["smart_scan"] = 0
     res = Results(records)
     how = {
