@@ -209,6 +209,14 @@ pub trait Batch: Send + Sync {
     /// Any. Takes no lock.
     fn accessed(&self, i: usize) -> bool;
 
+    /// Returns the addresses of a mapping that has one accessed bit, which a walk has cleared, for
+    /// pages some of which the walk may not have reached; empty if there is none.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn cleared_beyond(&self) -> Range<usize>;
+
     /// Returns the NUMA node of page `i`.
     ///
     /// # Context
@@ -414,6 +422,14 @@ pub trait Backend: StableNodes + Sync {
         batch: &mut Self::Batch,
         filter: &mut F,
     ) -> Collected;
+
+    /// Has every later access to the mm set the accessed bit of its page, if a walk has cleared
+    /// that. Until then a CPU may use a translation that it remembers, and set none.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes no lock.
+    fn flush_tlb(&self, mm: &Self::Mm);
 
     /// Returns what page `i` of the batch is now.
     ///

@@ -16,7 +16,7 @@
 //! |---|---|
 //! | [`types`] | handles, fingerprint, reasons for refusing: data that all others share |
 //! | `container` | a vector in pages of memory, and what allocations cost |
-//! | [`policy`], [`smart_scan`], `accessed` | when a page is merged, skipped, or read again |
+//! | [`policy`], [`smart_scan`], [`accessed`] | when a page is merged, skipped, or read again |
 //! | [`content_hash`], [`stats`] | the hash of a page's contents; what is counted |
 //! | [`sysfs`] | the files in sysfs: parsing, values, effects; `advisor_mode` |
 //! | [`registry`], [`mm_list`] | mm_slots: states, scan list, hash; each step under `mmlist_lock` |
@@ -58,7 +58,7 @@
 
 #![forbid(unsafe_code)]
 
-mod accessed;
+pub mod accessed;
 pub mod backend;
 mod container;
 pub mod content_hash;

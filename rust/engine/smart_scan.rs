@@ -13,16 +13,31 @@ pub const MAX_AGE: u8 = 15;
 /// Age below which a page is never skipped, so that it can become a candidate and be merged.
 const MIN_AGE: u8 = 3;
 
+/// Age from which on a page is skipped most often.
+const OLD_AGE: u8 = 9;
+
+/// Skips of a page of that age.
+pub(super) const MAX_SKIPS: u8 = 8;
+
 /// What smart scan remembers of a page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct History {
     /// Number of full scans that have reached the page, up to [`MAX_AGE`].
     pub age: u8,
-    /// Number of further full scans that skip the page, at most 8.
+    /// Number of further full scans that skip the page, at most [`MAX_SKIPS`].
     pub skips: u8,
 }
 
 impl History {
+    /// Returns whether the page has become old, but not yet as old as pages become.
+    ///
+    /// So it is at one look at least, whether that is counted in `age` yet or not: the last skips
+    /// that are fewer than [`MAX_SKIPS`] end at the age of 13.
+    #[inline]
+    pub(super) const fn grows_old(&self) -> bool {
+        self.age >= OLD_AGE && self.age < MAX_AGE
+    }
+
     /// Counts a full scan that has reached the page. Returns whether that scan skips it.
     ///
     /// A skipped page keeps its state: a candidate is still found by other pages.
@@ -50,7 +65,7 @@ fn skips_at(age: u8) -> u8 {
     match age {
         0..=3 => 1,
         4..=5 => 2,
-        6..=8 => 4,
-        _ => 8,
+        6..OLD_AGE => 4,
+        _ => MAX_SKIPS,
     }
 }

@@ -95,7 +95,10 @@ static void rksm_folio_was_young(struct folio *folio)
 	folio_set_young(folio);
 }
 
-/* Clears the accessed bit of a page. It is set again only after the TLBs are flushed. */
+/*
+ * Clears the accessed bit of a page. As in ptep_clear_flush_young(), no TLB is flushed: the bit is
+ * set again once the translation has left the TLBs, at the latest after rksm_flush_tlb_mm().
+ */
 void rksm_pte_mkold(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep,
 		    struct folio *folio)
 {
@@ -106,9 +109,20 @@ void rksm_pte_mkold(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep,
 		rksm_folio_was_young(folio);
 }
 
+/*
+ * Whether any page of a huge mapping was accessed. A secondary MMU may map it by small pages, and
+ * only what clears their bits looks at all of them: the answer is kept in the entry.
+ */
 bool rksm_pmd_young(struct vm_area_struct *vma, unsigned long addr, pmd_t *pmdp)
 {
-	return pmd_young(pmdp_get(pmdp)) || mmu_notifier_test_young(vma->vm_mm, addr);
+	unsigned long start = addr & PMD_MASK;
+
+	if (pmd_young(pmdp_get(pmdp)))
+		return true;
+	if (!mmu_notifier_clear_young(vma->vm_mm, start, start + PMD_SIZE))
+		return false;
+	set_bit(_PAGE_BIT_ACCESSED, (unsigned long *)pmdp);
+	return true;
 }
 
 /* The same for all of a huge page. */
@@ -125,9 +139,10 @@ void rksm_pmd_mkold(struct vm_area_struct *vma, unsigned long addr, pmd_t *pmdp,
 #endif
 }
 
-void rksm_flush_tlb_range(struct vm_area_struct *vma, unsigned long start, unsigned long end)
+/* Not on CPUs that are idle: they flush before they use the address space again. */
+void rksm_flush_tlb_mm(struct mm_struct *mm)
 {
-	flush_tlb_mm_range(vma->vm_mm, start, end, PAGE_SHIFT, false);
+	flush_tlb_mm_range(mm, 0, TLB_FLUSH_ALL, PAGE_SHIFT, false);
 }
 
 /* Whether the entry refers to a merged page, or to a zero page that KSM has put there. */

@@ -98,6 +98,18 @@ impl PinnedMm {
     }
 }
 
+impl PinnedMm {
+    /// Flushes the mm's translations on all CPUs that use it.
+    ///
+    /// # Context
+    ///
+    /// Any with interrupts enabled. Takes no lock.
+    pub(crate) fn flush_tlb(&self) {
+        // SAFETY: The mm is pinned, and with it what a flush reads of it.
+        unsafe { raw::rksm_flush_tlb_mm(self.as_ptr()) };
+    }
+}
+
 /// An mm held by `mm_users`: its address space stays.
 ///
 /// # Invariants

@@ -99,6 +99,10 @@ impl Backend for StableNodes {
         }
     }
 
+    fn flush_tlb(&self, mm: &PinnedMm) {
+        mm.flush_tlb();
+    }
+
     fn kind(&self, batch: &Batch, i: usize) -> PageKind {
         let Some(page) = batch.page(i) else {
             return PageKind::Orphan;

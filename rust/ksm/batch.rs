@@ -42,14 +42,6 @@ struct Collected {
     accessed: bool,
 }
 
-/// A huge mapping whose accessed bit this batch cleared before it had collected all of its pages.
-/// The bit covers the whole mapping, so its other pages count as accessed until a walk starts at or
-/// below it.
-pub(super) struct Huge {
-    pub(super) mm: usize,
-    pub(super) pages: Range<usize>,
-}
-
 /// The pages found by a walk, in ascending order of their addresses.
 ///
 /// # Invariants
@@ -65,7 +57,9 @@ pub(crate) struct Batch {
     released: usize,
     /// The addresses at which no other batch collects pages of the same mm.
     pub(super) own: Range<usize>,
-    pub(super) huge: Option<Huge>,
+    /// The huge mapping whose accessed bit was cleared last for this batch. The bit covers all of
+    /// it, so that its other pages count as accessed.
+    pub(super) huge: Range<usize>,
     /// References to folios that have no other reference, to be dropped together.
     last_refs: KVec<*mut raw::folio>,
 }
@@ -91,7 +85,7 @@ impl Batch {
             limit: 0,
             released: 0,
             own: 0..0,
-            huge: None,
+            huge: 0..0,
             last_refs: KVec::with_capacity(pages, GFP_KERNEL)?,
         })
     }
@@ -236,6 +230,10 @@ impl backend::Batch for Batch {
         self.entry(i).is_none_or(|e| e.accessed)
     }
 
+    fn cleared_beyond(&self) -> Range<usize> {
+        self.huge.clone()
+    }
+
     fn nid(&self, i: usize) -> u32 {
         self.page(i).map_or(0, page_nid)
     }
@@ -304,6 +302,7 @@ impl backend::Batch for Batch {
         self.last_refs.clear();
         self.entries.clear();
         self.released = 0;
+        self.huge = 0..0;
     }
 }
 

@@ -3,19 +3,17 @@
 //! Collecting pages: one page table walk for a batch.
 //!
 //! A walk clears the accessed bit of each page that it collects or that the filter wants cleared,
-//! in the page tables and in secondary MMUs, and flushes the TLBs before it ends. A page whose bit
-//! is still clear at the next walk has not been accessed through an address space since. This is a
-//! hint only: reclaim and DAMON clear the bit, too.
+//! in the page tables and in secondary MMUs. TLBs are flushed once, when the scan has gone through
+//! the mm. A page whose bit is still clear at the next walk has not been accessed through an
+//! address space since that flush. This is a hint only: reclaim and DAMON clear the bit, too, and
+//! secondary MMUs are not flushed.
 
 use crate::engine::backend::WalkAction;
 use crate::{
     bindings::raw,
     kernel_ext::mm::LiveMm,
     ksm::{
-        batch::{
-            Batch,
-            Huge, //
-        },
+        batch::Batch,
         page::{
             candidate_folio,
             mergeable_from,
@@ -44,8 +42,6 @@ struct Walk<'a, F> {
     stopped: bool,
     /// Whether a page table has been walked.
     begun: bool,
-    /// From the first to the last page whose accessed bit has been cleared.
-    cleared: Range<usize>,
 }
 
 impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
@@ -55,9 +51,7 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
     ///
     /// `mapped` is what a page table maps whose lock the caller holds.
     unsafe fn offer(&mut self, addr: usize, mapped: &mut raw::rksm_mapped) -> bool {
-        if let Some(huge) = &self.batch.huge {
-            mapped.accessed |= huge.mm == self.mm() && huge.pages.contains(&addr);
-        }
+        mapped.accessed |= self.batch.huge.contains(&addr);
         match (self.filter)(addr, mapped) {
             WalkAction::Collect => {
                 // SAFETY: By the contract.
@@ -69,19 +63,6 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
             WalkAction::Stop => self.stopped = true,
         }
         false
-    }
-
-    /// Records that the accessed bit of a page has been cleared.
-    fn cleared(&mut self, addr: usize) {
-        if self.cleared.is_empty() {
-            self.cleared.start = addr;
-        }
-        self.cleared.end = addr + PAGE_SIZE;
-    }
-
-    /// Returns the number that identifies the mm.
-    fn mm(&self) -> usize {
-        self.live.mm().as_ptr() as usize
     }
 
     fn over(&self) -> bool {
@@ -101,13 +82,6 @@ pub(crate) fn collect(
 ) -> Option<usize> {
     let start = within.start;
     let bound = start.saturating_add(WALK_SPAN).min(within.end);
-    if batch
-        .huge
-        .as_ref()
-        .is_some_and(|huge| start <= huge.pages.start)
-    {
-        batch.huge = None;
-    }
     let mut at = start;
     while let Some(vma) = mergeable_from(mm, at) {
         at = at.max(vma.start());
@@ -142,7 +116,6 @@ fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
         next: end,
         stopped: false,
         begun: false,
-        cleared: 0..0,
     };
     // SAFETY: The vma is valid and its mm's lock is held for reading; `start..end` lies within it;
     // the callback gets `walk`, which outlives the call, as its private data, and has its type.
@@ -155,13 +128,6 @@ fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
             (&raw mut walk).cast::<c_void>(),
         )
     };
-    if !walk.cleared.is_empty() {
-        // Before the contents are read: a write from now on sets the accessed bit again.
-        // SAFETY: The vma is valid.
-        unsafe {
-            raw::rksm_flush_tlb_range(vma.as_ptr().cast(), walk.cleared.start, walk.cleared.end)
-        };
-    }
     (stopped > 0).then_some(walk.next)
 }
 
@@ -225,7 +191,6 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
             if raw::rksm_pte_mapped(vma, addr, ptep, &mut mapped) {
                 if walk.offer(addr, &mut mapped) && mapped.accessed {
                     raw::rksm_pte_mkold(vma, addr, ptep, mapped.folio);
-                    walk.cleared(addr);
                 }
                 if walk.stopped {
                     break;
@@ -282,11 +247,7 @@ unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
         if unsafe { walk.offer(addr, &mut mapped) } && !old {
             // SAFETY: By the contract `pmd` maps `folio` around `addr`, and its lock is held.
             unsafe { raw::rksm_pmd_mkold(vma, addr, pmd, folio.as_ptr()) };
-            walk.cleared(addr);
-            walk.batch.huge = Some(Huge {
-                mm: walk.mm(),
-                pages: range.start..range.end,
-            });
+            walk.batch.huge = all.clone();
             old = true;
         }
         if walk.stopped {

@@ -7,6 +7,7 @@ use super::super::{
     policy::Policy,
     types::SlotId, //
 };
+use core::ops::Range;
 
 /// Finds the mm of a slot whose pages are tracked.
 pub trait Pins<Mm> {
@@ -24,4 +25,7 @@ pub(super) struct ScanContext<'a, Mm> {
     pub(super) hint: AccessedHint,
     pub(super) slot: SlotId,
     pub(super) mm: &'a Mm,
+    /// Pages that count as accessed: walks have cleared their accessed bits, but were dropped, or
+    /// ended before.
+    pub(super) cleared_ahead: Range<usize>,
 }

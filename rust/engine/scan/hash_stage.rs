@@ -96,7 +96,10 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
             PageKind::Plain => {}
         }
         match state {
-            PageState::Tracked(tracked) => page.fingerprint = tracked.fingerprint,
+            PageState::Tracked(tracked) => {
+                page.fingerprint = tracked.fingerprint;
+                page.history = tracked.history;
+            }
             // The mapping was broken by a write.
             PageState::Merged(_) => metadata.release_state(id, state),
         }

@@ -454,20 +454,16 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
                     node,
                     first,
                     second,
-                    accessed,
+                    ..
                 }),
             ) => {
                 metadata.set_both_merged((id, first), (other, second));
-                let fingerprint = if page.rehashed && !accessed {
-                    page.fingerprint
-                } else {
-                    // Both may have been written to since they were hashed; from now on the
-                    // contents do not change.
-                    let hash = partition
-                        .batch
-                        .hash(prepared.pos.index, &metadata.backend.key());
-                    Fingerprint::new(hash, page.domain)
-                };
+                // Both may have been written to since they were hashed, without an accessed bit;
+                // from now on the contents do not change.
+                let hash = partition
+                    .batch
+                    .hash(prepared.pos.index, &metadata.backend.key());
+                let fingerprint = Fingerprint::new(hash, page.domain);
                 metadata.link_node(node, fingerprint);
                 true
             }

@@ -57,6 +57,7 @@ use super::{
     worker_pool::WorkerPool,
 };
 use context::ScanContext;
+use core::ops::Range;
 use hash_stage::HashStage;
 use kernel::prelude::*;
 use merge_stage::{
@@ -111,6 +112,8 @@ pub struct Engine<B: Backend> {
     /// What is known.
     pub metadata: Metadata<B>,
     hint: AccessedHint,
+    /// The mm that was scanned last, and [`ScanContext::cleared_ahead`].
+    cleared_ahead: (SlotId, Range<usize>),
 }
 
 impl<B: Backend> Engine<B> {
@@ -119,6 +122,7 @@ impl<B: Backend> Engine<B> {
         Self {
             metadata: Metadata::new(backend),
             hint: AccessedHint::new(),
+            cleared_ahead: (SlotId(0), 0..0),
         }
     }
 
@@ -139,19 +143,31 @@ impl<B: Backend> Engine<B> {
         budget: &mut u32,
     ) -> Progress {
         self.hint.update(policy);
-        let ctx = ScanContext {
+        if self.cleared_ahead.0 != target.slot || target.start == 0 {
+            self.cleared_ahead = (target.slot, 0..0);
+        }
+        let mut ctx = ScanContext {
             policy,
             hint: self.hint,
             slot: target.slot,
             mm: target.mm,
+            cleared_ahead: self.cleared_ahead.1.clone(),
         };
         let mut at = target.start;
         while *budget > 0 {
             let found = self.pass(&ctx, pins, at, pool, buffers, budget);
             match found {
-                Collected::More(next) => at = next,
+                Collected::More(next) => {
+                    at = next;
+                    let ahead = &mut self.cleared_ahead.1;
+                    ahead.start = ahead.start.max(at);
+                    ctx.cleared_ahead = ahead.clone();
+                }
                 Collected::End => {
                     clear(pool, buffers);
+                    if self.hint.enabled() {
+                        self.metadata.backend.flush_tlb(ctx.mm);
+                    }
                     return Progress::Done;
                 }
                 Collected::Exiting => {
@@ -191,6 +207,9 @@ impl<B: Backend> Engine<B> {
         // If a partition has more pages than room, those after it wait for the next pass.
         let stopped = partitions.first(begun).iter().position(Partition::stopped);
         let used = stopped.map_or(begun, |n| n + 1);
+        for (n, partition) in partitions.first(begun).iter().enumerate() {
+            partition.add_cleared_ahead(n >= used, &mut self.cleared_ahead.1);
+        }
         for partition in partitions.first(begun).iter_mut().skip(used) {
             partition.discard();
             partition.within = 0..0;

@@ -118,6 +118,7 @@ pub(super) struct PageFilter<'a, B, S> {
     states: S,
     policy: &'a Policy,
     hint: AccessedHint,
+    cleared_ahead: Range<usize>,
     slot: SlotId,
     /// Pages that the walk may scan; those that smart scan skips do not count.
     budget: u32,
@@ -140,6 +141,7 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
             states,
             policy: ctx.policy,
             hint: ctx.hint,
+            cleared_ahead: ctx.cleared_ahead.clone(),
             slot: ctx.slot,
             budget,
             pages_left: MAX_PAGES_PER_WALK,
@@ -182,7 +184,9 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
             return false;
         };
         let zero = || tracked.fingerprint == Fingerprint::new(self.backend.zero_hash(), 0);
-        tracked.indexed && self.hint.unchanged(addr) && !(self.policy.use_zero_pages && zero())
+        tracked.indexed
+            && self.hint.unchanged(addr, tracked.history)
+            && !(self.policy.use_zero_pages && zero())
     }
 
     /// Returns whether a page still maps the KSM page of its rmap item's node.
@@ -209,6 +213,7 @@ impl<B: Backend, S: States> WalkFilter for PageFilter<'_, B, S> {
             self.summary.nr_gaps += 1;
         }
         self.summary.from = addr + PAGE_SIZE;
+        let accessed = accessed || self.cleared_ahead.contains(&addr);
         let action = match (kind, self.states.at(self.slot, addr)) {
             (PageKind::Ksm(node), Some((_, PageState::Merged(item))))
                 if self.still_maps_node(item, node, nid) =>

@@ -156,6 +156,7 @@ impl<B: Backend> Partition<B> {
                 if backend.kind(batch, i) == PageKind::Plain {
                     page.page = Some(id);
                     page.fingerprint = tracked.fingerprint;
+                    page.history = tracked.history;
                     page.read(ctx, batch, i);
                     page.status = PageStatus::Classified;
                 }
@@ -181,6 +182,20 @@ impl<B: Backend> Partition<B> {
         matches!(self.found, Collected::More(next) if next < self.within.end)
     }
 
+    /// Adds the pages to `pages` whose accessed bits the walk has cleared, although not all of them
+    /// are looked at now: none if the walk was `dropped`.
+    pub(super) fn add_cleared_ahead(&self, dropped: bool, pages: &mut Range<usize>) {
+        add(pages, self.batch.cleared_beyond());
+        if dropped {
+            let known = |page: &&ScannedPage| page.status == PageStatus::Classified;
+            for page in self.pages.iter().filter(known) {
+                if !page.unaccessed {
+                    add(pages, page.addr..page.addr + PAGE_SIZE);
+                }
+            }
+        }
+    }
+
     /// Drops what the walk has found. The next pass repeats the walk.
     pub(super) fn discard(&mut self) {
         self.changes.clear();
@@ -192,6 +207,15 @@ impl<B: Backend> Partition<B> {
         if let Some(entry) = self.pages.get_mut(i) {
             *entry = page;
         }
+    }
+}
+
+/// Extends `pages` to those of `more`, and to what lies between.
+fn add(pages: &mut Range<usize>, more: Range<usize>) {
+    if (*pages).is_empty() {
+        *pages = more;
+    } else if !more.is_empty() {
+        *pages = pages.start.min(more.start)..pages.end.max(more.end);
     }
 }
 

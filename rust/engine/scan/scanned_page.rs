@@ -4,6 +4,7 @@
 
 use super::super::{
     backend::Batch,
+    smart_scan::History,
     stats::Counters,
     types::{
         Fingerprint,
@@ -36,6 +37,8 @@ pub(super) struct ScannedPage {
     pub(super) domain: u32,
     /// The stable node that the index had for the fingerprint.
     pub(super) node: Option<NodeId>,
+    /// What smart scan remembers of it.
+    pub(super) history: History,
     /// The fingerprint is that of the contents since the walk collected the page.
     pub(super) rehashed: bool,
     /// The accessed bit was clear.
@@ -53,12 +56,13 @@ pub(super) struct ScannedPage {
 }
 
 impl ScannedPage {
-    /// Reads what the batch knows of page `i`, whose last fingerprint is set, and decides whether
-    /// its contents are to be hashed.
+    /// Reads what the batch knows of page `i`, whose last fingerprint and history are set, and
+    /// decides whether its contents are to be hashed.
     pub(super) fn read<Mm>(&mut self, ctx: &ScanContext<'_, Mm>, batch: &impl Batch, i: usize) {
-        self.unaccessed = ctx.hint.enabled() && !batch.accessed(i);
+        self.unaccessed =
+            ctx.hint.enabled() && !batch.accessed(i) && !ctx.cleared_ahead.contains(&self.addr);
         let known = self.fingerprint != Fingerprint::NONE;
-        self.rehashed = !(known && self.unaccessed && ctx.hint.unchanged(self.addr));
+        self.rehashed = !(known && self.unaccessed && ctx.hint.unchanged(self.addr, self.history));
         if !ctx.policy.merge_across_nodes {
             self.domain = batch.nid(i);
         }

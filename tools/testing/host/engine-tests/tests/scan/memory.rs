@@ -129,6 +129,10 @@ impl backend::Batch for Batch {
         self.accessed[i]
     }
 
+    fn cleared_beyond(&self) -> Range<usize> {
+        self.cleared.clone()
+    }
+
     fn nid(&self, i: usize) -> u32 {
         nid(self.frame(i))
     }
@@ -278,7 +282,8 @@ impl Backend for SimMemory {
             if batch.pages.len() == full || addr >= within.end {
                 return Collected::More(addr);
             }
-            let accessed = self.0.borrow().accessed(mm.key(), addr);
+            let accessed =
+                self.0.borrow().accessed(mm.key(), addr) || batch.cleared.contains(&addr);
             match filter.filter(addr, self.kind_of(frame), nid(frame), accessed) {
                 WalkAction::Collect => self.0.borrow_mut().collect(batch, addr, frame),
                 WalkAction::Skip => self.0.borrow_mut().skipped(batch, addr),
@@ -289,6 +294,10 @@ impl Backend for SimMemory {
             }
         }
         end.map_or(Collected::End, Collected::More)
+    }
+
+    fn flush_tlb(&self, mm: &Mm) {
+        self.sleep().flush_tlb(mm.key());
     }
 
     fn kind(&self, batch: &Batch, i: usize) -> PageKind {

@@ -92,6 +92,107 @@ fn two_equal_pages_merge_in_the_second_scan() {
     assert_eq!(story.shared(), (1, 1));
 }
 
+/// A page that is written to between any two scans does not hold still, although the CPU that
+/// writes remembers the translation, and sets no accessed bit as long as it does.
+#[test]
+fn a_hot_page_is_not_merged() {
+    let mut story = Story::new(1);
+    story.write(0, 0, 1, 7);
+    story.write(0, 1, 1, 8);
+    for scan in 0..40 {
+        story.write(0, 2, 1, 7 + scan % 2);
+        story.scans(1);
+        assert_eq!(story.shared(), (0, 0));
+    }
+    story.scans(2);
+    assert_eq!(story.shared(), (1, 1));
+}
+
+/// A huge page has one accessed bit, which the walk clears that reaches its first page: others of
+/// it count as accessed, too, when a later walk reaches them.
+#[test]
+fn a_hot_huge_page_is_not_merged() {
+    let mut story = Story::new(1);
+    story.happens(Event::Write {
+        mm: 0,
+        page: 0,
+        count: PAGES,
+        content: 20,
+        step: 1,
+    });
+    story.write(0, 0, 1, 7);
+    story.write(0, 1, 1, 8);
+    // A walk collects 40 pages here: the huge page is from page 76 to 83.
+    story.happens(Event::Collapse { mm: 0, page: 76 });
+    assert_eq!(huge_pages(&story), 8);
+    for scan in 0..20 {
+        story.write(0, 83, 1, 7 + scan % 2);
+        story.scans(1);
+        assert_eq!(story.shared(), (0, 0));
+    }
+    story.scans(2);
+    assert_eq!(story.shared(), (1, 1));
+}
+
+/// With several threads what a walk has found is dropped if one below it ends early: what it has
+/// found out about accesses is not.
+#[test]
+fn a_hot_page_is_not_merged_by_several_threads() {
+    for seed in 0..10 {
+        let mut story = Story::with(1, Op::ScanThreads(2, seed));
+        story.happens(Event::Write {
+            mm: 0,
+            page: 0,
+            count: PAGES,
+            content: 20,
+            step: 1,
+        });
+        story.write(0, PAGES - 2, 1, 7);
+        story.write(0, PAGES - 1, 1, 8);
+        for scan in 0..20 {
+            // The second pass begins at page 53, and its second partition at page 106. Many gaps
+            // where pages were end the walk of the first.
+            for page in (60..100).step_by(2) {
+                match scan % 2 {
+                    0 => story.write(0, page, 1, 20 + page as Content),
+                    _ => story.happens(Event::Unmap {
+                        mm: 0,
+                        page,
+                        count: 1,
+                    }),
+                }
+            }
+            story.write(0, PAGES - 10, 1, 7 + scan % 2);
+            story.scans(1);
+            assert_eq!(story.shared(), (0, 0));
+            assert_eq!(story.refused(Refusal::Differs), 0, "a merge in vain");
+        }
+    }
+}
+
+/// A page that changes without an accessed bit is found out after sixteen looks.
+#[test]
+fn a_change_without_a_trace_is_seen() {
+    for smart_scan in [false, true] {
+        for age in [1, 3, 7, 12, 20] {
+            let mut story = Story::with(1, Op::SmartScan(smart_scan));
+            story.write(0, 0, 1, 7);
+            story.write(0, 1, 1, 8);
+            story.scans(age);
+            story.write(0, 1, 1, 7);
+            story.happens(Event::Age {
+                mm: 0,
+                page: 1,
+                count: 1,
+            });
+            // It has to be looked at twice, and skips may come before both.
+            let scans = if smart_scan { 9 * 17 } else { 17 };
+            story.scans(scans);
+            assert_eq!(story.shared(), (1, 1));
+        }
+    }
+}
+
 /// A write breaks the mapping; with the last mapping the KSM page is gone.
 #[test]
 fn a_write_gives_a_merged_page_back() {

@@ -13,6 +13,7 @@ use super::{
 use kernel::testing;
 use std::{
     cell::RefCell,
+    ops::Range,
     rc::Rc, //
 };
 
@@ -29,6 +30,8 @@ pub(crate) struct Batch {
     pub(crate) pages: Vec<(usize, usize)>,
     /// Whether each was accessed before the walk.
     pub(crate) accessed: Vec<bool>,
+    /// A huge mapping whose accessed bit this walk has cleared.
+    pub(crate) cleared: Range<usize>,
     /// Whether the reference to each has been dropped.
     pub(crate) released: Vec<bool>,
     /// Whether it was dropped so that a huge page could be split.
@@ -52,6 +55,7 @@ impl Batch {
             passes: 0,
             pages: Vec::new(),
             accessed: Vec::new(),
+            cleared: 0..0,
             released: Vec::new(),
             released_for_split: Vec::new(),
             skipped: Vec::new(),
@@ -107,11 +111,26 @@ impl World {
         self.excused.remove(&(batch.key, addr));
         batch.pages.push((addr, frame));
         self.classified.remove(&(batch.key, addr));
-        batch
-            .accessed
-            .push(self.space_mut(batch.key).accessed.remove(&addr));
+        let accessed = self.clear_accessed(batch, addr);
+        batch.accessed.push(accessed);
         batch.released.push(false);
         batch.released_for_split.push(false);
+    }
+
+    /// Clears the accessed bit of an entry, which is that of a whole huge mapping. Returns whether
+    /// it was set before the walk.
+    fn clear_accessed(&mut self, batch: &mut Batch, addr: usize) -> bool {
+        let key = batch.key;
+        let all = self.mapping_at(key, addr);
+        let accessed = self.accessed(key, addr);
+        for addr in all.clone().step_by(PAGE) {
+            self.space_mut(key).accessed.remove(&addr);
+        }
+        let before = batch.cleared.contains(&addr);
+        if accessed && all.len() > PAGE {
+            batch.cleared = all;
+        }
+        accessed || before
     }
 
     /// A walk skips a page, which the engine has finished with.
@@ -122,7 +141,7 @@ impl World {
 
     /// A walk skips a page, and clears its accessed bit.
     pub(crate) fn skipped_clear_accessed(&mut self, batch: &mut Batch, addr: usize) {
-        self.space_mut(batch.key).accessed.remove(&addr);
+        self.clear_accessed(batch, addr);
         self.skipped(batch, addr);
     }
 

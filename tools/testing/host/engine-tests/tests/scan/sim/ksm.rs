@@ -142,6 +142,7 @@ impl World {
         if page.content != content {
             return Err(Refusal::Differs);
         }
+        self.space_mut(key).tlb.remove(&addr);
         match *target {
             Target::Itself(node) => {
                 self.page_mut(frame).mapping = Mapping::Ksm(node);

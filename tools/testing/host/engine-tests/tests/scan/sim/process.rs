@@ -9,6 +9,7 @@ use super::{
         Pte,
         Space,
         AREAS,
+        HUGE,
         PAGE, //
     },
     world::World, //
@@ -41,6 +42,7 @@ impl World {
             Some(pte) => ptes.insert(addr, pte),
             None => ptes.remove(&addr),
         };
+        self.space_mut(key).tlb.remove(&addr);
         if new.is_none() {
             self.space_mut(key).accessed.remove(&addr);
         }
@@ -93,14 +95,34 @@ impl World {
 
     pub(super) fn mark_accessed(&mut self, key: usize, addr: usize) {
         let space = self.space_mut(key);
-        if space.ptes.contains_key(&addr) {
+        if space.ptes.contains_key(&addr) && space.tlb.insert(addr) {
             space.accessed.insert(addr);
+        }
+    }
+
+    /// Drops what the TLBs have of an mm.
+    pub(crate) fn flush_tlb(&mut self, key: usize) {
+        self.space_mut(key).tlb.clear();
+    }
+
+    /// The addresses that one entry maps: all of a huge page, where it is mapped in one piece.
+    pub(super) fn mapping_at(&self, key: usize, addr: usize) -> Range<usize> {
+        let huge = |addr: usize| match self.space(key).ptes.get(&addr) {
+            Some(&Pte::Page(frame)) => self.huge(frame),
+            _ => None,
+        };
+        let start = addr / (HUGE * PAGE) * (HUGE * PAGE);
+        let all = start..start + HUGE * PAGE;
+        match huge(addr) {
+            Some(id) if all.clone().step_by(PAGE).all(|addr| huge(addr) == Some(id)) => all,
+            _ => addr..addr + PAGE,
         }
     }
 
     /// Whether the accessed bit of an entry is set.
     pub(crate) fn accessed(&self, key: usize, addr: usize) -> bool {
-        self.space(key).accessed.contains(&addr)
+        let mut all = self.mapping_at(key, addr).step_by(PAGE);
+        all.any(|addr| self.space(key).accessed.contains(&addr))
     }
 
     /// The `n`th mm with users.

@@ -135,6 +135,8 @@ pub(crate) struct Space {
     pub(in super::super) shadow: BTreeMap<usize, Content>,
     /// Entries whose accessed bit is set.
     pub(in super::super) accessed: BTreeSet<usize>,
+    /// Entries that a TLB has: an access does not set the bit again.
+    pub(in super::super) tlb: BTreeSet<usize>,
     /// `mm->ksm_rmap_items`.
     pub(crate) tracked: isize,
     /// Its exit has been reported.
@@ -150,6 +152,7 @@ impl Space {
             ptes: BTreeMap::new(),
             shadow: BTreeMap::new(),
             accessed: BTreeSet::new(),
+            tlb: BTreeSet::new(),
             tracked: 0,
             exited: false,
         }
