@@ -74,6 +74,13 @@ pub trait WalkFilter {
     ///
     /// Atomic: called with a page table lock held.
     fn filter(&mut self, addr: usize, kind: PageKind, nid: u32, accessed: bool) -> WalkAction;
+
+    /// Counts a mapping of the zero page that KSM has placed, at an address that the walk passes.
+    ///
+    /// # Context
+    ///
+    /// As [`WalkFilter::filter`].
+    fn ksm_zero_page(&mut self);
 }
 
 /// What the engine keeps in each stable node.
@@ -460,6 +467,14 @@ pub trait Backend: StableNodes + Sync {
     /// Any: [`WalkFilter::filter`] calls it. Takes no lock.
     fn zero_hash(&self) -> u64;
 
+    /// Sets `use_zero_pages` for merges that are prepared from now on: whether pages of zeroes that
+    /// a split replaces by the zero page count as placed by KSM, or get pages of their own.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn set_use_zero_pages(&mut self, on: bool);
+
     /// Prepares the merge of page `i` of the batch. With `nid` the target has to lie on that NUMA
     /// node.
     ///
@@ -516,6 +531,21 @@ pub trait Backend: StableNodes + Sync {
     ///
     /// Any. Takes no lock.
     fn account_tracked(&mut self, mm: &Self::Mm, delta: isize);
+
+    /// Returns how many mappings of the zero page KSM has placed in the mm, as the core of mm
+    /// counts them (`ksm_zero_pages` of `/proc/PID/ksm_stat`). The count may be wrong.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn zero_pages(&self, mm: &Self::Mm) -> isize;
+
+    /// Adds `delta` to the count of [`Backend::zero_pages`].
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn correct_zero_pages(&self, mm: &Self::Mm, delta: isize);
 
     /// Reschedules if necessary.
     ///

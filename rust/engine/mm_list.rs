@@ -32,6 +32,9 @@ use kernel::{
     prelude::*, //
 };
 
+/// Slots that [`MmList::sum`] looks at under one lock.
+const SLOTS_AT_ONCE: u32 = 64;
+
 /// What the caller of [`MmList::enter`] has to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entered {
@@ -188,6 +191,21 @@ pub trait MmList {
         }
         self.locked(|registry| registry.unmerge_end());
         result
+    }
+
+    /// Returns the sum of what `f` returns for each mm, those that have left included.
+    ///
+    /// # Context
+    ///
+    /// Does not sleep; `f` must not either. Takes `mmlist_lock`, each time for a bounded number of
+    /// slots.
+    fn sum(&self, f: impl Fn(&Self::Mm) -> isize) -> isize {
+        let (mut sum, mut next) = (0, Some(0));
+        while let Some(from) = next {
+            next = self
+                .locked(|registry| registry.for_each_in(from, SLOTS_AT_ONCE, |mm| sum += f(mm)));
+        }
+        sum
     }
 
     /// Drops the mms that have left. `forget` drops their page state.

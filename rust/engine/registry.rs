@@ -723,6 +723,18 @@ impl<M: MmPin> Registry<M> {
         })
     }
 
+    /// Calls `f` with each mm of `count` slots from number `from` on, those that left included.
+    /// Returns the number of the slot to go on with.
+    pub fn for_each_in(&self, from: u32, count: u32, mut f: impl FnMut(&M)) -> Option<u32> {
+        let end = from.saturating_add(count).min(self.capacity);
+        for id in from..end {
+            if let Some(mm) = self.slot(id).and_then(|slot| slot.mm.as_ref()) {
+                f(mm);
+            }
+        }
+        (end < self.capacity).then_some(end)
+    }
+
     // Slots.
 
     /// Returns a slot's chunk and its offset in that chunk.

@@ -13,6 +13,12 @@ int rksm_mm_users(struct mm_struct *mm)
 	return atomic_read(&mm->mm_users);
 }
 
+/* False once exit_mmap() has ended; the mm need only be pinned. */
+bool rksm_mm_has_vmas(struct mm_struct *mm)
+{
+	return READ_ONCE(mm->mm_mt.ma_root);
+}
+
 void rksm_mm_add_merging(struct mm_struct *mm, long delta)
 {
 	WRITE_ONCE(mm->ksm_merging_pages, mm->ksm_merging_pages + delta);
@@ -46,6 +52,21 @@ struct folio *rksm_page_folio(struct page *page)
 struct page *rksm_nth_page(struct page *page, unsigned long n)
 {
 	return page + n;
+}
+
+struct page *rksm_folio_page(struct folio *folio)
+{
+	return folio_page(folio, 0);
+}
+
+unsigned long rksm_folio_nr_pages(struct folio *folio)
+{
+	return folio_nr_pages(folio);
+}
+
+int rksm_folio_mapcount(struct folio *folio)
+{
+	return folio_mapcount(folio);
 }
 
 int rksm_page_to_nid(struct page *page)

@@ -65,6 +65,8 @@ struct rksm_mapped {
 	unsigned long mapping;
 	int nid;
 	bool accessed;
+	/* Set where nothing else is: the zero page, placed by KSM */
+	bool ksm_zero;
 };
 
 /*
@@ -76,8 +78,11 @@ bool rksm_pte_mapped(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep
 {
 	pte_t pte = ptep_get(ptep);
 
-	if (!pte_present(pte) || pte_special(pte))
+	mapped->ksm_zero = false;
+	if (!pte_present(pte) || pte_special(pte)) {
+		mapped->ksm_zero = pte_present(pte) && is_ksm_zero_pte(pte);
 		return false;
+	}
 	mapped->page = pte_page(pte);
 	mapped->folio = page_folio(mapped->page);
 	if (!folio_test_anon(mapped->folio) || folio_is_zone_device(mapped->folio))
@@ -197,4 +202,98 @@ pte_t rksm_ptep_clear_flush(struct vm_area_struct *vma, unsigned long addr, pte_
 void rksm_set_pte_at(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep, pte_t pte)
 {
 	set_pte_at(vma->vm_mm, addr, ptep, pte);
+}
+
+/*
+ * Finds out which pages of a huge folio the entries of a range map, and sets their bits in `pages`.
+ * The folio's first page is `first`, and would be mapped at `base`. Returns how many mappings these
+ * are, as folio_mapcount() counts them.
+ */
+int rksm_find_mappings(struct vm_area_struct *vma, unsigned long start, unsigned long end,
+		       struct page *first, unsigned long base, u64 *pages)
+{
+	unsigned long next, at, n;
+	int mappings = 0;
+
+	for (; start < end; start = next) {
+		pmd_t *pmdp = mm_find_pmd(vma->vm_mm, start);
+		pte_t *table, *ptep;
+		spinlock_t *ptl;
+		pmd_t pmd;
+
+		next = pmd_addr_end(start, end);
+		if (!pmdp)
+			continue;
+		pmd = pmdp_get_lockless(pmdp);
+		if (pmd_present(pmd) && pmd_leaf(pmd)) {
+			if (pmd_pfn(pmd) != page_to_pfn(first))
+				continue;
+			for (at = start; at < next; at += PAGE_SIZE) {
+				n = (at - base) >> PAGE_SHIFT;
+				pages[n / 64] |= 1ULL << n % 64;
+			}
+			mappings++;
+			continue;
+		}
+		table = rksm_lock_pte(vma, start, &ptl);
+		if (!table)
+			continue;
+		for (at = start, ptep = table; at < next; at += PAGE_SIZE, ptep++) {
+			pte_t pte = ptep_get(ptep);
+
+			n = (at - base) >> PAGE_SHIFT;
+			if (!pte_present(pte) || pte_pfn(pte) != page_to_pfn(first) + n)
+				continue;
+			pages[n / 64] |= 1ULL << n % 64;
+			mappings++;
+		}
+		pte_unmap_unlock(table, ptl);
+	}
+	return mappings;
+}
+
+/*
+ * Looks for zero pages that are not KSM's in entries whose bits are set in `pages`. Returns the
+ * address of the first, `end` if there is none. With `mark` they become KSM's instead.
+ */
+unsigned long rksm_zero_pages_of_split(struct vm_area_struct *vma, unsigned long start,
+				       unsigned long end, unsigned long base, const u64 *pages,
+				       bool mark)
+{
+	struct mm_struct *mm = vma->vm_mm;
+	long marked = 0;
+
+	while (start < end) {
+		unsigned long next = pmd_addr_end(start, end);
+		pte_t *table, *ptep;
+		spinlock_t *ptl;
+
+		table = rksm_lock_pte(vma, start, &ptl);
+		if (!table) {
+			start = next;
+			continue;
+		}
+		for (ptep = table; start < next; start += PAGE_SIZE, ptep++) {
+			unsigned long n = (start - base) >> PAGE_SHIFT;
+			pte_t pte = ptep_get(ptep), marked_pte;
+
+			if (!(pages[n / 64] >> n % 64 & 1) || !pte_present(pte) ||
+			    !is_zero_pfn(pte_pfn(pte)) || pte_dirty(pte))
+				continue;
+			if (!mark)
+				break;
+			/* Read-only, and nothing looks at the accessed bit of the zero page */
+			marked_pte = pte_mkdirty(pte);
+			if (!pte_soft_dirty(pte))
+				marked_pte = pte_clear_soft_dirty(marked_pte);
+			set_pte_at(mm, start, ptep, marked_pte);
+			marked++;
+		}
+		pte_unmap_unlock(table, ptl);
+		if (start < next)
+			break;
+	}
+	atomic_long_add(marked, rksm_data_ksm_zero_pages());
+	atomic_long_add(marked, &mm->ksm_zero_pages);
+	return start;
 }

@@ -11,6 +11,7 @@ use crate::engine::{
         Merged,
         PageAddr,
         PageKind,
+        WalkAction,
         WalkFilter, //
     },
     content_hash::ContentKey,
@@ -58,15 +59,42 @@ use kernel::{
     sync::Arc, //
 };
 
-/// Returns the number of mappings of the zero page that KSM, built-in or not, has placed. The core
-/// of mm decrements it.
+/// Returns how many mappings of the zero page KSM has placed in an mm, as the core of mm counts
+/// them.
+///
+/// An mm whose memory is gone has none, whatever its count says.
 ///
 /// # Context
 ///
 /// Any.
-pub(crate) fn zero_pages(_symbols: Symbols) -> i64 {
+pub(crate) fn zero_pages(mm: &PinnedMm) -> isize {
+    // SAFETY: The mm is pinned.
+    unsafe {
+        match raw::rksm_mm_has_vmas(mm.as_ptr()) {
+            true => raw::rksm_mm_zero_pages(mm.as_ptr()).max(0),
+            false => 0,
+        }
+    }
+}
+
+/// Returns the core's count for all mms. What shows it is the built-in.
+///
+/// # Context
+///
+/// Any.
+pub(crate) fn all_zero_pages(_symbols: Symbols) -> isize {
     // SAFETY: The counter has been resolved.
-    unsafe { raw::rksm_ksm_zero_pages() as i64 }
+    unsafe { raw::rksm_ksm_zero_pages() }
+}
+
+/// Adds `delta` to the core's count for all mms.
+///
+/// # Context
+///
+/// Any.
+pub(crate) fn correct_all_zero_pages(_symbols: Symbols, delta: isize) {
+    // SAFETY: The counter has been resolved.
+    unsafe { raw::rksm_add_ksm_zero_pages(delta) };
 }
 
 impl Backend for StableNodes {
@@ -90,6 +118,10 @@ impl Backend for StableNodes {
             return Collected::Exiting;
         };
         let mut filter = |addr, mapped: &raw::rksm_mapped| {
+            if mapped.ksm_zero {
+                filter.ksm_zero_page();
+                return WalkAction::Skip;
+            }
             let kind = self.kind_of(FolioMapping::from_raw(mapped.mapping));
             filter.filter(addr, kind, mapped.nid as u32, mapped.accessed)
         };
@@ -129,6 +161,10 @@ impl Backend for StableNodes {
 
     fn zero_hash(&self) -> u64 {
         self.zero_hash
+    }
+
+    fn set_use_zero_pages(&mut self, on: bool) {
+        self.use_zero_pages = on;
     }
 
     fn prepare(
@@ -181,6 +217,7 @@ impl Backend for StableNodes {
         Ok(Merge {
             trace: self.trace,
             page: own,
+            use_zero_pages: self.use_zero_pages,
             prepared,
             outcome: Err(Refusal::Gone),
         })
@@ -253,6 +290,19 @@ impl Backend for StableNodes {
     fn account_tracked(&mut self, mm: &PinnedMm, delta: isize) {
         // SAFETY: The mm is pinned; only the engine, whose lock is held, changes the field.
         unsafe { raw::rksm_mm_add_rmap_items(mm.as_ptr(), delta) };
+    }
+
+    fn zero_pages(&self, mm: &PinnedMm) -> isize {
+        // SAFETY: The mm is pinned.
+        unsafe { raw::rksm_mm_zero_pages(mm.as_ptr()) }
+    }
+
+    fn correct_zero_pages(&self, mm: &PinnedMm, delta: isize) {
+        // SAFETY: The mm is pinned. The counter of all mms is resolved, as there is a `Trace`.
+        unsafe {
+            raw::rksm_mm_add_zero_pages(mm.as_ptr(), delta);
+            raw::rksm_add_ksm_zero_pages(delta);
+        }
     }
 
     fn cond_resched(&self) {

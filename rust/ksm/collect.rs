@@ -73,7 +73,8 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
 /// Collects the pages of mergeable vmas in `within` that `filter` selects by address and mapping.
 /// Returns where to continue, or `None` at the end.
 ///
-/// `filter` is called with a page table lock held. The caller holds the mmap lock, as `mm` shows.
+/// `filter` is called with a page table lock held. It is told of zero pages that KSM has placed,
+/// too (`ksm_zero`), which are not collected. The caller holds the mmap lock, as `mm` shows.
 pub(crate) fn collect(
     mm: LiveMm<'_>,
     within: Range<usize>,
@@ -195,6 +196,8 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
                 if walk.stopped {
                     break;
                 }
+            } else if mapped.ksm_zero {
+                (walk.filter)(addr, &mapped);
             }
         }
         addr += PAGE_SIZE;
@@ -242,6 +245,7 @@ unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
             nid,
             // A walk of another part of the mapping may clear the bit first.
             accessed: young || !own,
+            ksm_zero: false,
         };
         // SAFETY: By the contract.
         if unsafe { walk.offer(addr, &mut mapped) } && !old {

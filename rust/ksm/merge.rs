@@ -69,6 +69,7 @@ pub(super) fn in_vma<R>(
 pub(crate) struct Merge {
     pub(super) trace: Trace,
     pub(super) page: NonNull<raw::page>,
+    pub(super) use_zero_pages: bool,
     pub(super) prepared: Prepared,
     pub(super) outcome: Result<(), Refusal>,
 }
@@ -127,7 +128,7 @@ impl Merge {
 
     /// Runs a merge that needs only the mmap lock of one mm, which is held.
     fn run_in(&mut self, vmas: &mut Vmas<'_>, before_split: impl FnOnce()) {
-        let (trace, page) = (self.trace, self.page);
+        let (trace, page, use_zero_pages) = (self.trace, self.page, self.use_zero_pages);
         match &self.prepared {
             Prepared::ZeroPage { mm, addr } => {
                 self.outcome = vmas.at(*addr).and_then(|place| {
@@ -137,6 +138,7 @@ impl Merge {
                         *addr,
                         page,
                         &PteReplacement::ZeroPage,
+                        use_zero_pages,
                         before_split,
                     )
                     .map(|_| ())
@@ -150,9 +152,9 @@ impl Merge {
                     node: *node,
                     kfolio,
                 };
-                self.outcome = vmas
-                    .at(item.addr())
-                    .and_then(|place| share_with(place, page, merged, item, before_split));
+                self.outcome = vmas.at(item.addr()).and_then(|place| {
+                    share_with(place, page, merged, item, use_zero_pages, before_split)
+                });
                 let kpage = kfolio.page().as_ptr();
                 trace_merge(trace, page, kpage, item, &self.outcome);
             }
@@ -162,14 +164,14 @@ impl Merge {
 
     /// Merges two pages, neither of which is a merged page yet.
     fn run_new_node(&mut self, before_split: impl FnOnce()) {
-        let (trace, page) = (self.trace, self.page);
+        let (trace, page, use_zero_pages) = (self.trace, self.page, self.use_zero_pages);
         let Prepared::NewNode(new) = &mut self.prepared else {
             return;
         };
         let first = new
             .look(page)
             // This splits a huge page; the first page keeps its frame.
-            .and_then(|()| new.share_first(page, before_split));
+            .and_then(|()| new.share_first(page, use_zero_pages, before_split));
         let kpage = core::ptr::null_mut();
         trace_merge(trace, page, kpage, &new.first, &first);
         self.outcome = first.and_then(|()| {
@@ -180,7 +182,7 @@ impl Merge {
                 FolioRef::from_raw(NonNull::new_unchecked(folio))
             };
             race_window::sleep();
-            new.share_second(&kfolio, trace)
+            new.share_second(&kfolio, use_zero_pages, trace)
         });
     }
 }
@@ -251,6 +253,7 @@ fn share_with(
     page: NonNull<raw::page>,
     merged: MergedPage<'_>,
     item: &UnlinkedItem,
+    use_zero_pages: bool,
     before_split: impl FnOnce(),
 ) -> Result<(), Refusal> {
     let MergedPage { node, kfolio } = merged;
@@ -272,6 +275,7 @@ fn share_with(
         item.addr(),
         page,
         &target,
+        use_zero_pages,
         before_split,
     )?;
     race_window::sleep();
@@ -313,6 +317,7 @@ impl NewNode {
     fn share_first(
         &mut self,
         page: NonNull<raw::page>,
+        use_zero_pages: bool,
         before_split: impl FnOnce(),
     ) -> Result<(), Refusal> {
         let (node, addr) = (self.node, self.first.addr());
@@ -324,17 +329,23 @@ impl NewNode {
             // SAFETY: The node is in its arena, and no folio names it.
             unsafe { self.first.link(node, None) };
             let target = PteReplacement::InPlace(StableNode::mapping(node));
-            replace_pte::share(live, vma, addr, page, &target, before_split).inspect_err(|_| {
-                // SAFETY: Both are in their arenas, and no folio names the node.
-                let _ = unsafe { StableNode::pop(node) };
-            })
+            replace_pte::share(live, vma, addr, page, &target, use_zero_pages, before_split)
+                .inspect_err(|_| {
+                    // SAFETY: Both are in their arenas, and no folio names the node.
+                    let _ = unsafe { StableNode::pop(node) };
+                })
         })?;
         self.accessed = Some(accessed);
         Ok(())
     }
 
     /// Replaces the second page by the merged page `kfolio`.
-    fn share_second(&self, kfolio: &FolioRef, trace: Trace) -> Result<(), Refusal> {
+    fn share_second(
+        &self,
+        kfolio: &FolioRef,
+        use_zero_pages: bool,
+        trace: Trace,
+    ) -> Result<(), Refusal> {
         let (node, addr) = (self.node, self.second.addr());
         in_vma(self.second.mm(), addr, |live, vma| {
             // Referenced only now: a reference would have kept a huge page that holds both pages
@@ -347,7 +358,7 @@ impl NewNode {
             }
             let place = MappedVma { live, vma };
             let merged = MergedPage { node, kfolio };
-            let result = share_with(place, page, merged, &self.second, || {});
+            let result = share_with(place, page, merged, &self.second, use_zero_pages, || {});
             let kpage = kfolio.page().as_ptr();
             trace_merge(trace, page, kpage, &self.second, &result);
             result

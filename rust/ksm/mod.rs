@@ -10,6 +10,7 @@ mod merge;
 mod node;
 mod page;
 mod replace_pte;
+mod split;
 pub(crate) mod stable_nodes;
 pub(crate) mod trace;
 pub(crate) mod unmerge;

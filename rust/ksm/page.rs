@@ -66,7 +66,12 @@ pub(super) fn mergeable_at(mm: LiveMm<'_>, addr: usize) -> Option<&VmaRef> {
         .filter(|vma| vma.start() <= addr && mergeable(vma))
 }
 
-fn mergeable(vma: &VmaRef) -> bool {
+/// Returns whether a vma may hold mergeable pages.
+///
+/// # Context
+///
+/// The mmap lock is held, as a [`VmaRef`] shows.
+pub(super) fn mergeable(vma: &VmaRef) -> bool {
     vma.flags() & vm::MERGEABLE != 0 && !anon_vma(vma).is_null()
 }
 

@@ -32,7 +32,10 @@ use crate::{
         },
         race_window, //
     },
-    ksm::page,
+    ksm::{
+        page,
+        split::HugeMappings, //
+    },
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -81,7 +84,8 @@ fn is_poisoned(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
 /// Shares the page at `addr` of `vma`: see the module's documentation.
 ///
 /// The caller holds one reference to `page`. Before a huge page is split, which needs that this
-/// reference be the only one beside its mappings, `before_split` is called.
+/// reference be the only one beside its mappings, `before_split` is called. What the split does
+/// with pages of zeroes is made to fit `use_zero_pages`.
 ///
 /// Returns whether the page may have been accessed since a walk collected it.
 ///
@@ -99,6 +103,7 @@ pub(crate) fn share(
     addr: usize,
     page: NonNull<raw::page>,
     target: &PteReplacement<'_>,
+    use_zero_pages: bool,
     before_split: impl FnOnce(),
 ) -> Result<bool, Refusal> {
     // SAFETY: The page is referenced.
@@ -116,6 +121,7 @@ pub(crate) fn share(
         unsafe { raw::rksm_folio_unlock(folio) };
         return Err(Refusal::Busy);
     }
+    let mut split = None;
     // SAFETY: The folio is referenced and locked.
     let result = if unsafe { raw::rksm_folio_test_large(folio) } {
         // A huge page is worth more whole: split it only for contents that match.
@@ -124,10 +130,15 @@ pub(crate) fn share(
             unsafe { raw::rksm_folio_unlock(folio) };
             return Err(Refusal::Differs);
         }
+        let mappings = HugeMappings::find(mm, addr, page).inspect_err(|_| {
+            // SAFETY: Locked above.
+            unsafe { raw::rksm_folio_unlock(folio) };
+        })?;
         before_split();
         // SAFETY: The folio of `page` is referenced and locked. On success the lock and the
         // reference pass to the small folio of `page`.
         if unsafe { raw::rksm_split_huge_page(page.as_ptr()) } == 0 {
+            split = Some(mappings);
             share_locked(mm, vma, addr, page, target)
         } else {
             Err(Refusal::Unsplit)
@@ -137,6 +148,9 @@ pub(crate) fn share(
     };
     // SAFETY: The folio of `page` is locked by us, before and after a split.
     unsafe { raw::rksm_folio_unlock(raw::rksm_page_folio(page.as_ptr())) };
+    if let Some(mappings) = split {
+        mappings.take_back_zero_pages(use_zero_pages);
+    }
     result
 }
 

@@ -70,6 +70,7 @@ pub(crate) struct StableNodes {
     pub(super) items: ObjectArena<RmapItem>,
     pub(super) key: Arc<ContentKey>,
     pub(super) zero_hash: u64,
+    pub(super) use_zero_pages: bool,
     pub(super) trace: Trace,
 }
 
@@ -104,6 +105,7 @@ impl StableNodes {
             items: ObjectArena::new(),
             key: key.into(),
             zero_hash,
+            use_zero_pages: false,
             trace,
         })
     }

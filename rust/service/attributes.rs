@@ -11,6 +11,8 @@ use crate::{
                 Origin,
                 ADVISOR_MODE,
                 ATTRIBUTES,
+                GENERAL_PROFIT,
+                KSM_ZERO_PAGES,
                 PAGES_TO_SCAN,
                 RUN, //
             },
@@ -32,7 +34,6 @@ use crate::{
             Directory, //
         }, //
     },
-    ksm::backend,
     service::Ksm, //
 };
 use core::fmt::Write;
@@ -121,7 +122,9 @@ impl Ksm {
 impl AttributeHandler<&'static Attribute> for Ksm {
     fn show(&self, attribute: &'static Attribute, text: &mut [u8]) -> Result<usize> {
         let (knobs, mut stats) = self.values();
-        stats.zero_pages = backend::zero_pages(self.symbols);
+        if [&KSM_ZERO_PAGES, &GENERAL_PROFIT].contains(&attribute) {
+            stats.zero_pages = self.zero_pages() as i64;
+        }
         let line = attribute.line(&knobs, &stats)?;
         copy(line.as_bytes(), text)
     }

@@ -61,6 +61,7 @@ use crate::{
         }, //
     },
     ksm::{
+        backend,
         batch::Batch,
         stable_nodes::StableNodes,
         trace::Trace,
@@ -86,6 +87,9 @@ use kernel::{
         Monotonic, //
     },
 };
+
+/// How often the count of zero pages is read again if it changes meanwhile.
+const HAND_BACK_TRIES: usize = 100;
 
 /// What only the holder of `thread_mutex` uses.
 struct ScanState {
@@ -275,6 +279,30 @@ impl Ksm {
         self.knobs().run == RunState::Merge && !self.locked(|registry| registry.is_empty())
     }
 
+    /// Returns how many mappings of the zero page KSM has placed.
+    ///
+    /// This is the sum of what the core of mm counts for each mm, which the scan corrects. The
+    /// core's count for all of them keeps the errors of processes that have exited.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes `mmlist_lock`.
+    fn zero_pages(&self) -> isize {
+        self.sum(backend::zero_pages)
+    }
+
+    /// Corrects the core's count of zero pages for all mms, which the built-in shows.
+    fn hand_back_zero_pages(&self) {
+        for _ in 0..HAND_BACK_TRIES {
+            let before = backend::all_zero_pages(self.symbols);
+            let sum = self.zero_pages();
+            let now = backend::all_zero_pages(self.symbols);
+            if before == now {
+                return backend::correct_all_zero_pages(self.symbols, sum - now);
+            }
+        }
+    }
+
     /// Forgets all mms and pages: the thread and the probes are gone, and nothing is merged.
     ///
     /// # Context
@@ -284,6 +312,7 @@ impl Ksm {
         let mut state = self.thread_mutex.lock();
         // A smaller pool needs no memory, so this does not fail.
         let _ = state.pool.resize(self.symbols, 1);
+        self.hand_back_zero_pages();
         self.clear(|slot, mm| state.engine.metadata.forget_mm(slot, mm));
         state.engine.metadata.remove_all_nodes();
     }

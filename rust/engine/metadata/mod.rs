@@ -58,6 +58,8 @@ pub struct Metadata<B: Backend> {
     pub counters: Counters,
     /// Why pages were not merged.
     pub refusals: Refusals,
+    /// Pages that have been replaced by the zero page in this pass.
+    pub(super) zero_pages_placed: usize,
     /// The node that [`Metadata::prune`] examined last.
     prune_cursor: Option<NodeId>,
 }
@@ -71,6 +73,7 @@ impl<B: Backend> Metadata<B> {
             index: Index::new(),
             counters: Counters::default(),
             refusals: Refusals::default(),
+            zero_pages_placed: 0,
             prune_cursor: None,
         }
     }

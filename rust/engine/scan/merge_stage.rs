@@ -431,6 +431,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         };
         let done = match (prepared.target, result) {
             (MergeTarget::ZeroPage, Ok(_) | Err(Refusal::Gone)) => {
+                metadata.zero_pages_placed += usize::from(result.is_ok());
                 if let Some(state) = metadata.states.get(id) {
                     metadata.untrack(self.ctx.mm, id, state);
                 }

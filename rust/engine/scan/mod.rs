@@ -40,6 +40,7 @@ mod merge_stage;
 mod page_filter;
 mod partition;
 mod scanned_page;
+mod zero_count;
 
 use super::{
     accessed::AccessedHint,
@@ -68,6 +69,7 @@ use partition::{
     Partition,
     Partitions, //
 };
+use zero_count::ZeroPageCount;
 
 pub use context::Pins;
 
@@ -114,6 +116,7 @@ pub struct Engine<B: Backend> {
     hint: AccessedHint,
     /// The mm that was scanned last, and [`ScanContext::cleared_ahead`].
     cleared_ahead: (SlotId, Range<usize>),
+    zero_pages: Option<ZeroPageCount>,
 }
 
 impl<B: Backend> Engine<B> {
@@ -123,6 +126,7 @@ impl<B: Backend> Engine<B> {
             metadata: Metadata::new(backend),
             hint: AccessedHint::new(),
             cleared_ahead: (SlotId(0), 0..0),
+            zero_pages: None,
         }
     }
 
@@ -154,6 +158,10 @@ impl<B: Backend> Engine<B> {
             cleared_ahead: self.cleared_ahead.1.clone(),
         };
         let mut at = target.start;
+        let backend = &mut self.metadata.backend;
+        backend.set_use_zero_pages(policy.use_zero_pages);
+        let count = self.zero_pages.take();
+        self.zero_pages = ZeroPageCount::resume(count, backend, ctx.slot, ctx.mm, at);
         while *budget > 0 {
             let found = self.pass(&ctx, pins, at, pool, buffers, budget);
             match found {
@@ -167,6 +175,9 @@ impl<B: Backend> Engine<B> {
                     clear(pool, buffers);
                     if self.hint.enabled() {
                         self.metadata.backend.flush_tlb(ctx.mm);
+                    }
+                    if let Some(count) = self.zero_pages.take() {
+                        count.finish(&self.metadata.backend, ctx.mm);
                     }
                     return Progress::Done;
                 }
@@ -226,14 +237,24 @@ impl<B: Backend> Engine<B> {
             pool.run(&mut stage, merge_stage::run_job);
         }
         let mut found = Collected::End;
+        let mut zero_pages = 0;
         for partition in partitions.first(used) {
             found = partition.found;
+            zero_pages += partition.summary.zero_pages;
             let to = match found {
                 Collected::More(next) => next.min(partition.within.end),
                 _ => partition.within.end,
             };
             let rest = partition.summary.from..to;
             self.metadata.forget(ctx.slot, ctx.mm, rest);
+        }
+        let placed = core::mem::take(&mut self.metadata.zero_pages_placed);
+        let next = match found {
+            Collected::More(next) => next,
+            _ => usize::MAX,
+        };
+        if let Some(count) = &mut self.zero_pages {
+            count.passed(zero_pages, placed, next);
         }
         self.metadata.backend.cond_resched();
         found

@@ -99,6 +99,8 @@ pub(super) struct WalkSummary {
     pub(super) skipped: u64,
     /// Pages that were left as they are, other than by smart scan.
     pub(super) unchanged: u64,
+    /// Mappings of the zero page that KSM has placed.
+    pub(super) zero_pages: usize,
     /// Addresses between mapped pages, of which some are tracked.
     pub(super) unmapped_gaps: [Range<usize>; MAX_GAPS],
     pub(super) nr_gaps: usize,
@@ -241,5 +243,9 @@ impl<B: Backend, S: States> WalkFilter for PageFilter<'_, B, S> {
         };
         self.summary.budget_used += 1;
         action
+    }
+
+    fn ksm_zero_page(&mut self) {
+        self.summary.zero_pages += 1;
     }
 }

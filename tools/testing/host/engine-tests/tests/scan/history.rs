@@ -51,7 +51,9 @@ fn event() -> impl Strategy<Value = Event> {
         1 => place().prop_map(|(mm, page, count)| Event::Age { mm, page, count }),
         1 => place().prop_map(|(mm, page, count)| Event::Read { mm, page, count }),
         2 => place().prop_map(|(mm, page, _)| Event::Collapse { mm, page }),
-        2 => (0..8usize).prop_map(|mm| Event::Fork { mm }),
+        2 => (0..8usize, option::weighted(0.3, 0..AREAS.len()))
+            .prop_map(|(mm, dont_fork)| Event::Fork { mm, dont_fork }),
+        1 => (0..8usize, -9..9isize).prop_map(|(mm, by)| Event::Miscount { mm, by }),
         2 => (0..12usize, 1..4usize).prop_map(|(mm, steps)| Event::Exit { mm, steps }),
         1 => (0..8usize, 0..AREAS.len(), any::<bool>())
             .prop_map(|(mm, area, on)| Event::Advise { mm, area, on }),

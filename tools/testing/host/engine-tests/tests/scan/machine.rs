@@ -529,12 +529,37 @@ impl Machine {
             let all = self.collectable();
             self.visits_before += self.world.borrow().visits.len() as u64;
             self.world.borrow_mut().visits.clear();
+            let zeroes = self.zeroes();
             self.full_scan();
+            if self.zeroes() == zeroes {
+                self.assert_zero_pages_counted();
+            }
             let mut visits = self.world.borrow().visits.clone();
             visits.sort();
             assert_eq!(visits, all, "not every page was visited once");
             while !self.engine.metadata.prune(2) {}
             self.check();
+        }
+    }
+
+    /// The zero pages of each mm.
+    fn zeroes(&self) -> Vec<(usize, isize)> {
+        let world = self.world.borrow();
+        let spaces = world.live().map(|key| (key, &world.spaces[&key]));
+        spaces.map(|(key, space)| (key, space.zeroes())).collect()
+    }
+
+    /// Asserts that the count of zero pages is right in each mm that is scanned.
+    pub(crate) fn assert_zero_pages_counted(&self) {
+        let world = self.world.borrow();
+        for space in world.live().map(|key| &world.spaces[&key]) {
+            if space.mergeable.contains(&true) {
+                assert_eq!(
+                    space.zero_pages,
+                    space.zeroes(),
+                    "zero pages are miscounted"
+                );
+            }
         }
     }
 

@@ -282,6 +282,10 @@ impl Backend for SimMemory {
             if batch.pages.len() == full || addr >= within.end {
                 return Collected::More(addr);
             }
+            let Some(frame) = frame else {
+                filter.ksm_zero_page();
+                continue;
+            };
             let accessed =
                 self.0.borrow().accessed(mm.key(), addr) || batch.cleared.contains(&addr);
             match filter.filter(addr, self.kind_of(frame), nid(frame), accessed) {
@@ -316,6 +320,10 @@ impl Backend for SimMemory {
 
     fn zero_hash(&self) -> u64 {
         self.0.borrow().hash(0)
+    }
+
+    fn set_use_zero_pages(&mut self, on: bool) {
+        self.0.borrow_mut().use_zero_pages = on;
     }
 
     fn prepare(
@@ -380,6 +388,15 @@ impl Backend for SimMemory {
         let mut world = self.0.borrow_mut();
         let space = world.spaces.get_mut(&mm.key()).unwrap();
         space.tracked += delta;
+    }
+
+    fn zero_pages(&self, mm: &Mm) -> isize {
+        self.0.borrow().spaces[&mm.key()].zero_pages
+    }
+
+    fn correct_zero_pages(&self, mm: &Mm, delta: isize) {
+        let mut world = self.0.borrow_mut();
+        world.spaces.get_mut(&mm.key()).unwrap().zero_pages += delta;
     }
 
     fn cond_resched(&self) {

@@ -214,7 +214,10 @@ fn a_child_inherits_merged_pages() {
     let mut story = Story::new(1);
     story.write(0, 0, 2, 7);
     story.scans(2);
-    story.happens(Event::Fork { mm: 0 });
+    story.happens(Event::Fork {
+        mm: 0,
+        dont_fork: None,
+    });
     assert_eq!(story.shared(), (1, 1));
     story.scans(1);
     assert_eq!(story.shared(), (1, 3));
@@ -307,6 +310,50 @@ fn pages_of_zeroes_need_no_ksm_page() {
     story.scans(2);
     assert_eq!(story.shared(), (0, 0));
     assert_eq!(story.0.world.borrow().zero_pages, 3);
+}
+
+/// A child inherits the count of its parent's zero pages, but not all of them: the next scan
+/// corrects the count.
+#[test]
+fn zero_pages_are_counted_again() {
+    let mut story = Story::with(1, Op::UseZeroPages(true));
+    story.write(0, 0, AREAS[0].1 + 2, 0);
+    story.scans(2);
+    story.happens(Event::Fork {
+        mm: 0,
+        dont_fork: Some(0),
+    });
+    story.scans(1);
+    story.0.assert_zero_pages_counted();
+    story.happens(Event::Miscount { mm: 0, by: -7 });
+    story.scans(1);
+    story.0.assert_zero_pages_counted();
+}
+
+/// Zero pages that are moved while the scan passes are not counted twice, nor forgotten.
+#[test]
+fn zero_pages_are_moved() {
+    for after in 0..20 {
+        for (from, to) in [(0, 40), (40, 0)] {
+            let mut story = Story::with(1, Op::UseZeroPages(true));
+            story.write(0, from, 3, 0);
+            story.write(0, 10, 20, 7);
+            story.scans(2);
+            let count = 3;
+            story.0.run(&Op::FullScan {
+                interleaved: vec![(
+                    after,
+                    Event::Move {
+                        mm: 0,
+                        from,
+                        to,
+                        count,
+                    },
+                )],
+            });
+            story.0.assert_zero_pages_counted();
+        }
+    }
 }
 
 /// Smart scan skips a page that never has an equal: at the age of 3 for the first time.

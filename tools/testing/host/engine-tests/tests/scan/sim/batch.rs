@@ -79,9 +79,13 @@ impl Batch {
 }
 
 impl World {
-    /// The pages of mergeable memory that one walk from `start` covers, and where the next one
-    /// begins.
-    pub(crate) fn mapped(&self, key: usize, start: usize) -> (Vec<(usize, usize)>, Option<usize>) {
+    /// The pages of mergeable memory that one walk from `start` covers, without a frame for the
+    /// zero page, and where the next one begins.
+    pub(crate) fn mapped(
+        &self,
+        key: usize,
+        start: usize,
+    ) -> (Vec<(usize, Option<usize>)>, Option<usize>) {
         let bound = start.saturating_add(SPAN);
         let space = &self.spaces[&key];
         let mut pages = Vec::new();
@@ -96,8 +100,10 @@ impl World {
                 return (pages, Some(at));
             }
             for (addr, pte) in space.ptes.range(at..end) {
-                if let Pte::Page(frame) = *pte {
-                    pages.push((*addr, frame));
+                match *pte {
+                    Pte::Page(frame) => pages.push((*addr, Some(frame))),
+                    Pte::Zero => pages.push((*addr, None)),
+                    Pte::Swap(_) => {}
                 }
             }
             at = end;

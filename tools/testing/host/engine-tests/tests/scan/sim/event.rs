@@ -59,7 +59,12 @@ impl World {
                     // Only memory that is mergeable alike can be moved there.
                     let space = self.space(key);
                     let alike = space.mergeable[area(from)] == space.mergeable[area(to)];
-                    let Some(&pte) = space.ptes.get(&from).filter(|_| alike && from != to) else {
+                    let alike = alike && from != to;
+                    if alike && space.ptes.get(&from) == Some(&Pte::Zero) {
+                        self.unshare(key, from);
+                    }
+                    let space = self.space(key);
+                    let Some(&pte) = space.ptes.get(&from).filter(|_| alike) else {
                         continue;
                     };
                     self.set_pte(key, to, Some(pte));
@@ -123,13 +128,17 @@ impl World {
                 }
                 self.next_huge += 1;
             }
-            Event::Fork { mm } => {
+            Event::Fork { mm, dont_fork } => {
                 let Some(key) = self.nth(mm).filter(|_| self.live().count() < 8) else {
                     return;
                 };
                 let parent = self.space(key);
-                let (mergeable, shadow) = (parent.mergeable, parent.shadow.clone());
-                let ptes: Vec<(usize, Pte)> = parent.ptes.iter().map(|(a, p)| (*a, *p)).collect();
+                let (mergeable, mut shadow) = (parent.mergeable, parent.shadow.clone());
+                let inherited = parent.zero_pages;
+                let left_out = |addr: &usize| dont_fork.is_some_and(|n| area(*addr) == n);
+                shadow.retain(|addr, _| !left_out(addr));
+                let ptes = parent.ptes.iter().filter(|(addr, _)| !left_out(addr));
+                let ptes: Vec<(usize, Pte)> = ptes.map(|(a, p)| (*a, *p)).collect();
                 let child = self.new_space(mergeable);
                 self.space_mut(child).shadow = shadow;
                 for (addr, pte) in ptes {
@@ -143,7 +152,13 @@ impl World {
                         pte => self.set_pte(child, addr, Some(pte)),
                     }
                 }
+                // The core copies the count, and then copies the entries without counting.
+                self.space_mut(child).zero_pages = inherited;
                 self.enter(child);
+            }
+            Event::Miscount { mm, by } => {
+                let Some(key) = self.nth(mm) else { return };
+                self.space_mut(key).zero_pages += by;
             }
             Event::Exit { mm, steps } => {
                 // An mm whose exit has begun is as likely as any other.

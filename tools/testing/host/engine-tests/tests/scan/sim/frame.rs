@@ -113,8 +113,31 @@ impl World {
         if self.frames.iter().any(stuck) {
             return Err(Refusal::Unsplit);
         }
+        let zeroes: Vec<usize> = self
+            .frames
+            .iter()
+            .filter(|(_, page)| page.huge == huge && page.content == 0 && page.maps > 0)
+            .map(|(frame, _)| *frame)
+            .collect();
         for page in self.frames.values_mut().filter(|page| page.huge == huge) {
             page.huge = None;
+        }
+        // The core of mm gives pages of zeroes away, which are then counted or taken back.
+        let mapped = self.spaces.iter().flat_map(|(key, space)| {
+            let zeroes = &zeroes;
+            let ptes = space
+                .ptes
+                .iter()
+                .filter(move |(_, pte)| matches!(pte, Pte::Page(frame) if zeroes.contains(frame)));
+            ptes.map(|(addr, _)| (*key, *addr))
+        });
+        let mapped: Vec<(usize, usize)> = mapped.collect();
+        for (key, addr) in mapped {
+            if self.use_zero_pages && self.space(key).mergeable_at(addr) {
+                self.set_pte(key, addr, Some(Pte::Zero));
+            } else {
+                self.unshare(key, addr);
+            }
         }
         Ok(())
     }

@@ -36,6 +36,7 @@ impl World {
         }
         if new == Some(Pte::Zero) {
             self.zero_pages += 1;
+            self.space_mut(key).zero_pages += 1;
         }
         let ptes = &mut self.space_mut(key).ptes;
         let old = match new {
@@ -51,7 +52,10 @@ impl World {
                 self.page_mut(frame).maps -= 1;
                 self.put(frame);
             }
-            Some(Pte::Zero) => self.zero_pages -= 1,
+            Some(Pte::Zero) => {
+                self.zero_pages -= 1;
+                self.space_mut(key).zero_pages -= 1;
+            }
             _ => {}
         }
     }

@@ -50,6 +50,7 @@ pub(crate) struct World {
     /// The knobs that the engine was given, to verify that it follows them.
     pub(crate) max_page_sharing: u32,
     pub(crate) merge_across_nodes: bool,
+    pub(crate) use_zero_pages: bool,
     /// How often each refusal was given.
     pub(crate) refusals: Refusals,
     /// Every page that the engine has finished with.
@@ -85,6 +86,7 @@ impl World {
             paused: false,
             max_page_sharing: 256,
             merge_across_nodes: true,
+            use_zero_pages: false,
             refusals: Refusals::default(),
             visits: Vec::new(),
             excused: BTreeSet::new(),

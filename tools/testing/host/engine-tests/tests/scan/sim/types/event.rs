@@ -55,8 +55,15 @@ pub(crate) enum Event {
         mm: usize,
         page: usize,
     },
+    /// The child does not get the memory of the area `dont_fork`.
     Fork {
         mm: usize,
+        dont_fork: Option<usize>,
+    },
+    /// The core of mm counts the zero pages of an mm wrongly.
+    Miscount {
+        mm: usize,
+        by: isize,
     },
     /// An mm makes `steps` of the three steps of its exit.
     Exit {

@@ -139,6 +139,8 @@ pub(crate) struct Space {
     pub(in super::super) tlb: BTreeSet<usize>,
     /// `mm->ksm_rmap_items`.
     pub(crate) tracked: isize,
+    /// `mm->ksm_zero_pages`, which may be wrong.
+    pub(crate) zero_pages: isize,
     /// Its exit has been reported.
     pub(in super::super) exited: bool,
 }
@@ -154,12 +156,19 @@ impl Space {
             accessed: BTreeSet::new(),
             tlb: BTreeSet::new(),
             tracked: 0,
+            zero_pages: 0,
             exited: false,
         }
     }
 
     pub(crate) fn live(&self) -> bool {
         !self.mm.exiting()
+    }
+
+    /// The mappings of the zero page that there are.
+    pub(crate) fn zeroes(&self) -> isize {
+        let zeroes = self.ptes.values().filter(|pte| **pte == Pte::Zero);
+        zeroes.count() as isize
     }
 
     /// Whether only the world pins the mm.

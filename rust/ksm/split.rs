@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Splitting a huge page, and what a split does with its pages of zeroes.
+//!
+//! The core of mm maps the zero page in the place of each page of a huge one that holds nothing but
+//! zeroes, if the huge page is split. Nothing tells these mappings from those of memory that has
+//! never been written to. So they are looked for at once, where the huge page has been mapped: with
+//! `use_zero_pages` they become zero pages that KSM has placed; without it each gets a page of its
+//! own again.
+//!
+//! Only one mmap lock is held. A huge page that is mapped anywhere else than around the address
+//! that is merged, by another process or after `mremap`, is split only if no page of it holds
+//! nothing but zeroes.
+
+use crate::engine::types::Refusal;
+use crate::{
+    bindings::raw,
+    kernel_ext::mm::LiveMm,
+    ksm::page::mergeable, //
+};
+use core::ptr::NonNull;
+use kernel::page::PAGE_SIZE;
+
+const WORDS: usize = (raw::RKSM_PMD_SIZE / PAGE_SIZE).div_ceil(u64::BITS as usize);
+
+/// The addresses at which an mm maps a huge page that is to be split.
+pub(super) struct HugeMappings<'g> {
+    mm: LiveMm<'g>,
+    /// Where its first page is or would be mapped.
+    start: usize,
+    end: usize,
+    /// The pages that are mapped.
+    pages: [u64; WORDS],
+}
+
+impl<'g> HugeMappings<'g> {
+    /// Finds where a huge page is mapped whose page `page` is mapped at `addr`.
+    ///
+    /// # Context
+    ///
+    /// The mmap lock is held. Takes page table locks. The huge page is referenced and locked.
+    ///
+    /// # Errors
+    ///
+    /// `Unsplit` where it holds a page of zeroes that is mapped elsewhere.
+    pub(super) fn find(
+        mm: LiveMm<'g>,
+        addr: usize,
+        page: NonNull<raw::page>,
+    ) -> Result<Self, Refusal> {
+        // SAFETY: The page is referenced.
+        let (folio, first, before, pages) = unsafe {
+            let folio = raw::rksm_page_folio(page.as_ptr());
+            let first = raw::rksm_folio_page(folio);
+            let before = raw::rksm_page_to_pfn(page.as_ptr()) - raw::rksm_page_to_pfn(first);
+            (folio, first, before, raw::rksm_folio_nr_pages(folio))
+        };
+        let start = addr.checked_sub(before * PAGE_SIZE);
+        let start = start.filter(|_| pages <= WORDS * u64::BITS as usize);
+        let start = start.ok_or(Refusal::Unsplit)?;
+        let mut huge = Self {
+            mm,
+            start,
+            end: start + pages * PAGE_SIZE,
+            pages: [0; WORDS],
+        };
+        let mut mappings = 0;
+        let (mm, end) = (huge.mm, huge.end);
+        let mut at = start;
+        while let Some(vma) = mm.find_vma(at).filter(|vma| vma.start() < end) {
+            let from = at.max(vma.start());
+            at = vma.end().min(end);
+            // SAFETY: The vma is valid, its mm's lock is held, and the range lies in it and in the
+            // huge page, for each page of which there is a bit.
+            mappings += unsafe {
+                raw::rksm_find_mappings(
+                    vma.as_ptr().cast(),
+                    from,
+                    at,
+                    first,
+                    start,
+                    huge.pages.as_mut_ptr(),
+                )
+            };
+            if at == end {
+                break;
+            }
+        }
+        // SAFETY: The folio is referenced, and so are its pages.
+        let refuse = unsafe {
+            mappings != raw::rksm_folio_mapcount(folio)
+                && (0..pages)
+                    .filter_map(|n| NonNull::new(raw::rksm_nth_page(first, n)))
+                    .any(|page| raw::rksm_page_is_zero(page.as_ptr()))
+        };
+        if refuse {
+            return Err(Refusal::Unsplit);
+        }
+        Ok(huge)
+    }
+
+    /// Looks for pages of zeroes that the split has replaced by the zero page.
+    ///
+    /// Without `use_zero_pages` they get pages of their own. Those for which there is no memory,
+    /// although the split has just freed as much, become zero pages of KSM: they are counted, and
+    /// `run`=2 gives them pages.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The mmap lock is held, no folio lock.
+    pub(super) fn take_back_zero_pages(self, use_zero_pages: bool) {
+        let mut at = self.start;
+        let mut user = None;
+        while let Some(vma) = self.mm.find_vma(at).filter(|vma| vma.start() < self.end) {
+            let end = vma.end().min(self.end);
+            at = at.max(vma.start());
+            let mut mark = use_zero_pages && mergeable(vma);
+            while at < end {
+                // SAFETY: The vma is valid, its mm's lock is held, and the range lies in it and in
+                // what was the huge page, for each page of which there is a bit.
+                at = unsafe {
+                    raw::rksm_zero_pages_of_split(
+                        vma.as_ptr().cast(),
+                        at,
+                        end,
+                        self.start,
+                        self.pages.as_ptr(),
+                        mark,
+                    )
+                };
+                if at >= end {
+                    break;
+                }
+                // Without a user the memory is being freed, and nothing may be mapped there.
+                if user.is_none() {
+                    user = self.mm.mm().mmget_not_zero();
+                    if user.is_none() {
+                        return;
+                    }
+                }
+                // SAFETY: The vma is valid, its mm's lock and its users are held.
+                let fault = unsafe { raw::rksm_unshare_fault(vma.as_ptr().cast(), at) };
+                // SAFETY: No spinlock is held.
+                unsafe { raw::rksm_cond_resched() };
+                if fault & raw::vm_fault_reason_VM_FAULT_OOM != 0 {
+                    if !mergeable(vma) {
+                        break;
+                    }
+                    mark = true;
+                } else {
+                    at += PAGE_SIZE;
+                }
+            }
+            at = end;
+            if at == self.end {
+                break;
+            }
+        }
+    }
+}
