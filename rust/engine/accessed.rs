@@ -16,8 +16,8 @@
 use super::{
     policy::Policy,
     smart_scan::{
-        History,
-        MAX_SKIPS, //
+        MAX_SKIPS,
+        OLD_AGE, //
     }, //
 };
 use kernel::{
@@ -29,8 +29,18 @@ use kernel::{
 /// trace in page tables.
 pub const REREAD_INTERVAL: usize = 16;
 
-// The full scans that look at an old page have all remainders, one after the other.
-static_assert!(REREAD_INTERVAL.is_power_of_two() && (MAX_SKIPS + 1) % 2 == 1);
+/// Full scans from one look at an old page to the next, with smart scan.
+const OLD_STRIDE: usize = MAX_SKIPS as usize + 1;
+
+// Looks at an old page have all remainders, one after the other.
+static_assert!(OLD_STRIDE * OLD_STRIDE % REREAD_INTERVAL == 1);
+
+/// Age from which on a look is the last one before a page is old, and full scans until the next.
+const LAST_YOUNG_AGE: u8 = 6;
+const LAST_YOUNG_STRIDE: usize = 5;
+
+/// Looks at a page from its first hash to that one, at most, where the knob is not changed.
+const YOUNG_LOOKS: usize = 4;
 
 /// Decides for which pages a clear accessed bit counts as unchanged contents.
 ///
@@ -68,14 +78,26 @@ impl AccessedHint {
     /// Returns whether the page at `addr` counts as unchanged at this look, given that its accessed
     /// bit is clear.
     ///
-    /// False at one of [`REREAD_INTERVAL`] looks in a row at least: the full scans count, and those
-    /// that look are all of them, or, for an old page and with smart scan, each ninth, which has no
-    /// common divisor with the interval. A page that grows old meanwhile is read then.
+    /// `age` is that of the page before smart scan counts this look.
+    ///
+    /// False at one of [`REREAD_INTERVAL`] looks in a row at least. The number of the full scan
+    /// decides: all of them look, or, with smart scan and at an old page, each ninth, which has no
+    /// common divisor with the interval. A page that grows old is read at its last look before, if
+    /// it would have to wait for too long afterwards, and not at others.
     #[inline]
-    pub const fn unchanged(&self, addr: usize, history: History) -> bool {
-        self.enabled
-            && (addr / PAGE_SIZE).wrapping_add(self.full_scan) % REREAD_INTERVAL != 0
-            && !(self.smart_scan && history.grows_old())
+    pub const fn unchanged(&self, addr: usize, age: u8) -> bool {
+        let turn = (addr / PAGE_SIZE).wrapping_add(self.full_scan);
+        let changed = if !self.smart_scan || age >= OLD_AGE {
+            turn % REREAD_INTERVAL == 0
+        } else if age >= LAST_YOUNG_AGE {
+            // Looks at the old page until the one at which it is read: the inverse of the stride,
+            // which is the stride itself, times what is missing from a multiple of the interval.
+            let missing = turn.wrapping_add(LAST_YOUNG_STRIDE).wrapping_neg();
+            missing.wrapping_mul(OLD_STRIDE) % REREAD_INTERVAL >= REREAD_INTERVAL - YOUNG_LOOKS
+        } else {
+            false
+        };
+        self.enabled && !changed
     }
 
     /// Follows the knobs: a page may migrate to another NUMA node unaccessed, so the hint is

@@ -14,7 +14,7 @@ pub const MAX_AGE: u8 = 15;
 const MIN_AGE: u8 = 3;
 
 /// Age from which on a page is skipped most often.
-const OLD_AGE: u8 = 9;
+pub(super) const OLD_AGE: u8 = 9;
 
 /// Skips of a page of that age.
 pub(super) const MAX_SKIPS: u8 = 8;
@@ -29,15 +29,6 @@ pub struct History {
 }
 
 impl History {
-    /// Returns whether the page has become old, but not yet as old as pages become.
-    ///
-    /// So it is at one look at least, whether that is counted in `age` yet or not: the last skips
-    /// that are fewer than [`MAX_SKIPS`] end at the age of 13.
-    #[inline]
-    pub(super) const fn grows_old(&self) -> bool {
-        self.age >= OLD_AGE && self.age < MAX_AGE
-    }
-
     /// Counts a full scan that has reached the page. Returns whether that scan skips it.
     ///
     /// A skipped page keeps its state: a candidate is still found by other pages.

@@ -101,17 +101,22 @@ static void rksm_folio_was_young(struct folio *folio)
 }
 
 /*
- * Clears the accessed bit of a page. As in ptep_clear_flush_young(), no TLB is flushed: the bit is
- * set again once the translation has left the TLBs, at the latest after rksm_flush_tlb_mm().
+ * Clears the accessed bit of a page that was accessed, in the page table. As in
+ * ptep_clear_flush_young(), no TLB is flushed: the bit is set again once the translation has left
+ * the TLBs, at the latest after rksm_flush_tlb_mm().
  */
 void rksm_pte_mkold(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep,
 		    struct folio *folio)
 {
-	bool young = ptep_test_and_clear_young(vma, addr, ptep);
+	ptep_test_and_clear_young(vma, addr, ptep);
+	rksm_folio_was_young(folio);
+}
 
-	young |= mmu_notifier_clear_young(vma->vm_mm, addr, addr + PAGE_SIZE);
-	if (young)
-		rksm_folio_was_young(folio);
+/* The same for pages in a row, in secondary MMUs: one call is dearer than the pages. */
+void rksm_secondary_mkold(struct vm_area_struct *vma, unsigned long start, unsigned long end)
+{
+	if (start < end)
+		mmu_notifier_clear_young(vma->vm_mm, start, end);
 }
 
 /*

@@ -185,6 +185,8 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
     }
     let mut ptep = first;
     let mut mapped = raw::rksm_mapped::default();
+    // Pages in a row whose accessed bits are cleared.
+    let mut old = addr..addr;
     while addr < end && !walk.batch.full() {
         // SAFETY: `ptep` points to the entry of `addr`, within this page table, whose lock is held;
         // so what is mapped stays mapped.
@@ -192,6 +194,11 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
             if raw::rksm_pte_mapped(vma, addr, ptep, &mut mapped) {
                 if walk.offer(addr, &mut mapped) && mapped.accessed {
                     raw::rksm_pte_mkold(vma, addr, ptep, mapped.folio);
+                    if old.end != addr {
+                        raw::rksm_secondary_mkold(vma, old.start, old.end);
+                        old.start = addr;
+                    }
+                    old.end = addr + PAGE_SIZE;
                 }
                 if walk.stopped {
                     break;
@@ -203,8 +210,12 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
         addr += PAGE_SIZE;
         ptep = ptep.wrapping_add(1);
     }
-    // SAFETY: Taken above. `first` and the entries after it lie in one page.
-    unsafe { raw::rksm_pte_unmap_unlock(first, ptl) };
+    // SAFETY: The pages lie in the vma, and their page table is locked. It was taken above; `first`
+    // and the entries after it lie in one page.
+    unsafe {
+        raw::rksm_secondary_mkold(vma, old.start, old.end);
+        raw::rksm_pte_unmap_unlock(first, ptl);
+    }
     walk.next = addr;
     c_int::from(walk.over())
 }

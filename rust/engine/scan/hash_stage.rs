@@ -98,7 +98,7 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
         match state {
             PageState::Tracked(tracked) => {
                 page.fingerprint = tracked.fingerprint;
-                page.history = tracked.history;
+                page.age = tracked.history.age;
             }
             // The mapping was broken by a write.
             PageState::Merged(_) => metadata.release_state(id, state),

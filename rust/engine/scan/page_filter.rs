@@ -187,7 +187,8 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
         };
         let zero = || tracked.fingerprint == Fingerprint::new(self.backend.zero_hash(), 0);
         tracked.indexed
-            && self.hint.unchanged(addr, tracked.history)
+            && self.hint.unchanged(addr, tracked.history.age)
+            && !self.cleared_ahead.contains(&addr)
             && !(self.policy.use_zero_pages && zero())
     }
 
@@ -215,7 +216,6 @@ impl<B: Backend, S: States> WalkFilter for PageFilter<'_, B, S> {
             self.summary.nr_gaps += 1;
         }
         self.summary.from = addr + PAGE_SIZE;
-        let accessed = accessed || self.cleared_ahead.contains(&addr);
         let action = match (kind, self.states.at(self.slot, addr)) {
             (PageKind::Ksm(node), Some((_, PageState::Merged(item))))
                 if self.still_maps_node(item, node, nid) =>

@@ -111,7 +111,8 @@ impl<B: Backend> Partition<B> {
                 break;
             }
         }
-        self.look_up_collected(backend, states, ctx);
+        // The changes of this walk are yet to be applied.
+        self.look_up_collected(backend, states, ctx, 1);
     }
 
     /// Walks the only partition, which has no end.
@@ -134,15 +135,16 @@ impl<B: Backend> Partition<B> {
             batch,
             &mut filter,
         );
-        self.look_up_collected(backend, states, ctx);
+        self.look_up_collected(backend, states, ctx, 0);
     }
 
-    /// Looks up what is known of the collected pages.
+    /// Looks up what is known of the collected pages. `uncounted` is added to their ages.
     fn look_up_collected(
         &mut self,
         backend: &B,
         states: &PageStates,
         ctx: &ScanContext<'_, B::Mm>,
+        uncounted: u8,
     ) {
         let mut states = states.reader();
         let batch = &self.batch;
@@ -156,7 +158,7 @@ impl<B: Backend> Partition<B> {
                 if backend.kind(batch, i) == PageKind::Plain {
                     page.page = Some(id);
                     page.fingerprint = tracked.fingerprint;
-                    page.history = tracked.history;
+                    page.age = tracked.history.age + uncounted;
                     page.read(ctx, batch, i);
                     page.status = PageStatus::Classified;
                 }

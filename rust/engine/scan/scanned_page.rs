@@ -4,7 +4,6 @@
 
 use super::super::{
     backend::Batch,
-    smart_scan::History,
     stats::Counters,
     types::{
         Fingerprint,
@@ -37,8 +36,8 @@ pub(super) struct ScannedPage {
     pub(super) domain: u32,
     /// The stable node that the index had for the fingerprint.
     pub(super) node: Option<NodeId>,
-    /// What smart scan remembers of it.
-    pub(super) history: History,
+    /// Its age, with this look counted.
+    pub(super) age: u8,
     /// The fingerprint is that of the contents since the walk collected the page.
     pub(super) rehashed: bool,
     /// The accessed bit was clear.
@@ -56,13 +55,14 @@ pub(super) struct ScannedPage {
 }
 
 impl ScannedPage {
-    /// Reads what the batch knows of page `i`, whose last fingerprint and history are set, and
+    /// Reads what the batch knows of page `i`, whose last fingerprint and age are set, and
     /// decides whether its contents are to be hashed.
     pub(super) fn read<Mm>(&mut self, ctx: &ScanContext<'_, Mm>, batch: &impl Batch, i: usize) {
         self.unaccessed =
             ctx.hint.enabled() && !batch.accessed(i) && !ctx.cleared_ahead.contains(&self.addr);
         let known = self.fingerprint != Fingerprint::NONE;
-        self.rehashed = !(known && self.unaccessed && ctx.hint.unchanged(self.addr, self.history));
+        let unchanged = ctx.hint.unchanged(self.addr, self.age.saturating_sub(1));
+        self.rehashed = !(known && self.unaccessed && unchanged);
         if !ctx.policy.merge_across_nodes {
             self.domain = batch.nid(i);
         }
