@@ -130,9 +130,15 @@ static int moved(void *arg)
 	(void)arg;
 	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api) || ioctl(uffd, UFFDIO_REGISTER, &reg))
 		return KSFT_SKIP;
-	if (ioctl(uffd, UFFDIO_MOVE, &move)) {
-		ksft_print_msg("UFFDIO_MOVE: %s\n", strerror(errno));
-		return KSFT_SKIP;
+	/* It gives up where a page or the mmap lock is in use for a moment */
+	while (ioctl(uffd, UFFDIO_MOVE, &move)) {
+		if (errno != EAGAIN)
+			die("UFFDIO_MOVE: %s", strerror(errno));
+		if (move.move > 0) {
+			move.dst += move.move;
+			move.src += move.move;
+			move.len -= move.move;
+		}
 	}
 	return pass_if(ok && exact(ZEROES - MOVED, ZEROES - MOVED) && page_holds(to, 0));
 }
