@@ -23,7 +23,8 @@ use super::types::{
     MmPin,
     NodeId,
     PageId,
-    Refusal, //
+    Refusal,
+    Refused, //
 };
 use core::ops::Range;
 
@@ -96,6 +97,8 @@ pub struct NodeMeta {
     pub prev: NodeId,
     /// Whether the content index refers to this node.
     pub head: bool,
+    /// Whether its mappings move to another node of the chain, one by one, until it is gone.
+    pub retiring: bool,
 }
 
 /// State of a stable node's page.
@@ -176,8 +179,8 @@ pub enum Merged {
         first: ItemId,
         /// rmap item of the candidate, which has been replaced by it.
         second: ItemId,
-        /// Until it was write-protected, the page may have been accessed after it was collected.
-        accessed: bool,
+        /// Hash of the KSM page, made after its contents could no longer change.
+        hash: u64,
     },
 }
 
@@ -245,6 +248,13 @@ pub trait Batch: Send + Sync {
     /// May sleep. Takes no lock. Several threads hash pages of one batch at once.
     fn hash(&self, i: usize, key: &Self::Key) -> u64;
 
+    /// Returns how many references the batch holds to a huge folio.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn huge_refs(&self, huge: HugeId) -> usize;
+
     /// Drops the batch's reference to page `i`.
     ///
     /// While it is held, any other merge of the page sees it as pinned.
@@ -261,7 +271,7 @@ pub trait Batch: Send + Sync {
     ///
     /// # Context
     ///
-    /// May sleep. Called by `before_split` of [`Merge::run`], which holds mmap lock and folio lock.
+    /// May sleep. Called by [`Merge::run`], which holds mmap lock and folio lock.
     fn release_huge_folio(&mut self, huge: HugeId, keep: Option<usize>);
 
     /// Drops all references that are still held, and empties the batch.
@@ -272,21 +282,50 @@ pub trait Batch: Send + Sync {
     fn clear(&mut self);
 }
 
+/// The references that the batches of a pass hold to huge folios.
+pub trait HugeFolioRefs {
+    /// Returns how many there are to this folio.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn count(&self, huge: HugeId) -> usize;
+
+    /// Drops them, except for one to the page that is merged.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Called by [`Merge::run`], which holds mmap lock and folio lock.
+    fn release(&mut self, huge: HugeId);
+}
+
+/// There are none.
+impl HugeFolioRefs for () {
+    fn count(&self, _: HugeId) -> usize {
+        0
+    }
+
+    fn release(&mut self, _: HugeId) {}
+}
+
 /// A merge that is ready.
 pub trait Merge {
     /// Replaces the page, or leaves it and its target unchanged; compare `try_to_merge_one_page()`.
     ///
-    /// Calls `before_split` before it splits a huge folio, so that all other references to it can
-    /// be dropped. Merges that run at the same time have different contents, and are merges of
-    /// small pages only. Other merges may be prepared and finished meanwhile.
+    /// Whatever can be known before anything changes is looked at before, in the page and in its
+    /// target: locks, references, marks, contents. In particular no huge folio is split before
+    /// that. Before a split the references of the batches to the folio are released.
+    ///
+    /// Merges that run at the same time have different contents, and no batch holds references to
+    /// a huge folio that they split. Other merges may be prepared and finished meanwhile.
     ///
     /// # Context
     ///
     /// May sleep. Takes the mmap lock of one mm at a time, then folio locks, then page table locks.
     /// Several threads run merges at once, each its own.
-    fn run(&mut self, before_split: impl FnOnce());
+    fn run(&mut self, huge: &mut impl HugeFolioRefs);
 
-    /// Runs merges of small pages, one after the other.
+    /// Runs merges one after the other. No batch holds references to huge folios that they split.
     ///
     /// # Context
     ///
@@ -295,7 +334,7 @@ pub trait Merge {
     where
         Self: 'a,
     {
-        merges.for_each(|merge| merge.run(|| ()));
+        merges.for_each(|merge| merge.run(&mut ()));
     }
 }
 
@@ -349,6 +388,13 @@ pub trait StableNodes {
     ///
     /// Any. Takes no lock.
     fn mappings(&self, node: NodeId) -> u32;
+
+    /// Returns the hash of the contents of a node's page; `None` if it is gone, or not readable.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn content_hash(&self, node: NodeId) -> Option<u64>;
 
     /// Returns whether the node's page still exists; compare `ksm_get_folio()`.
     ///
@@ -476,7 +522,8 @@ pub trait Backend: StableNodes + Sync {
     fn set_use_zero_pages(&mut self, on: bool);
 
     /// Prepares the merge of page `i` of the batch. With `nid` the target has to lie on that NUMA
-    /// node.
+    /// node. If the page is a KSM page itself, its mapping moves to the target, which is another
+    /// stable node.
     ///
     /// The batch keeps its reference to the page until [`Backend::finish`].
     ///
@@ -486,7 +533,7 @@ pub trait Backend: StableNodes + Sync {
     ///
     /// # Errors
     ///
-    /// Why the page cannot be merged. Nothing has changed.
+    /// Why the page cannot be merged, and whose fault it is. Nothing has changed.
     fn prepare(
         &mut self,
         page: PageAddr<'_, Self::Mm>,
@@ -494,7 +541,7 @@ pub trait Backend: StableNodes + Sync {
         i: usize,
         target: MergeTarget<PageAddr<'_, Self::Mm>>,
         nid: Option<u32>,
-    ) -> Result<Self::Merge, Refusal>;
+    ) -> Result<Self::Merge, Refused>;
 
     /// Records the result of a merge, and frees the objects that it has not used.
     ///
@@ -504,8 +551,9 @@ pub trait Backend: StableNodes + Sync {
     ///
     /// # Errors
     ///
-    /// Why the page was not merged. Every process reads the same contents as before.
-    fn finish(&mut self, merge: &mut Self::Merge) -> Result<Merged, Refusal>;
+    /// Why the page was not merged, and whose fault that is. Every process reads the same contents
+    /// as before.
+    fn finish(&mut self, merge: &mut Self::Merge) -> Result<Merged, Refused>;
 
     /// Creates the rmap item of a page that maps the KSM page of `node` without one, as after a
     /// fork; compare `stable_tree_append()`.

@@ -163,6 +163,15 @@ bool rksm_folio_pinned_beyond(struct folio *folio, int extra)
 	return expected != folio_ref_count(folio);
 }
 
+/*
+ * The same for a large folio: whether a split would fail for references besides `extra`. A split
+ * asks this itself, with one for its caller, but only after whoever holds others has let go.
+ */
+bool rksm_folio_held_beyond(struct folio *folio, int extra)
+{
+	return folio_expected_ref_count(folio) + extra != folio_ref_count(folio);
+}
+
 void rksm_folio_mark_dirty(struct folio *folio)
 {
 	if (!folio_test_dirty(folio))

@@ -9,6 +9,11 @@ void rksm_folio_lock(struct folio *folio)
 	folio_lock(folio);
 }
 
+bool rksm_folio_test_locked(struct folio *folio)
+{
+	return folio_test_locked(folio);
+}
+
 bool rksm_folio_trylock(struct folio *folio)
 {
 	return folio_trylock(folio);

@@ -30,9 +30,12 @@ void *rksm_walk_private(struct mm_walk *walk)
 	return walk->private;
 }
 
-/* Returns the folio of the page at `addr` with a reference, if it is anonymous memory. */
+/*
+ * Returns the folio of the page at `addr` with a reference, if it is anonymous memory, and whether
+ * the entry is protected for a userfaultfd.
+ */
 struct folio *rksm_folio_walk_get(struct vm_area_struct *vma, unsigned long addr,
-				  struct page **page, bool *accessed)
+				  struct page **page, bool *uffd)
 {
 	struct folio_walk fw;
 	struct folio *folio = folio_walk_start(&fw, vma, addr, 0);
@@ -41,8 +44,8 @@ struct folio *rksm_folio_walk_get(struct vm_area_struct *vma, unsigned long addr
 		return NULL;
 	if (folio_test_anon(folio) && !folio_is_zone_device(folio)) {
 		*page = fw.page;
-		*accessed = fw.level != FW_LEVEL_PTE || pte_young(fw.pte) ||
-			   mmu_notifier_test_young(vma->vm_mm, addr);
+		*uffd = fw.level == FW_LEVEL_PTE ? pte_uffd(fw.pte) :
+			fw.level == FW_LEVEL_PMD && pmd_uffd(fw.pmd);
 		folio_get(folio);
 	} else {
 		folio = NULL;

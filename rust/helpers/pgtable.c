@@ -48,16 +48,6 @@ bool rksm_accessed(struct vm_area_struct *vma, unsigned long addr, pte_t pte)
 	return pte_young(pte) || mmu_notifier_test_young(vma->vm_mm, addr);
 }
 
-/*
- * Whether a page may have been accessed through an entry, now invalid, since its bit was last
- * cleared. What a secondary MMU knew went with the invalidation, and KVM uses a translation without
- * setting the bit again.
- */
-bool rksm_may_be_accessed(struct mm_struct *mm, pte_t pte)
-{
-	return pte_young(pte) || mm_has_notifiers(mm);
-}
-
 /* What an entry maps. */
 struct rksm_mapped {
 	struct page *page;

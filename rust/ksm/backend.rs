@@ -18,7 +18,8 @@ use crate::engine::{
     types::{
         ItemId,
         NodeId,
-        Refusal, //
+        Refusal,
+        Refused, //
     },
 };
 use crate::{
@@ -174,34 +175,40 @@ impl Backend for StableNodes {
         i: usize,
         target: MergeTarget<PageAddr<'_, PinnedMm>>,
         nid: Option<u32>,
-    ) -> Result<Merge, Refusal> {
-        let own = batch.page(i).ok_or(Refusal::Gone)?;
+    ) -> Result<Merge, Refused> {
+        let own = batch.page(i).ok_or(Refused::Page(Refusal::Gone))?;
         let prepared = match target {
             MergeTarget::ZeroPage => Prepared::ZeroPage {
                 mm: page.mm.clone(),
                 addr: page.addr,
             },
             MergeTarget::StableNode(node) => {
-                let node = self.node(node).ok_or(Refusal::Stale)?;
-                let kfolio = self.get_folio(node).ok_or(Refusal::Stale)?;
+                let stale = Refused::Target(Refusal::Stale);
+                let node = self.node(node).ok_or(stale)?;
+                let kfolio = self.get_folio(node).ok_or(stale)?;
                 if nid.is_some_and(|nid| nid != page_nid(kfolio.page())) {
-                    return Err(Refusal::FarNode);
+                    return Err(Refused::Target(Refusal::FarNode));
                 }
                 Prepared::Join {
                     node,
                     kfolio,
-                    item: self.new_item(&page)?,
+                    item: self.new_item(&page).map_err(Refused::Page)?,
                 }
             }
             MergeTarget::Candidate(other) => {
-                let first = self.new_item(&page)?;
+                // Neither page is to blame for a lack of memory; another candidate would not help.
+                let first = self.new_item(&page).map_err(Refused::Page)?;
                 let second = self
                     .new_item(&other)
-                    .inspect_err(|_| self.discard_item(&first))?;
-                let node = self.new_node(page_nid(own) as c_int).inspect_err(|_| {
-                    self.discard_item(&first);
-                    self.discard_item(&second);
-                })?;
+                    .inspect_err(|_| self.discard_item(&first))
+                    .map_err(Refused::Page)?;
+                let node = self
+                    .new_node(page_nid(own) as c_int)
+                    .inspect_err(|_| {
+                        self.discard_item(&first);
+                        self.discard_item(&second);
+                    })
+                    .map_err(Refused::Page)?;
                 // SAFETY: The node is ours alone until a folio names it. The page is referenced.
                 unsafe { (*node.as_ptr()).kpfn = raw::rksm_page_to_pfn(own.as_ptr()) };
                 Prepared::NewNode(NewNode {
@@ -209,7 +216,9 @@ impl Backend for StableNodes {
                     first,
                     second,
                     nid,
-                    accessed: None,
+                    key: self.key.clone(),
+                    converted: false,
+                    hash: 0,
                 })
             }
         };
@@ -219,28 +228,28 @@ impl Backend for StableNodes {
             page: own,
             use_zero_pages: self.use_zero_pages,
             prepared,
-            outcome: Err(Refusal::Gone),
+            outcome: Err(Refused::Page(Refusal::Gone)),
         })
     }
 
-    fn finish(&mut self, merge: &mut Merge) -> Result<Merged, Refusal> {
+    fn finish(&mut self, merge: &mut Merge) -> Result<Merged, Refused> {
         match (&merge.prepared, merge.outcome) {
             (Prepared::ZeroPage { .. }, outcome) => outcome.map(|()| Merged::ZeroPage),
             (Prepared::Join { item, .. }, Ok(())) => Ok(Merged::Joined(self.added(item))),
-            (Prepared::Join { item, .. }, Err(refusal)) => {
+            (Prepared::Join { item, .. }, Err(refused)) => {
                 self.discard_item(item);
-                Err(refusal)
+                Err(refused)
             }
             (Prepared::NewNode(new), Ok(())) => Ok(Merged::NewNode {
                 // SAFETY: The node is in the arena.
                 node: unsafe { (*new.node.as_ptr()).id },
                 first: self.added(&new.first),
                 second: self.added(&new.second),
-                accessed: new.accessed.unwrap_or(true),
+                hash: new.hash,
             }),
-            (Prepared::NewNode(new), Err(refusal)) => {
+            (Prepared::NewNode(new), Err(refused)) => {
                 self.discard_item(&new.second);
-                if new.accessed.is_some() {
+                if new.converted {
                     self.added(&new.first);
                     self.unmerge_first(&new.first);
                 } else {
@@ -248,7 +257,7 @@ impl Backend for StableNodes {
                     // SAFETY: The node is in the arena.
                     self.discard_node(unsafe { (*new.node.as_ptr()).id });
                 }
-                Err(refusal)
+                Err(refused)
             }
         }
     }

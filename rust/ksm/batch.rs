@@ -249,6 +249,16 @@ impl backend::Batch for Batch {
         })
     }
 
+    fn huge_refs(&self, huge: HugeId) -> usize {
+        let huge = huge.0 as *mut raw::folio;
+        let holds = |entry: &&Collected| {
+            // SAFETY: The page is referenced by the invariant.
+            let of = |page: NonNull<raw::page>| unsafe { raw::rksm_page_folio(page.as_ptr()) };
+            entry.holds_ref && entry.page.is_some_and(|page| of(page) == huge)
+        };
+        self.entries.iter().filter(holds).count()
+    }
+
     fn release(&mut self, i: usize) {
         let Some(entry) = self.entries.get_mut(i) else {
             return;

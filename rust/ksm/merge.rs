@@ -5,9 +5,15 @@
 use crate::engine::{
     backend::{
         self,
+        HugeFolioRefs,
+        HugeId,
         StableNodes as _, //
     },
-    types::Refusal, //
+    content_hash::ContentKey,
+    types::{
+        Refusal,
+        Refused, //
+    }, //
 };
 use crate::{
     bindings::raw,
@@ -32,6 +38,7 @@ use crate::{
         },
         replace_pte::{
             self,
+            MappedVma,
             PteReplacement, //
         },
         stable_nodes::StableNodes,
@@ -41,7 +48,8 @@ use crate::{
 use core::ptr::NonNull;
 use kernel::{
     mm::virt::VmaRef,
-    prelude::*, //
+    prelude::*,
+    sync::Arc, //
 };
 
 /// Finds the mergeable vma at an address and calls `f` with it, under the mmap lock.
@@ -71,7 +79,7 @@ pub(crate) struct Merge {
     pub(super) page: NonNull<raw::page>,
     pub(super) use_zero_pages: bool,
     pub(super) prepared: Prepared,
-    pub(super) outcome: Result<(), Refusal>,
+    pub(super) outcome: Result<(), Refused>,
 }
 
 // SAFETY: All pointers are to objects of the kernel that any thread may use.
@@ -127,53 +135,54 @@ impl Merge {
     }
 
     /// Runs a merge that needs only the mmap lock of one mm, which is held.
-    fn run_in(&mut self, vmas: &mut Vmas<'_>, before_split: impl FnOnce()) {
+    fn run_in(&mut self, vmas: &mut Vmas<'_>, huge: &mut impl HugeFolioRefs) {
         let (trace, page, use_zero_pages) = (self.trace, self.page, self.use_zero_pages);
         match &self.prepared {
             Prepared::ZeroPage { mm, addr } => {
-                self.outcome = vmas.at(*addr).and_then(|place| {
-                    replace_pte::share(
-                        place.live,
-                        place.vma,
-                        *addr,
-                        page,
-                        &PteReplacement::ZeroPage,
-                        use_zero_pages,
-                        before_split,
-                    )
-                    .map(|_| ())
-                });
+                let target = PteReplacement::ZeroPage;
+                let share = |place| {
+                    replace_pte::share(place, *addr, page, &target, huge, 0, use_zero_pages)
+                };
+                let result = vmas.at(*addr).and_then(share);
                 // SAFETY: The zero page is always there.
                 let pfn = unsafe { raw::rksm_zero_pfn() };
-                trace.merge_one_page(pfn, 0, mm.as_mm(), outcome(&self.outcome));
+                trace.merge_one_page(pfn, 0, mm.as_mm(), outcome(&result));
+                self.outcome = result.map_err(charge);
             }
             Prepared::Join { node, kfolio, item } => {
                 let merged = MergedPage {
                     node: *node,
                     kfolio,
                 };
-                self.outcome = vmas.at(item.addr()).and_then(|place| {
-                    share_with(place, page, merged, item, use_zero_pages, before_split)
-                });
+                let result = vmas
+                    .at(item.addr())
+                    .and_then(|place| {
+                        share_with(place, page, merged, item, huge, 0, use_zero_pages)
+                    });
                 let kpage = kfolio.page().as_ptr();
-                trace_merge(trace, page, kpage, item, &self.outcome);
+                trace_merge(trace, page, kpage, item, &result);
+                self.outcome = result.map_err(charge);
             }
             Prepared::NewNode(_) => {}
         }
     }
 
     /// Merges two pages, neither of which is a merged page yet.
-    fn run_new_node(&mut self, before_split: impl FnOnce()) {
+    fn run_new_node(&mut self, huge: &mut impl HugeFolioRefs) {
         let (trace, page, use_zero_pages) = (self.trace, self.page, self.use_zero_pages);
         let Prepared::NewNode(new) = &mut self.prepared else {
             return;
         };
         let first = new
-            .look(page)
+            .check_both(page, huge, use_zero_pages)
             // This splits a huge page; the first page keeps its frame.
-            .and_then(|()| new.share_first(page, use_zero_pages, before_split));
+            .and_then(|()| {
+                new.share_first(page, huge, use_zero_pages)
+                    .map_err(Refused::Page)
+            });
         let kpage = core::ptr::null_mut();
-        trace_merge(trace, page, kpage, &new.first, &first);
+        let traced = first.map_err(Refused::reason);
+        trace_merge(trace, page, kpage, &new.first, &traced);
         self.outcome = first.and_then(|()| {
             // SAFETY: The batch's reference keeps the page; it is a small folio now.
             let kfolio = unsafe {
@@ -182,19 +191,23 @@ impl Merge {
                 FolioRef::from_raw(NonNull::new_unchecked(folio))
             };
             race_window::sleep();
-            new.share_second(&kfolio, use_zero_pages, trace)
+            let second = new.share_second(&kfolio, trace, huge, use_zero_pages);
+            second.map_err(Refused::Target)?;
+            // SAFETY: The page is referenced.
+            new.hash = unsafe { page::content_hash(&new.key, page) };
+            Ok(())
         });
     }
 }
 
 impl backend::Merge for Merge {
-    fn run(&mut self, before_split: impl FnOnce()) {
+    fn run(&mut self, huge: &mut impl HugeFolioRefs) {
         match self.only_mm().cloned() {
             Some(mm) => {
                 let guard = mm.mmap_read_lock();
-                self.run_in(&mut Vmas::new(&guard), before_split);
+                self.run_in(&mut Vmas::new(&guard), huge);
             }
-            None => self.run_new_node(before_split),
+            None => self.run_new_node(huge),
         }
     }
 
@@ -203,12 +216,12 @@ impl backend::Merge for Merge {
         let mut merges = merges.peekable();
         while let Some(first) = merges.next() {
             let Some(mm) = first.only_mm().cloned() else {
-                first.run_new_node(|| ());
+                first.run_new_node(&mut ());
                 continue;
             };
             let guard = mm.mmap_read_lock();
             let mut vmas = Vmas::new(&guard);
-            first.run_in(&mut vmas, || ());
+            first.run_in(&mut vmas, &mut ());
             let same = |merge: &&'a mut Self| {
                 let other = merge.only_mm().map(PinnedMm::as_ptr);
                 other == Some(mm.as_ptr()) && !mm.mmap_lock_is_contended()
@@ -216,7 +229,7 @@ impl backend::Merge for Merge {
             while let Some(next) = merges.next_if(same) {
                 // SAFETY: May sleep: no spinlock is held.
                 unsafe { raw::rksm_cond_resched() };
-                next.run_in(&mut vmas, || ());
+                next.run_in(&mut vmas, &mut ());
             }
         }
     }
@@ -228,16 +241,66 @@ pub(super) struct NewNode {
     pub(super) first: UnlinkedItem,
     pub(super) second: UnlinkedItem,
     pub(super) nid: Option<u32>,
-    /// Set once the first page has become the merged page: whether it may have been accessed since
-    /// a walk collected it.
-    pub(super) accessed: Option<bool>,
+    pub(super) key: Arc<ContentKey>,
+    /// The first page has become the merged page.
+    pub(super) converted: bool,
+    /// The hash of the merged page, once both have been merged.
+    pub(super) hash: u64,
 }
 
-/// A vma of a live mm whose mmap lock is held.
-#[derive(Clone, Copy)]
-struct MappedVma<'a> {
-    live: LiveMm<'a>,
-    vma: &'a VmaRef,
+/// Charges the refusal of a merge with the zero page or a merged page.
+fn charge(refusal: Refusal) -> Refused {
+    match refusal {
+        Refusal::Busy | Refusal::Same | Refusal::Differs => Refused::Target(refusal),
+        _ => Refused::Page(refusal),
+    }
+}
+
+/// Checks the page of the batch for all that shows without a look at its entry.
+fn check_first(page: NonNull<raw::page>, huge: &impl HugeFolioRefs) -> Result<(), Refusal> {
+    // SAFETY: The batch's reference keeps the page.
+    unsafe {
+        let folio = raw::rksm_page_folio(page.as_ptr());
+        if !raw::rksm_folio_mergeable(folio) || raw::rksm_folio_test_ksm(folio) {
+            return Err(Refusal::Gone);
+        }
+        if !raw::rksm_folio_test_large(folio) && !raw::rksm_page_anon_exclusive(page.as_ptr()) {
+            // Who holds a page that is read-only does not matter.
+            return Ok(());
+        }
+        check_holders(page, huge, 0)
+    }
+}
+
+/// Checks that nobody holds a page who would keep it from being merged. `guards` of the references
+/// to it are ours, besides those of `huge`.
+///
+/// # Safety
+///
+/// The page is referenced.
+unsafe fn check_holders(
+    page: NonNull<raw::page>,
+    huge: &impl HugeFolioRefs,
+    guards: usize,
+) -> Result<(), Refusal> {
+    // SAFETY: By the contract.
+    unsafe {
+        let folio = raw::rksm_page_folio(page.as_ptr());
+        if raw::rksm_folio_test_locked(folio) {
+            return Err(Refusal::Locked);
+        }
+        if !raw::rksm_folio_test_large(folio) {
+            return match raw::rksm_folio_pinned_beyond(folio, 1) {
+                true => Err(Refusal::Pinned),
+                false => Ok(()),
+            };
+        }
+        let extra = (huge.count(HugeId(folio as usize)) + guards) as c_int;
+        match raw::rksm_folio_held_beyond(folio, extra) {
+            true => Err(Refusal::Unsplit),
+            false => Ok(()),
+        }
+    }
 }
 
 /// A merged page: its node and its folio.
@@ -253,8 +316,9 @@ fn share_with(
     page: NonNull<raw::page>,
     merged: MergedPage<'_>,
     item: &UnlinkedItem,
+    huge: &mut impl HugeFolioRefs,
+    guards: usize,
     use_zero_pages: bool,
-    before_split: impl FnOnce(),
 ) -> Result<(), Refusal> {
     let MergedPage { node, kfolio } = merged;
     if kfolio.page() == page {
@@ -269,15 +333,8 @@ fn share_with(
     item.set_anon_vma(place.vma)?;
     race_window::sleep();
     let target = PteReplacement::KsmPage(kfolio);
-    replace_pte::share(
-        place.live,
-        place.vma,
-        item.addr(),
-        page,
-        &target,
-        use_zero_pages,
-        before_split,
-    )?;
+    let addr = item.addr();
+    replace_pte::share(place, addr, page, &target, huge, guards, use_zero_pages)?;
     race_window::sleep();
     // SAFETY: The node's folio is locked, and names it, so that the node is there.
     unsafe { item.link(node, Some(&lock)) };
@@ -285,31 +342,91 @@ fn share_with(
 }
 
 impl NewNode {
-    /// Checks the other page first: most refusals show here, before anything has been changed.
-    fn look(&self, page: NonNull<raw::page>) -> Result<(), Refusal> {
+    /// Checks both pages, and splits the huge page that the second is part of: all that can be
+    /// known shows here, before either page has been changed.
+    ///
+    /// The entry of the first page is looked at here only if its page does not go first.
+    fn check_both(
+        &self,
+        page: NonNull<raw::page>,
+        huge: &mut impl HugeFolioRefs,
+        use_zero_pages: bool,
+    ) -> Result<(), Refused> {
+        check_first(page, huge).map_err(Refused::Page)?;
+        let split = self.with_second(|_, held| self.check_second(page, held, huge));
+        if split.map_err(Refused::Target)? {
+            self.check_first_entry(page).map_err(Refused::Page)?;
+            // The page may be another one by now.
+            let split =
+                self.with_second(|vma, held| match self.check_second(page, held, huge)? {
+                    true => {
+                    let addr = self.second.addr();
+                    replace_pte::split(place, addr, held.page(), huge, 1, use_zero_pages)
+                },
+                    false => Ok(()),
+                });
+            split.map_err(Refused::Target)?;
+        }
+        Ok(())
+    }
+
+    /// Checks the entry of the first page.
+    fn check_first_entry(&self, page: NonNull<raw::page>) -> Result<(), Refusal> {
+        let addr = self.first.addr();
+        in_vma(self.first.mm(), addr, |_, vma| {
+            match page::page_at(vma, addr) {
+                Some(held) if held.page() == page => match held.uffd() {
+                    true => Err(Refusal::Userfault),
+                    false => Ok(()),
+                },
+                _ => Err(Refusal::Gone),
+            }
+        })
+    }
+
+    /// Calls `f` with the second page, under the mmap lock of its mm.
+    fn with_second<R>(
+        &self,
+        f: impl FnOnce(MappedVma<'_>, &page::PageGuard) -> Result<R, Refusal>,
+    ) -> Result<R, Refusal> {
         let addr = self.second.addr();
-        in_vma(self.second.mm(), addr, |_, vma| {
-            let held = page::page_at(vma, addr).ok_or(Refusal::Gone)?;
-            let second = held.page();
-            if second == page {
-                return Err(Refusal::Same);
-            }
-            if held.is_ksm() {
-                return Err(Refusal::Gone);
-            }
-            if self.nid.is_some_and(|nid| nid != page_nid(second)) {
-                return Err(Refusal::FarNode);
-            }
-            // The second page is pinned: merging the first would have to be undone.
-            if held.is_pinned() {
-                return Err(Refusal::Pinned);
-            }
-            // A page that has not been accessed since it became a candidate still has the same
-            // contents.
-            if held.accessed() && !replace_pte::pages_identical(page, second) {
-                return Err(Refusal::Differs);
-            }
-            Ok(())
+        in_vma(self.second.mm(), addr, |live, vma| {
+            let place = MappedVma { live, vma };
+            f(place, &page::page_at(vma, addr).ok_or(Refusal::Gone)?)
+        })
+    }
+
+    /// Checks the second page. Returns whether it is part of a huge page that the first page is no
+    /// part of.
+    fn check_second(
+        &self,
+        page: NonNull<raw::page>,
+        held: &page::PageGuard,
+        huge: &impl HugeFolioRefs,
+    ) -> Result<bool, Refusal> {
+        let second = held.page();
+        if second == page {
+            return Err(Refusal::Same);
+        }
+        if held.is_ksm() {
+            return Err(Refusal::Gone);
+        }
+        if self.nid.is_some_and(|nid| nid != page_nid(second)) {
+            return Err(Refusal::FarNode);
+        }
+        if held.uffd() {
+            return Err(Refusal::Userfault);
+        }
+        // SAFETY: `held` references the page.
+        unsafe { check_holders(second, huge, 1) }?;
+        if !replace_pte::pages_identical(page, second) {
+            return Err(Refusal::Differs);
+        }
+        // SAFETY: Both pages are referenced.
+        Ok(unsafe {
+            let folio = raw::rksm_page_folio(second.as_ptr());
+            // If both are of one huge page, it is split for the first.
+            raw::rksm_folio_test_large(folio) && folio != raw::rksm_page_folio(page.as_ptr())
         })
     }
 
@@ -317,11 +434,11 @@ impl NewNode {
     fn share_first(
         &mut self,
         page: NonNull<raw::page>,
+        huge: &mut impl HugeFolioRefs,
         use_zero_pages: bool,
-        before_split: impl FnOnce(),
     ) -> Result<(), Refusal> {
         let (node, addr) = (self.node, self.first.addr());
-        let accessed = in_vma(self.first.mm(), addr, |live, vma| {
+        in_vma(self.first.mm(), addr, |live, vma| {
             self.first.set_anon_vma(vma)?;
             race_window::sleep();
             // The item must be on the node before a folio names the node: rmap walks follow it
@@ -329,13 +446,15 @@ impl NewNode {
             // SAFETY: The node is in its arena, and no folio names it.
             unsafe { self.first.link(node, None) };
             let target = PteReplacement::InPlace(StableNode::mapping(node));
-            replace_pte::share(live, vma, addr, page, &target, use_zero_pages, before_split)
-                .inspect_err(|_| {
+            let place = MappedVma { live, vma };
+            replace_pte::share(place, addr, page, &target, huge, 0, use_zero_pages).inspect_err(
+                |_| {
                     // SAFETY: Both are in their arenas, and no folio names the node.
                     let _ = unsafe { StableNode::pop(node) };
-                })
+                },
+            )
         })?;
-        self.accessed = Some(accessed);
+        self.converted = true;
         Ok(())
     }
 
@@ -343,8 +462,9 @@ impl NewNode {
     fn share_second(
         &self,
         kfolio: &FolioRef,
-        use_zero_pages: bool,
         trace: Trace,
+        huge: &mut impl HugeFolioRefs,
+        use_zero_pages: bool,
     ) -> Result<(), Refusal> {
         let (node, addr) = (self.node, self.second.addr());
         in_vma(self.second.mm(), addr, |live, vma| {
@@ -358,7 +478,7 @@ impl NewNode {
             }
             let place = MappedVma { live, vma };
             let merged = MergedPage { node, kfolio };
-            let result = share_with(place, page, merged, &self.second, use_zero_pages, || {});
+            let result = share_with(place, page, merged, &self.second, huge, 1, use_zero_pages);
             let kpage = kfolio.page().as_ptr();
             trace_merge(trace, page, kpage, &self.second, &result);
             result

@@ -55,7 +55,7 @@ use kernel::{
 /// The built-in keeps its tree links in the bytes before `hlist`; only its own scanner reads them.
 #[repr(C)]
 pub(super) struct StableNode {
-    /// Fingerprint, and [`HEAD`].
+    /// Fingerprint, [`HEAD`] and [`RETIRING`].
     pub(super) content: u64,
     pub(super) next: NodeId,
     pub(super) prev: NodeId,
@@ -71,8 +71,11 @@ pub(super) struct StableNode {
 /// Where a [`StableNode`] begins in a `struct ksm_stable_node`.
 const NODE_SKIP: usize = 16;
 
-/// The node is the head of its ring.
+/// The node is the head of its chain.
 pub(super) const HEAD: u64 = 1 << 63;
+
+/// The node's mappings move to another node of the chain.
+pub(super) const RETIRING: u64 = 1 << 62;
 
 /// A mapping of a merged page: `struct ksm_rmap_item` from its second word to `hlist.next`.
 ///
@@ -98,7 +101,7 @@ const _: () = {
     /// Where an [`RmapItem`] begins in a `struct ksm_rmap_item`.
     const ITEM_SKIP: usize = 8;
     assert!(size_of::<StableNode>() == 48 && size_of::<RmapItem>() == 48);
-    assert!(Fingerprint::BITS < u64::BITS);
+    assert!(Fingerprint::BITS < RETIRING.trailing_zeros());
     assert!(
         NODE_SKIP + offset_of!(StableNode, hlist) == offset_of!(layout::ksm_stable_node, hlist)
     );

@@ -101,7 +101,7 @@ pub(super) unsafe fn candidate_folio(page: NonNull<raw::page>) -> Option<NonNull
 /// Owns one reference to the page's folio.
 pub(crate) struct PageGuard {
     page: NonNull<raw::page>,
-    accessed: bool,
+    uffd: bool,
 }
 
 impl PageGuard {
@@ -123,13 +123,13 @@ impl PageGuard {
         core::mem::ManuallyDrop::new(self).page
     }
 
-    /// Returns whether the page may have been accessed since a walk last cleared its accessed bit.
+    /// Returns whether the entry that maps the page was protected for a userfaultfd.
     ///
     /// # Context
     ///
     /// Any.
-    pub(crate) fn accessed(&self) -> bool {
-        self.accessed
+    pub(crate) fn uffd(&self) -> bool {
+        self.uffd
     }
 
     /// Returns whether the page is a merged page.
@@ -140,20 +140,6 @@ impl PageGuard {
     pub(crate) fn is_ksm(&self) -> bool {
         // SAFETY: By the invariant the page's folio is referenced.
         unsafe { raw::rksm_folio_test_ksm(raw::rksm_page_folio(self.page.as_ptr())) }
-    }
-
-    /// Returns whether the page is a small one to which somebody else holds a reference, so that it
-    /// cannot be replaced.
-    ///
-    /// # Context
-    ///
-    /// Any. The answer can change at any time.
-    pub(crate) fn is_pinned(&self) -> bool {
-        // SAFETY: By the invariant the page's folio is referenced.
-        unsafe {
-            let folio = raw::rksm_page_folio(self.page.as_ptr());
-            !raw::rksm_folio_test_large(folio) && raw::rksm_folio_pinned_beyond(folio, 1)
-        }
     }
 }
 
@@ -171,15 +157,15 @@ impl Drop for PageGuard {
 ///
 /// May sleep. The mmap lock is held. Takes the page table lock, and releases it.
 pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<PageGuard> {
-    let (mut page, mut accessed) = (core::ptr::null_mut(), true);
+    let (mut page, mut uffd) = (core::ptr::null_mut(), false);
     // SAFETY: The vma is valid, its mm's lock is held, and `addr` lies in it.
     let folio =
-        unsafe { raw::rksm_folio_walk_get(vma.as_ptr().cast(), addr, &mut page, &mut accessed) };
+        unsafe { raw::rksm_folio_walk_get(vma.as_ptr().cast(), addr, &mut page, &mut uffd) };
     if folio.is_null() {
         return None;
     }
     // INVARIANT: The shim has taken a reference to the folio of the page.
-    NonNull::new(page).map(|page| PageGuard { page, accessed })
+    NonNull::new(page).map(|page| PageGuard { page, uffd })
 }
 
 /// Returns the first address in `start..end` of `vma` where a merged page or a KSM-placed zero page

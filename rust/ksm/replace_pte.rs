@@ -14,7 +14,13 @@
 //! `mmap_lock` (read) of one mm, then the folio lock (trylock), then mmu notifiers (may sleep),
 //! then the page table lock.
 
-use crate::engine::types::Refusal;
+use crate::engine::{
+    backend::{
+        HugeFolioRefs,
+        HugeId, //
+    },
+    types::Refusal, //
+};
 use crate::{
     bindings::raw,
     kernel_ext::{
@@ -40,8 +46,16 @@ use crate::{
 use core::ptr::NonNull;
 use kernel::{
     mm::virt::VmaRef,
-    page::PAGE_SIZE, //
+    page::PAGE_SIZE,
+    prelude::*, //
 };
+
+/// A vma of a live mm whose mmap lock is held.
+#[derive(Clone, Copy)]
+pub(super) struct MappedVma<'a> {
+    pub(super) live: LiveMm<'a>,
+    pub(super) vma: &'a VmaRef,
+}
 
 /// What a page is to be replaced by.
 pub(crate) enum PteReplacement<'a> {
@@ -83,33 +97,83 @@ fn is_poisoned(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
 
 /// Shares the page at `addr` of `vma`: see the module's documentation.
 ///
-/// The caller holds one reference to `page`. Before a huge page is split, which needs that this
-/// reference be the only one beside its mappings, `before_split` is called. What the split does
-/// with pages of zeroes is made to fit `use_zero_pages`.
+/// The caller holds one reference to `page`: one of `huge` if `guards` is 0, else another. A huge
+/// page is split first, which needs that this reference be the only one beside its mappings.
 ///
-/// Returns whether the page may have been accessed since a walk collected it.
+/// A merged page can be replaced by another one only.
 ///
 /// # Context
 ///
-/// May sleep. The mmap lock of `mm` is held for reading. Tries the folio lock, calls mmu notifiers
-/// and takes the page table lock.
+/// May sleep. The mmap lock of the mm is held for reading. Tries the folio lock, calls mmu
+/// notifiers and takes the page table lock.
 ///
 /// # Errors
 ///
 /// The mapping is what it was.
-pub(crate) fn share(
-    mm: LiveMm<'_>,
-    vma: &VmaRef,
+pub(super) fn share(
+    place: MappedVma<'_>,
     addr: usize,
     page: NonNull<raw::page>,
     target: &PteReplacement<'_>,
+    huge: &mut impl HugeFolioRefs,
+    guards: usize,
     use_zero_pages: bool,
-    before_split: impl FnOnce(),
-) -> Result<bool, Refusal> {
+) -> Result<(), Refusal> {
+    with_folio_locked(page, target, use_zero_pages, |split| {
+        // SAFETY: The page is referenced, and its folio locked.
+        if unsafe { raw::rksm_folio_test_large(raw::rksm_page_folio(page.as_ptr())) } {
+            // A huge page is worth more whole: split it only for contents that match.
+            if !matches_target(page, target) {
+                return Err(Refusal::Differs);
+            }
+            *split = Some(split_locked(place, addr, page, huge, guards)?);
+        }
+        share_locked(place.live, place.vma, addr, page, target)
+    })
+}
+
+/// Splits the huge page that a page is part of, whose contents match: see [`share`].
+///
+/// # Context
+///
+/// May sleep. The mmap lock of the mm is held for reading. Tries the folio lock.
+///
+/// # Errors
+///
+/// The page is not mapped any more, or part of the huge page still.
+pub(super) fn split(
+    place: MappedVma<'_>,
+    addr: usize,
+    page: NonNull<raw::page>,
+    huge: &mut impl HugeFolioRefs,
+    guards: usize,
+    use_zero_pages: bool,
+) -> Result<(), Refusal> {
+    let any = PteReplacement::ZeroPage;
+    with_folio_locked(page, &any, use_zero_pages, |split| {
+        *split = Some(split_locked(place, addr, page, huge, guards)?);
+        Ok(())
+    })?;
+    // A split replaces pages of zeroes.
+    match page::page_at(place.vma, addr) {
+        Some(held) if held.page() == page => Ok(()),
+        _ => Err(Refusal::Gone),
+    }
+}
+
+/// Calls `f` with the folio of a referenced page locked. `f` may split the folio, and then says
+/// where that was mapped: the lock passes to the small folio of the page, and what the split does
+/// with pages of zeroes is made to fit `use_zero_pages`.
+fn with_folio_locked<'g>(
+    page: NonNull<raw::page>,
+    target: &PteReplacement<'_>,
+    use_zero_pages: bool,
+    f: impl FnOnce(&mut Option<HugeMappings<'g>>) -> Result<(), Refusal>,
+) -> Result<(), Refusal> {
     // SAFETY: The page is referenced.
     let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
     // SAFETY: The folio is referenced through its page.
-    if !unsafe { raw::rksm_folio_mergeable(folio) && !raw::rksm_folio_test_ksm(folio) } {
+    if !unsafe { raw::rksm_folio_mergeable(folio) } || is_merged(page, target) {
         return Err(Refusal::Gone);
     }
     // SAFETY: The folio is referenced through its page.
@@ -122,36 +186,56 @@ pub(crate) fn share(
         return Err(Refusal::Busy);
     }
     let mut split = None;
-    // SAFETY: The folio is referenced and locked.
-    let result = if unsafe { raw::rksm_folio_test_large(folio) } {
-        // A huge page is worth more whole: split it only for contents that match.
-        if !matches_target(page, target) {
-            // SAFETY: Locked above.
-            unsafe { raw::rksm_folio_unlock(folio) };
-            return Err(Refusal::Differs);
-        }
-        let mappings = HugeMappings::find(mm, addr, page).inspect_err(|_| {
-            // SAFETY: Locked above.
-            unsafe { raw::rksm_folio_unlock(folio) };
-        })?;
-        before_split();
-        // SAFETY: The folio of `page` is referenced and locked. On success the lock and the
-        // reference pass to the small folio of `page`.
-        if unsafe { raw::rksm_split_huge_page(page.as_ptr()) } == 0 {
-            split = Some(mappings);
-            share_locked(mm, vma, addr, page, target)
-        } else {
-            Err(Refusal::Unsplit)
-        }
-    } else {
-        share_locked(mm, vma, addr, page, target)
-    };
+    let result = f(&mut split);
     // SAFETY: The folio of `page` is locked by us, before and after a split.
     unsafe { raw::rksm_folio_unlock(raw::rksm_page_folio(page.as_ptr())) };
     if let Some(mappings) = split {
         mappings.take_back_zero_pages(use_zero_pages);
     }
     result
+}
+
+/// Returns whether a referenced page is a merged page that cannot be replaced by `target`.
+fn is_merged(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
+    // SAFETY: The page is referenced.
+    let ksm = unsafe { raw::rksm_folio_test_ksm(raw::rksm_page_folio(page.as_ptr())) };
+    ksm && !matches!(target, PteReplacement::KsmPage(_))
+}
+
+/// [`split`] for a folio that is locked.
+///
+/// Looks at everything that can be known before the references of `huge` are given up.
+fn split_locked<'g>(
+    place: MappedVma<'g>,
+    addr: usize,
+    page: NonNull<raw::page>,
+    huge: &mut impl HugeFolioRefs,
+    guards: usize,
+) -> Result<HugeMappings<'g>, Refusal> {
+    let held = page::page_at(place.vma, addr).ok_or(Refusal::Gone)?;
+    if held.page() != page {
+        return Err(Refusal::Gone);
+    }
+    if held.uffd() {
+        return Err(Refusal::Userfault);
+    }
+    drop(held);
+    // SAFETY: The page is referenced.
+    let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
+    let id = HugeId(folio as usize);
+    let extra = (huge.count(id) + guards) as c_int;
+    // SAFETY: The folio is referenced and locked.
+    if unsafe { raw::rksm_folio_held_beyond(folio, extra) } {
+        return Err(Refusal::Unsplit);
+    }
+    let mappings = HugeMappings::find(place.live, addr, page)?;
+    huge.release(id);
+    // SAFETY: The folio of `page` is referenced and locked. On success the lock and the reference
+    // pass to the small folio of `page`.
+    match unsafe { raw::rksm_split_huge_page(page.as_ptr()) } {
+        0 => Ok(mappings),
+        _ => Err(Refusal::Unsplit),
+    }
 }
 
 /// [`share`] for a small folio that is locked.
@@ -161,11 +245,11 @@ fn share_locked(
     addr: usize,
     page: NonNull<raw::page>,
     target: &PteReplacement<'_>,
-) -> Result<bool, Refusal> {
+) -> Result<(), Refusal> {
     // SAFETY: The page is referenced, and small.
     let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
-    // SAFETY: The folio is referenced; it may have become a merged page while it was not locked.
-    if unsafe { raw::rksm_folio_test_ksm(folio) } {
+    // It may have become a merged page while it was not locked.
+    if is_merged(page, target) {
         return Err(Refusal::Gone);
     }
     // SAFETY: The page is referenced and its folio locked.
@@ -241,8 +325,7 @@ fn share_locked(
             }
         }
     }
-    // SAFETY: The mm is live.
-    Ok(unsafe { raw::rksm_may_be_accessed(mm.mm().as_ptr(), entry) })
+    Ok(())
 }
 
 /// Unshares merged pages in `start..end` of a vma, at most `faults` of them.

@@ -40,7 +40,8 @@ use crate::{
             RmapItem,
             StableNode,
             UnlinkedItem,
-            HEAD, //
+            HEAD,
+            RETIRING, //
         },
         page,
         trace::Trace, //
@@ -384,16 +385,18 @@ impl backend::StableNodes for StableNodes {
             next,
             prev,
             head: content & HEAD != 0,
+            retiring: content & RETIRING != 0,
         })
     }
 
     fn set_meta(&mut self, node: NodeId, meta: NodeMeta) {
         let Some(node) = self.node(node) else { return };
         let head = if meta.head { HEAD } else { 0 };
+        let retiring = if meta.retiring { RETIRING } else { 0 };
         // SAFETY: The node is in the arena; only the engine, whose lock is held, accesses these
         // fields.
         unsafe {
-            (*node.as_ptr()).content = meta.fingerprint.to_bits() | head;
+            (*node.as_ptr()).content = meta.fingerprint.to_bits() | head | retiring;
             (*node.as_ptr()).next = meta.next;
             (*node.as_ptr()).prev = meta.prev;
         }
@@ -420,6 +423,16 @@ impl backend::StableNodes for StableNodes {
             // length.
             unsafe { (*node.as_ptr()).rmap_hlist_len as u32 }
         })
+    }
+
+    fn content_hash(&self, node: NodeId) -> Option<u64> {
+        let folio = self.get_folio(self.node(node)?)?;
+        // SAFETY: The folio is referenced. The contents of a merged page do not change; poison must
+        // not be read.
+        unsafe {
+            (!raw::rksm_folio_poisoned(folio.as_ptr()))
+                .then(|| page::content_hash(&self.key, folio.page()))
+        }
     }
 
     fn state(&self, node: NodeId) -> NodeState {

@@ -289,7 +289,7 @@ impl Ksm {
         if state
             .engine
             .metadata
-            .prune(count.clamp(PRUNE_MIN, PRUNE_MAX))
+            .prune(count.clamp(PRUNE_MIN, PRUNE_MAX), knobs.max_page_sharing)
             && !idle
         {
             let pause = i64::from(knobs.stable_node_chains_prune_millisecs) * 1_000_000;

@@ -14,6 +14,7 @@ use super::super::{
     },
     stats::Counters,
     types::{
+        Fingerprint,
         NodeId,
         SlotId, //
     },
@@ -58,7 +59,7 @@ impl<B: Backend> Metadata<B> {
 
     /// Checks the stable nodes against index and counters. Returns the number of rmap items.
     fn check_nodes(&mut self, in_index: usize) -> Result<u64, &'static str> {
-        let (mut heads, mut in_chains, mut alone) = (0, 0, 0);
+        let (mut heads, mut in_chains, mut alone, mut retiring) = (0, 0, 0, 0);
         let mut found = Counters::default();
         let mut at = None;
         while let Some(node) = self.backend.next(at) {
@@ -74,6 +75,8 @@ impl<B: Backend> Metadata<B> {
                     found.pages_sharing += mappings - 1;
                 }
             }
+            self.check_content(node, meta)?;
+            retiring += usize::from(meta.retiring);
             if meta.head {
                 let size = self.check_chain(node, meta)?;
                 heads += 1;
@@ -93,6 +96,9 @@ impl<B: Backend> Metadata<B> {
         if in_chains + alone != self.backend.count() {
             return Err("engine: not every node is in one chain with a head");
         }
+        if retiring != self.retiring {
+            return Err("engine: retiring nodes are counted wrongly");
+        }
         if heads != in_index {
             return Err("engine: the index has a node that is no head");
         }
@@ -110,6 +116,22 @@ impl<B: Backend> Metadata<B> {
         Ok(found.pages_shared + found.pages_sharing)
     }
 
+    /// Checks that a node is where a search for its contents finds it.
+    fn check_content(&self, node: NodeId, meta: NodeMeta) -> Result<(), &'static str> {
+        if meta.fingerprint == Fingerprint::NONE {
+            return Ok(());
+        }
+        let Some(hash) = self.backend.content_hash(node) else {
+            return Ok(());
+        };
+        let domains = [0, self.backend.nid(node)];
+        let right = |domain| Fingerprint::new(hash, domain) == meta.fingerprint;
+        match domains.into_iter().any(right) {
+            true => Ok(()),
+            false => Err("engine: a node does not stand under the hash of its page"),
+        }
+    }
+
     /// Checks the chain of a head. Returns its number of nodes.
     fn check_chain(&self, head: NodeId, meta: NodeMeta) -> Result<usize, &'static str> {
         let of_content = |entry: &Entry| match entry {
@@ -121,6 +143,9 @@ impl<B: Backend> Metadata<B> {
         let mut indexed = self.index.find(meta.fingerprint).filter(of_content);
         if indexed.next() != Some(Entry::Stable(head)) || indexed.next().is_some() {
             return Err("engine: the index has not just the head for a content");
+        }
+        if meta.retiring {
+            return Err("engine: a head retires");
         }
         let (mut size, mut last, mut node) = (1, head, meta.next);
         while node != head {

@@ -47,7 +47,7 @@ pub(super) const CANDIDATE_TRIES: u8 = 4;
 /// 2. A page's state is `Merged(item)` if and only if `item` exists and names the page.
 /// 3. Nodes with one fingerprint form chains, each with exactly one head, which is in the index
 ///    under that fingerprint. (A node for which the index had no memory is a chain of its own
-///    without a head.)
+///    without a head.) A head is not retiring, and `retiring` counts the nodes that are.
 /// 4. `counters` count what is there.
 /// 5. No content has more than [`CANDIDATE_TRIES`] candidates, so that a search for it ends soon.
 pub struct Metadata<B: Backend> {
@@ -62,6 +62,8 @@ pub struct Metadata<B: Backend> {
     pub(super) zero_pages_placed: usize,
     /// The node that [`Metadata::prune`] examined last.
     prune_cursor: Option<NodeId>,
+    /// Number of retiring nodes.
+    retiring: usize,
 }
 
 impl<B: Backend> Metadata<B> {
@@ -75,6 +77,7 @@ impl<B: Backend> Metadata<B> {
             refusals: Refusals::default(),
             zero_pages_placed: 0,
             prune_cursor: None,
+            retiring: 0,
         }
     }
 

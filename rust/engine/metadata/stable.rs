@@ -6,6 +6,11 @@
 //! pages. Their stable nodes, the dups, form a chain. The newest is the head, and the only one in
 //! the index. A dup that has room again moves next to the head. A search examines at most
 //! [`MAX_DUPS_TRIED`] dups.
+//!
+//! Nodes of one content come about without need, too: two pages that are written to while they are
+//! merged become a KSM page of their new contents, and mappings go, so that two dups would fit into
+//! one. The smaller one then *retires*: scans move its mappings to the other, and no page joins it.
+//! Retiring dups are at the end of the chain.
 
 use super::super::{
     backend::{
@@ -34,10 +39,12 @@ impl<B: Backend> Metadata<B> {
     ///
     /// The built-in KSM prunes each chain in `stable_node_dup()` when it searches that chain.
     ///
+    /// A node whose mappings fit into another one of its content retires.
+    ///
     /// # Context
     ///
     /// May sleep.
-    pub fn prune(&mut self, count: usize) -> bool {
+    pub fn prune(&mut self, count: usize, max_page_sharing: u32) -> bool {
         for _ in 0..count {
             let Some(node) = self.backend.next(self.prune_cursor) else {
                 self.prune_cursor = None;
@@ -47,8 +54,10 @@ impl<B: Backend> Metadata<B> {
             if self.backend.mappings(node) == 0 || self.backend.state(node) == NodeState::Stale {
                 self.remove_node(node);
             } else if let Some(meta) = self.backend.meta(node) {
-                if !meta.head && meta.next == node && meta.fingerprint != Fingerprint::NONE {
-                    self.link_node(node, meta.fingerprint);
+                if meta.next != node {
+                    self.join(node, meta, max_page_sharing);
+                } else if !meta.head && meta.fingerprint != Fingerprint::NONE {
+                    self.link_node(node, meta.fingerprint, max_page_sharing);
                 }
             }
         }
@@ -94,6 +103,7 @@ impl<B: Backend> Metadata<B> {
         &mut self,
         node: NodeId,
         nid: u32,
+        max_page_sharing: u32,
         hash: impl FnOnce() -> u64,
     ) {
         if self.backend.nid(node) == nid {
@@ -102,7 +112,7 @@ impl<B: Backend> Metadata<B> {
         if let Some(meta) = self.backend.meta(node) {
             self.unlink_node(node, meta);
             self.backend.set_nid(node, nid);
-            self.link_node(node, Fingerprint::new(hash(), nid));
+            self.link_node(node, Fingerprint::new(hash(), nid), max_page_sharing);
         }
     }
 
@@ -141,11 +151,12 @@ impl<B: Backend> Metadata<B> {
     ) -> Option<NodeId> {
         let mut node = head;
         for _ in 0..MAX_DUPS_TRIED {
+            let meta = self.backend.meta(node)?;
             let mappings = self.backend.mappings(node);
-            if mappings > 0 && mappings + to_come(node) < max_page_sharing {
+            if mappings > 0 && mappings + to_come(node) < max_page_sharing && !meta.retiring {
                 return Some(node);
             }
-            node = self.backend.meta(node)?.next;
+            node = meta.next;
             if node == head {
                 break;
             }
@@ -153,13 +164,37 @@ impl<B: Backend> Metadata<B> {
         None
     }
 
-    /// Makes a node the head of the chain of its content, as `stable_tree_insert()`.
-    pub(in super::super) fn link_node(&mut self, node: NodeId, fingerprint: Fingerprint) {
+    /// Returns another dup of a chain that has room for all mappings of `node`.
+    fn fits_into(&self, head: NodeId, node: NodeId, max_page_sharing: u32) -> Option<NodeId> {
+        let own = self.backend.mappings(node);
+        // All but one, for which a search makes sure that there is room.
+        let to_come = |other| match other == node {
+            true => max_page_sharing,
+            false => own.saturating_sub(1),
+        };
+        self.node_with_room(head, max_page_sharing, to_come)
+    }
+
+    /// Returns whether a dup is to retire: another one has room for it, and no fewer mappings.
+    fn retires(&self, head: NodeId, node: NodeId, max_page_sharing: u32) -> bool {
+        let other = self.fits_into(head, node, max_page_sharing);
+        other.is_some_and(|other| self.backend.mappings(other) >= self.backend.mappings(node))
+    }
+
+    /// Adds a node to the chain of its content, as `stable_tree_insert()`: it becomes the head, or
+    /// retires if its mappings fit elsewhere.
+    pub(in super::super) fn link_node(
+        &mut self,
+        node: NodeId,
+        fingerprint: Fingerprint,
+        max_page_sharing: u32,
+    ) {
         let mut meta = NodeMeta {
             fingerprint,
             next: node,
             prev: node,
             head: true,
+            retiring: false,
         };
         let old = self
             .head(fingerprint)
@@ -170,8 +205,14 @@ impl<B: Backend> Metadata<B> {
             self.backend.set_meta(node, meta);
             return;
         };
-        self.index
-            .replace(fingerprint, Entry::Stable(old), Entry::Stable(node));
+        meta.retiring = self.retires(old, node, max_page_sharing);
+        meta.head = !meta.retiring;
+        if meta.head {
+            self.index
+                .replace(fingerprint, Entry::Stable(old), Entry::Stable(node));
+        } else {
+            self.retiring += 1;
+        }
         (meta.next, meta.prev) = (old, old_meta.prev);
         if old_meta.next == old {
             old_meta.next = node;
@@ -182,13 +223,52 @@ impl<B: Backend> Metadata<B> {
             self.backend.set_meta(old_meta.prev, last);
         }
         self.counters.stable_node_dups += 1;
-        (old_meta.head, old_meta.prev) = (false, node);
+        (old_meta.head, old_meta.prev) = (!meta.head, node);
         self.backend.set_meta(old, old_meta);
         self.backend.set_meta(node, meta);
     }
 
+    /// Lets a dup retire whose mappings fit elsewhere, or be found by a smaller one that fits into
+    /// it.
+    fn join(&mut self, node: NodeId, meta: NodeMeta, max_page_sharing: u32) {
+        let Some(head) = self.head(meta.fingerprint).filter(|_| !meta.retiring) else {
+            return;
+        };
+        if self.retires(head, node, max_page_sharing) {
+            self.unlink_node(node, meta);
+            self.link_node(node, meta.fingerprint, max_page_sharing);
+        } else if self.fits_into(head, node, max_page_sharing).is_some() {
+            self.move_to_head(node);
+        }
+    }
+
+    /// Lets a retiring node stay, as there is no room elsewhere any more.
+    pub(in super::super) fn keep_node(&mut self, node: NodeId) {
+        if let Some(mut meta) = self.backend.meta(node).filter(|meta| meta.retiring) {
+            meta.retiring = false;
+            self.retiring -= 1;
+            self.backend.set_meta(node, meta);
+            self.move_to_head(node);
+        }
+    }
+
+    /// Returns whether a node retires.
+    pub(in super::super) fn any_retiring(&self) -> bool {
+        self.retiring != 0
+    }
+
+    /// Returns whether a page is merged, and its node is this one, which retires.
+    pub(in super::super) fn moves_from(&self, page: PageId, node: NodeId) -> bool {
+        let Some(PageState::Merged(item)) = self.states.get(page) else {
+            return false;
+        };
+        self.backend.node_of(item) == Some(node)
+            && self.backend.meta(node).is_some_and(|meta| meta.retiring)
+    }
+
     /// Removes a node from its chain and the index.
     fn unlink_node(&mut self, node: NodeId, meta: NodeMeta) {
+        self.retiring -= usize::from(meta.retiring);
         if meta.next == node {
             if meta.head {
                 self.index.remove(meta.fingerprint, Entry::Stable(node));
@@ -207,6 +287,11 @@ impl<B: Backend> Metadata<B> {
         if let Some(mut next) = self.backend.meta(meta.next) {
             next.prev = meta.prev;
             next.head |= meta.head;
+            if next.head && next.retiring {
+                // INVARIANT: 3. All others have gone.
+                next.retiring = false;
+                self.retiring -= 1;
+            }
             self.backend.set_meta(meta.next, next);
         }
         if meta.head {
@@ -220,7 +305,7 @@ impl<B: Backend> Metadata<B> {
         let Some(meta) = self.backend.meta(node) else {
             return;
         };
-        if meta.head || meta.next == meta.prev {
+        if meta.head || meta.retiring || meta.next == meta.prev {
             return;
         }
         let Some(head) = self

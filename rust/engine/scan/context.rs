@@ -28,4 +28,6 @@ pub(super) struct ScanContext<'a, Mm> {
     /// Pages that count as accessed: walks have cleared their accessed bits, but were dropped, or
     /// ended before.
     pub(super) cleared_ahead: Range<usize>,
+    /// Mappings of retiring nodes are to be moved.
+    pub(super) moves: bool,
 }

@@ -15,7 +15,8 @@ use super::super::{
     page_state::PageState,
     types::{
         Fingerprint,
-        NodeId, //
+        NodeId,
+        PageId, //
     },
     worker_pool::Stage,
 };
@@ -52,7 +53,7 @@ where
         for (n, page) in job.pages.iter_mut().enumerate() {
             let i = job.first + n;
             let known = page.status == PageStatus::Classified || self.look_up(job.batch, i, page);
-            if known && self.compare(page) {
+            if known && (page.moves_from.is_some() || self.compare(page)) {
                 page.status = PageStatus::Classified;
                 self.any_left = true;
             } else {
@@ -81,13 +82,13 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
         page.page = Some(id);
         match metadata.backend.kind(batch, i) {
             PageKind::Ksm(node) => {
-                let page = PageAddr {
+                let own = PageAddr {
                     mm: ctx.mm,
                     addr,
                     page: id,
                 };
-                self.visit_merged(page, state, batch, i, node);
-                return false;
+                self.visit_merged(own, state, batch, i, node);
+                return self.moves(id, node, page);
             }
             PageKind::Orphan => {
                 metadata.release_state(id, state);
@@ -164,7 +165,8 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
             true => 0,
             false => {
                 let nid = batch.nid(i);
-                metadata.follow_migration(node, nid, || batch.hash(i, self.key));
+                let hash = || batch.hash(i, self.key);
+                metadata.follow_migration(node, nid, policy.max_page_sharing, hash);
                 nid
             }
         };
@@ -182,7 +184,22 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
         // its contents no longer change.
         let unknown = |meta: &NodeMeta| meta.fingerprint == Fingerprint::NONE;
         if metadata.backend.meta(node).as_ref().is_some_and(unknown) {
-            metadata.link_node(node, Fingerprint::new(batch.hash(i, self.key), domain));
+            let fingerprint = Fingerprint::new(batch.hash(i, self.key), domain);
+            metadata.link_node(node, fingerprint, policy.max_page_sharing);
         }
+    }
+
+    /// Returns whether a page that maps the KSM page of a node is to map that of another one.
+    fn moves(&mut self, id: PageId, node: NodeId, page: &mut ScannedPage) -> bool {
+        if !self.metadata.moves_from(id, node) {
+            return false;
+        }
+        let meta = self.metadata.backend.meta(node);
+        page.fingerprint = meta.map_or(Fingerprint::NONE, |meta| meta.fingerprint);
+        if !self.ctx.policy.merge_across_nodes {
+            page.domain = self.metadata.backend.nid(node);
+        }
+        page.moves_from = Some(node);
+        true
     }
 }

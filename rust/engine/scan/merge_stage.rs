@@ -6,6 +6,8 @@ use super::super::{
     backend::{
         Backend,
         Batch,
+        HugeFolioRefs,
+        HugeId,
         Merge,
         MergeTarget,
         Merged,
@@ -19,7 +21,8 @@ use super::super::{
         Fingerprint,
         NodeId,
         PageId,
-        Refusal, //
+        Refusal,
+        Refused, //
     },
     worker_pool::Stage,
 };
@@ -31,6 +34,7 @@ use super::{
     in_flight::InFlight,
     partition::{
         PagePos,
+        Partition,
         Partitions, //
     },
     scanned_page::{
@@ -100,7 +104,8 @@ enum Decision {
     Done,
     /// Run the merge that has been appended to the job.
     Merge,
-    /// Run that merge at once, before others are prepared: its page is part of a huge folio.
+    /// Run that merge at once, before others are prepared: its page, or the candidate's, is part of
+    /// a huge folio.
     MergeAfterSplit,
     /// Retry in the next round: a merge in flight has the same fingerprint.
     RetryNextRound,
@@ -191,24 +196,16 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         }
     }
 
-    /// Runs the last merge of the job, whose page is part of a huge folio, which the merge splits.
+    /// Runs the last merge of the job, which splits a huge folio.
     ///
     /// The batches hold references to other pages of the folio, and drop them before the split.
     fn merge_after_split(&mut self, job: &mut MergeJob<B>) {
         let Some(mut prepared) = job.pop() else {
             return;
         };
-        let PagePos { partition, index } = prepared.pos;
-        let huge = self
-            .partitions
-            .get_mut(partition)
-            .and_then(|partition| partition.batch.huge(index));
-        prepared.merge.run(|| {
-            let Some(huge) = huge else { return };
-            for (n, other) in self.partitions.first(self.used).iter_mut().enumerate() {
-                let keep = (n == partition).then_some(index);
-                other.batch.release_huge_folio(huge, keep);
-            }
+        prepared.merge.run(&mut BatchRefs {
+            partitions: self.partitions.first(self.used),
+            keep: prepared.pos,
         });
         self.record(&mut prepared);
     }
@@ -226,11 +223,20 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         if !backend.reacquire(self.ctx.mm, batch, pos.index) {
             return Decision::Done;
         }
+        if let Some(node) = page.moves_from {
+            return self.decide_move(pos, id, page, node, job);
+        }
         // It may have been merged as the candidate of an earlier page.
         if !self.metadata.has_fingerprint(id, page.fingerprint) {
             return Decision::Done;
         }
-        let huge = partition.batch.huge(pos.index).is_some();
+        let folio = partition.batch.huge(pos.index);
+        let huge = folio.is_some();
+        if huge && folio == partition.unsplittable {
+            // What keeps one page of it from being split keeps all; it is counted once.
+            self.metadata.unindex_now(id);
+            return Decision::Done;
+        }
         if huge && (self.jobs_in_flight > 0 || !job.is_empty()) {
             return Decision::WaitForInFlight;
         }
@@ -239,9 +245,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
             && self
                 .metadata
                 .is_zero(self.ctx.policy, page.fingerprint, page.domain);
-        // The merges of one job run one after the other, so they may have the same content.
-        let own = |job: &MergeJob<B>| job.iter().any(|p| p.fingerprint == page.fingerprint);
-        if in_flight && !zero && !own(job) {
+        if in_flight && !zero && !has_content(job, page.fingerprint) {
             return Decision::RetryNextRound;
         }
         let mut decision = None;
@@ -268,6 +272,32 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         }
     }
 
+    /// Decides what to do with a mapping that is to leave a retiring node.
+    fn decide_move(
+        &mut self,
+        pos: PagePos,
+        id: PageId,
+        mut page: ScannedPage,
+        node: NodeId,
+        job: &mut MergeJob<B>,
+    ) -> Decision {
+        if !self.metadata.moves_from(id, node) {
+            return Decision::Done;
+        }
+        let in_flight = self.buffers.in_flight.may_contain(page.fingerprint);
+        if in_flight && !has_content(job, page.fingerprint) {
+            return Decision::RetryNextRound;
+        }
+        let decision = self.try_stable(pos, id, &mut page, in_flight, job);
+        self.partitions.set_page(pos, page);
+        decision.unwrap_or_else(|| {
+            if !in_flight {
+                self.metadata.keep_node(node);
+            }
+            Decision::Done
+        })
+    }
+
     /// Tries to merge a page with the zero page, as `try_to_merge_with_zero_page()`.
     fn try_zero_page(
         &mut self,
@@ -279,8 +309,8 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         page.zero_tried = true;
         match self.prepare(pos, id, page, MergeTarget::ZeroPage, job) {
             Ok(()) => Some(Decision::Merge),
-            Err(refusal) => {
-                self.metadata.refusals.count(refusal);
+            Err(refused) => {
+                self.metadata.refusals.count(refused.reason());
                 None
             }
         }
@@ -311,12 +341,12 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
                 })?;
             match self.prepare(pos, id, page, MergeTarget::StableNode(node), job) {
                 Ok(()) => return Some(Decision::Merge),
-                Err(Refusal::Stale) if in_flight => {
+                Err(Refused::Target(Refusal::Stale)) if in_flight => {
                     self.metadata.refusals.count(Refusal::Stale);
                     return Some(Decision::RetryNextRound);
                 }
-                Err(refusal) => {
-                    if self.node_refused(id, node, refusal, page) {
+                Err(refused) => {
+                    if self.node_refused(id, node, refused, page) {
                         return Some(Decision::Done);
                     }
                 }
@@ -338,6 +368,13 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
                 .metadata
                 .candidate(page.fingerprint, id, page.next_candidate)?;
             let (slot, addr) = self.metadata.states.locate(other)?;
+            let held = (slot == self.ctx.slot).then(|| self.partitions.find(addr));
+            let split = held
+                .flatten()
+                .is_some_and(|(partition, i)| partition.batch.huge(i).is_some());
+            if split && (self.jobs_in_flight > 0 || !job.is_empty()) {
+                return Some(Decision::WaitForInFlight);
+            }
             page.candidates_tried += 1;
             let Some(mm) = self.pins.pin(slot) else {
                 page.next_candidate += 1;
@@ -352,8 +389,13 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
                 page: other,
             });
             match self.prepare(pos, id, page, target, job) {
+                Ok(()) if split => return Some(Decision::MergeAfterSplit),
                 Ok(()) => return Some(Decision::Merge),
-                Err(refusal) => self.candidate_refused(other, refusal, page),
+                Err(refused) => {
+                    if self.candidate_refused(pos, id, other, refused, page) {
+                        return Some(Decision::Done);
+                    }
+                }
             }
         }
         None
@@ -367,9 +409,9 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         page: &ScannedPage,
         target: MergeTarget<PageAddr<'_, B::Mm>>,
         job: &mut MergeJob<B>,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), Refused> {
         let partition = self.partitions.get_mut(pos.partition);
-        let batch = &partition.ok_or(Refusal::Gone)?.batch;
+        let batch = &partition.ok_or(Refused::Page(Refusal::Gone))?.batch;
         let addr = PageAddr {
             mm: self.ctx.mm,
             addr: page.addr,
@@ -426,28 +468,34 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         let Some((partition, mut page)) = self.partitions.page(prepared.pos) else {
             return;
         };
+        if matches!(result, Err(Refused::Page(Refusal::Unsplit))) {
+            partition.unsplittable = partition.batch.huge(prepared.pos.index);
+        }
         let Some(id) = page.page else {
             return;
         };
         let done = match (prepared.target, result) {
-            (MergeTarget::ZeroPage, Ok(_) | Err(Refusal::Gone)) => {
+            (MergeTarget::ZeroPage, Ok(_) | Err(Refused::Page(Refusal::Gone))) => {
                 metadata.zero_pages_placed += usize::from(result.is_ok());
                 if let Some(state) = metadata.states.get(id) {
                     metadata.untrack(self.ctx.mm, id, state);
                 }
                 true
             }
-            (MergeTarget::ZeroPage, Err(refusal)) => {
-                metadata.refusals.count(refusal);
+            (MergeTarget::ZeroPage, Err(refused)) => {
+                metadata.refusals.count(refused.reason());
                 false
             }
             (MergeTarget::StableNode(_), Ok(Merged::Joined(item))) => {
-                metadata.unindex_now(id);
+                if let Some(state) = metadata.states.get(id) {
+                    // A candidate no longer, or no longer on the node that it has moved from.
+                    metadata.release_state(id, state);
+                }
                 metadata.set_merged(id, item);
                 true
             }
-            (MergeTarget::StableNode(node), Err(refusal)) => {
-                self.node_refused(id, node, refusal, &mut page)
+            (MergeTarget::StableNode(node), Err(refused)) => {
+                self.node_refused(id, node, refused, &mut page)
             }
             (
                 MergeTarget::Candidate(other),
@@ -455,22 +503,18 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
                     node,
                     first,
                     second,
-                    ..
+                    hash,
                 }),
             ) => {
                 metadata.set_both_merged((id, first), (other, second));
-                // Both may have been written to since they were hashed, without an accessed bit;
-                // from now on the contents do not change.
-                let hash = partition
-                    .batch
-                    .hash(prepared.pos.index, &metadata.backend.key());
+                // Both may have been written to since they were hashed. No accessed bit would tell:
+                // a device or a debugger sets none, and the split of a huge page may lose it.
                 let fingerprint = Fingerprint::new(hash, page.domain);
-                metadata.link_node(node, fingerprint);
+                metadata.link_node(node, fingerprint, self.ctx.policy.max_page_sharing);
                 true
             }
-            (MergeTarget::Candidate(other), Err(refusal)) => {
-                self.candidate_refused(other, refusal, &mut page);
-                false
+            (MergeTarget::Candidate(other), Err(refused)) => {
+                self.candidate_refused(prepared.pos, id, other, refused, &mut page)
             }
             (_, Ok(_)) => true,
         };
@@ -485,9 +529,10 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         &mut self,
         id: PageId,
         node: NodeId,
-        refusal: Refusal,
+        refused: Refused,
         page: &mut ScannedPage,
     ) -> bool {
+        let refusal = refused.reason();
         self.metadata.refusals.count(refusal);
         match refusal {
             Refusal::Stale => {
@@ -514,18 +559,41 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         }
     }
 
-    /// Handles a failed merge with a candidate.
-    fn candidate_refused(&mut self, other: PageId, refusal: Refusal, page: &mut ScannedPage) {
-        self.metadata.refusals.count(refusal);
+    /// Handles a failed merge with a candidate. Returns whether the page needs no more attention.
+    ///
+    /// Only the page at fault ceases to be a candidate, so a page that cannot be merged neither
+    /// keeps its equals from being found nor is found itself in their place. Never are two such
+    /// pages of one content candidates: the second would have met the first.
+    fn candidate_refused(
+        &mut self,
+        pos: PagePos,
+        id: PageId,
+        other: PageId,
+        refused: Refused,
+        page: &mut ScannedPage,
+    ) -> bool {
+        self.metadata.refusals.count(refused.reason());
+        let refusal = match refused {
+            Refused::Page(_) => {
+                // The next full scan tries again.
+                self.metadata.unindex_now(id);
+                return true;
+            }
+            Refused::Target(refusal) => refusal,
+        };
         match refusal {
             Refusal::Same => {
                 page.shares_page_already = true;
                 page.next_candidate += 1;
             }
+            Refusal::Differs if self.has_changed(pos, page) => {
+                self.metadata.forget_fingerprint(id);
+                return true;
+            }
             // Its contents are not what the index says.
             Refusal::Gone | Refusal::Differs => self.metadata.forget_fingerprint(other),
-            // One of the two cannot be merged now. The other is no longer a candidate, so that the
-            // next full scan tries again.
+            // It cannot be merged now. It is no longer a candidate, so that the next full scan
+            // tries again.
             Refusal::Busy
             | Refusal::FarNode
             | Refusal::Stale
@@ -535,6 +603,41 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
             | Refusal::NoMemory
             | Refusal::Userfault
             | Refusal::Unloading => self.metadata.unindex_now(other),
+        }
+        false
+    }
+
+    /// Returns whether the contents of a page are no longer those of its fingerprint.
+    fn has_changed(&mut self, pos: PagePos, page: &ScannedPage) -> bool {
+        let key = self.metadata.backend.key();
+        let partition = self.partitions.get_mut(pos.partition);
+        let hash = partition.map(|partition| partition.batch.hash(pos.index, &key));
+        hash.is_some_and(|hash| Fingerprint::new(hash, page.domain) != page.fingerprint)
+    }
+}
+
+/// Returns whether a job has a merge of this content. Its merges run one after the other, so they
+/// may have the same.
+fn has_content<B: Backend>(job: &MergeJob<B>, fingerprint: Fingerprint) -> bool {
+    job.iter().any(|merge| merge.fingerprint == fingerprint)
+}
+
+/// The references of the batches of a pass, of which the page that is merged keeps its own.
+struct BatchRefs<'a, B: Backend> {
+    partitions: &'a mut [Partition<B>],
+    keep: PagePos,
+}
+
+impl<B: Backend> HugeFolioRefs for BatchRefs<'_, B> {
+    fn count(&self, huge: HugeId) -> usize {
+        let refs = self.partitions.iter().map(|p| p.batch.huge_refs(huge));
+        refs.sum()
+    }
+
+    fn release(&mut self, huge: HugeId) {
+        for (n, partition) in self.partitions.iter_mut().enumerate() {
+            let keep = (n == self.keep.partition).then_some(self.keep.index);
+            partition.batch.release_huge_folio(huge, keep);
         }
     }
 }

@@ -156,6 +156,7 @@ impl<B: Backend> Engine<B> {
             slot: target.slot,
             mm: target.mm,
             cleared_ahead: self.cleared_ahead.1.clone(),
+            moves: self.metadata.any_retiring(),
         };
         let mut at = target.start;
         let backend = &mut self.metadata.backend;

@@ -122,6 +122,7 @@ pub(super) struct PageFilter<'a, B, S> {
     hint: AccessedHint,
     cleared_ahead: Range<usize>,
     slot: SlotId,
+    moves: bool,
     /// Pages that the walk may scan; those that smart scan skips do not count.
     budget: u32,
     /// Pages that the walk may still reach.
@@ -145,6 +146,7 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
             hint: ctx.hint,
             cleared_ahead: ctx.cleared_ahead.clone(),
             slot: ctx.slot,
+            moves: ctx.moves,
             budget,
             pages_left: MAX_PAGES_PER_WALK,
             summary,
@@ -192,10 +194,11 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
             && !(self.policy.use_zero_pages && zero())
     }
 
-    /// Returns whether a page still maps the KSM page of its rmap item's node.
+    /// Returns whether a page still maps the KSM page of its rmap item's node, and stays there.
     fn still_maps_node(&self, item: ItemId, node: NodeId, nid: u32) -> bool {
         self.backend.node_of(item) == Some(node)
             && (self.policy.merge_across_nodes || self.backend.nid(node) == nid)
+            && !(self.moves && self.backend.meta(node).is_some_and(|meta| meta.retiring))
     }
 }
 

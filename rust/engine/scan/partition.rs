@@ -7,6 +7,7 @@ use super::super::{
         Backend,
         Batch,
         Collected,
+        HugeId,
         PageKind, //
     },
     page_state::{
@@ -75,6 +76,8 @@ pub(super) struct Partition<B: Backend> {
     pub(super) pages: KVec<ScannedPage>,
     /// Pages before this one need no attention in this round of merges.
     pub(super) next: usize,
+    /// A huge folio that could not be split in this pass.
+    pub(super) unsplittable: Option<HugeId>,
     budget: u32,
 }
 
@@ -278,6 +281,7 @@ impl<B: Backend> Partitions<B> {
                 changes: KVec::with_capacity(changes, GFP_KERNEL)?,
                 pages: KVec::with_capacity(pages, GFP_KERNEL)?,
                 next: 0,
+                unsplittable: None,
                 budget: 0,
             };
             partitions.push(partition, GFP_KERNEL)?;
@@ -321,6 +325,7 @@ impl<B: Backend> Partitions<B> {
             };
             partition.pages.clear();
             partition.next = 0;
+            partition.unsplittable = None;
             // The remainder of the budget goes to the first partition.
             partition.budget = share + if n == 0 { budget % count as u32 } else { 0 };
             start = end;

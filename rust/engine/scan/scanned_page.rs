@@ -38,6 +38,8 @@ pub(super) struct ScannedPage {
     pub(super) node: Option<NodeId>,
     /// Its age, with this look counted.
     pub(super) age: u8,
+    /// The retiring node whose KSM page this is.
+    pub(super) moves_from: Option<NodeId>,
     /// The fingerprint is that of the contents since the walk collected the page.
     pub(super) rehashed: bool,
     /// The accessed bit was clear.

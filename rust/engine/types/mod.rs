@@ -22,5 +22,6 @@ pub use mm_pin::MmPin;
 pub use progress::Progress;
 pub use refusal::{
     Refusal,
-    Refusals, //
+    Refusals,
+    Refused, //
 };

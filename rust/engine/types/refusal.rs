@@ -80,6 +80,24 @@ const _: () = {
     }
 };
 
+/// Whose fault it is that a merge was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// That of the page of the batch, whatever it is merged with.
+    Page(Refusal),
+    /// That of its target, or of the two together.
+    Target(Refusal),
+}
+
+impl Refused {
+    /// Returns the reason.
+    pub const fn reason(self) -> Refusal {
+        match self {
+            Self::Page(refusal) | Self::Target(refusal) => refusal,
+        }
+    }
+}
+
 /// How often each [`Refusal`] kept a page from being merged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Refusals([u64; Refusal::ALL.len()]);

@@ -219,7 +219,8 @@ impl Machine {
                 self.deliver_rest();
             }
             Op::Prune(count) => {
-                self.engine.metadata.prune(*count);
+                let max = self.policy.max_page_sharing;
+                self.engine.metadata.prune(*count, max);
             }
             Op::Unmerge {
                 fail_after,
@@ -537,7 +538,8 @@ impl Machine {
             let mut visits = self.world.borrow().visits.clone();
             visits.sort();
             assert_eq!(visits, all, "not every page was visited once");
-            while !self.engine.metadata.prune(2) {}
+            let max = self.policy.max_page_sharing;
+            while !self.engine.metadata.prune(2, max) {}
             self.check();
         }
     }
@@ -626,6 +628,26 @@ impl Machine {
                 let items = world.nodes.get(node.0).unwrap().items.len();
                 let room = items > 0 && items < world.max_page_sharing as usize;
                 assert!(!room, "a page is not merged, although there is room");
+            }
+        }
+        for chain in chains(&world) {
+            let items = |node: &NodeId| world.nodes.get(node.0).unwrap().items.len();
+            let head = chain
+                .iter()
+                .position(|node| world.nodes.get(node.0).unwrap().meta.head);
+            let near = (0..MAX_DUPS_TRIED.min(chain.len()))
+                .map(|n| chain[(head.unwrap_or(0) + n) % chain.len()]);
+            for other in near {
+                let fits = |node: &&NodeId| {
+                    **node != other
+                        && items(node) > 0
+                        && items(&other) > 0
+                        && items(node) + items(&other) <= world.max_page_sharing as usize
+                };
+                assert!(
+                    chain.iter().find(fits).is_none(),
+                    "two nodes of one content are not joined"
+                );
             }
         }
         for (id, node) in world.nodes.iter() {

@@ -16,6 +16,7 @@ use engine_tests::engine::{
         self,
         Backend,
         Collected,
+        HugeFolioRefs,
         HugeId,
         MergeTarget,
         Merged,
@@ -34,7 +35,8 @@ use engine_tests::engine::{
         MmPin,
         NodeId,
         PageId,
-        Refusal, //
+        Refusal,
+        Refused, //
     },
 };
 
@@ -66,7 +68,7 @@ pub(crate) struct Merge {
     page: PageId,
     frame: usize,
     with: With,
-    outcome: Result<Merged, Refusal>,
+    outcome: Result<Merged, Refused>,
     /// The first of two pages is a merged page, which the second has not become.
     undo: Option<(ItemId, NodeId)>,
 }
@@ -105,11 +107,17 @@ impl SimMemory {
         }
     }
 
-    fn count<T>(&self, result: Result<T, Refusal>) -> Result<T, Refusal> {
-        if let Err(refusal) = &result {
-            self.0.borrow_mut().refusals.count(*refusal);
+    fn count<T>(&self, result: Result<T, Refused>) -> Result<T, Refused> {
+        if let Err(refused) = &result {
+            self.0.borrow_mut().refusals.count(refused.reason());
         }
         result
+    }
+
+    /// The references of the batches to the huge page that a frame is part of.
+    fn held(&self, frame: usize, huge: &impl HugeFolioRefs) -> usize {
+        let id = self.0.borrow().huge(frame);
+        id.map_or(0, |id| huge.count(id))
     }
 }
 
@@ -138,12 +146,22 @@ impl backend::Batch for Batch {
     }
 
     fn huge(&self, i: usize) -> Option<HugeId> {
+        if self.released[i] {
+            return None;
+        }
         self.world.borrow().huge(self.frame(i))
     }
 
     fn hash(&self, i: usize, key: &SimMemory) -> u64 {
         let world = key.0.borrow();
         world.hash(world.page(self.frame(i)).content)
+    }
+
+    fn huge_refs(&self, huge: HugeId) -> usize {
+        let world = self.world.borrow();
+        let held = self.pages.iter().zip(&self.released);
+        held.filter(|((_, frame), released)| !**released && world.huge(*frame) == Some(huge))
+            .count()
     }
 
     fn release(&mut self, i: usize) {
@@ -214,6 +232,12 @@ impl StableNodes for SimMemory {
         let world = self.0.borrow();
         let node = world.nodes.get(node.0);
         node.map_or(0, |node| node.items.len() as u32)
+    }
+
+    fn content_hash(&self, node: NodeId) -> Option<u64> {
+        let world = self.0.borrow();
+        let frame = world.node_frame(node)?;
+        Some(world.hash(world.page(frame).content))
     }
 
     fn state(&self, node: NodeId) -> NodeState {
@@ -333,7 +357,7 @@ impl Backend for SimMemory {
         i: usize,
         target: MergeTarget<PageAddr<'_, Mm>>,
         nid: Option<u32>,
-    ) -> Result<Merge, Refusal> {
+    ) -> Result<Merge, Refused> {
         drop(self.sleep_at(&page, batch, i));
         let with = match target {
             MergeTarget::ZeroPage => With::Zero,
@@ -341,7 +365,7 @@ impl Backend for SimMemory {
                 let world = self.0.borrow();
                 if world.node_frame(node).is_none() {
                     drop(world);
-                    return self.count(Err(Refusal::Stale));
+                    return self.count(Err(Refused::Target(Refusal::Stale)));
                 }
                 With::Node(node, nid)
             }
@@ -359,12 +383,12 @@ impl Backend for SimMemory {
             page: page.page,
             frame: batch.pages[i].1,
             with,
-            outcome: Err(Refusal::Gone),
+            outcome: Err(Refused::Page(Refusal::Gone)),
             undo: None,
         })
     }
 
-    fn finish(&mut self, merge: &mut Merge) -> Result<Merged, Refusal> {
+    fn finish(&mut self, merge: &mut Merge) -> Result<Merged, Refused> {
         if let Some((item, node)) = merge.undo {
             self.sleep().undo_first(merge.addr, item, node);
         }
@@ -381,7 +405,8 @@ impl Backend for SimMemory {
         let mut world = self.sleep_at(&page, batch, i);
         let result = world.adopt(page.addr, page.page, batch, i, node);
         drop(world);
-        self.count(result)
+        let refused = self.count(result.map_err(Refused::Page));
+        refused.map_err(Refused::reason)
     }
 
     fn account_tracked(&mut self, mm: &Mm, delta: isize) {
@@ -413,17 +438,19 @@ impl Backend for SimMemory {
 }
 
 impl backend::Merge for Merge {
-    fn run(&mut self, before_split: impl FnOnce()) {
+    fn run(&mut self, huge: &mut impl HugeFolioRefs) {
         let memory = self.memory.clone();
         drop(memory.sleep());
         self.outcome = match self.with {
             With::Zero => memory
-                .share(self, &Target::Zero, before_split)
-                .map(|()| Merged::ZeroPage),
+                .share(self, &Target::Zero, huge)
+                .map(|()| Merged::ZeroPage)
+                .map_err(Refused::Page),
             With::Node(node, nid) => memory
-                .merge_with_node(self, node, nid, before_split)
-                .map(Merged::Joined),
-            With::Page { .. } => memory.merge_pair(self, before_split),
+                .merge_with_node(self, node, nid, huge)
+                .map(Merged::Joined)
+                .map_err(Refused::Page),
+            With::Page { .. } => memory.merge_pair(self, huge),
         };
     }
 }
@@ -434,14 +461,16 @@ impl SimMemory {
         &self,
         merge: &Merge,
         target: &Target,
-        before_split: impl FnOnce(),
+        huge: &mut impl HugeFolioRefs,
     ) -> Result<(), Refusal> {
         let (key, addr, frame) = (merge.key, merge.addr, merge.frame);
-        let huge = self.0.borrow_mut().check_share(key, addr, frame, target)?;
-        if huge {
-            before_split();
-        }
-        self.0.borrow_mut().share(key, addr, frame, target, huge)
+        let refs = self.held(frame, huge);
+        let mut world = self.0.borrow_mut();
+        let split = world.check_share(key, addr, frame, target, refs)?;
+        let id = world.huge(frame);
+        drop(world);
+        id.into_iter().for_each(|id| huge.release(id));
+        self.0.borrow_mut().share(key, addr, frame, target, split)
     }
 
     fn merge_with_node(
@@ -449,14 +478,14 @@ impl SimMemory {
         merge: &Merge,
         node: NodeId,
         on: Option<u32>,
-        before_split: impl FnOnce(),
+        huge: &mut impl HugeFolioRefs,
     ) -> Result<ItemId, Refusal> {
         let mut world = self.0.borrow_mut();
         let kpage = world.node_partner(merge.frame, node, on)?;
-        let item = world.new_item(merge.key, merge.addr, merge.page, node)?;
+        let item = world.new_item(merge.key, merge.addr, merge.page, merge.frame, node)?;
         let far = nid(kpage) != nid(merge.frame);
         drop(world);
-        self.share(merge, &Target::Frame(kpage), before_split)
+        self.share(merge, &Target::Frame(kpage), huge)
             .inspect_err(|_| drop(self.0.borrow_mut().free_item(item)))?;
         let across = self.0.borrow().merge_across_nodes;
         assert!(across || !far, "merged across nodes");
@@ -466,8 +495,8 @@ impl SimMemory {
     fn merge_pair(
         &self,
         merge: &mut Merge,
-        before_split: impl FnOnce(),
-    ) -> Result<Merged, Refusal> {
+        huge: &mut impl HugeFolioRefs,
+    ) -> Result<Merged, Refused> {
         let With::Page {
             key,
             addr,
@@ -482,31 +511,40 @@ impl SimMemory {
             next: node,
             prev: node,
             head: false,
+            retiring: false,
         };
+        let other = self.0.borrow().frame_at(key, addr).unwrap_or(merge.frame);
+        let refs = [self.held(merge.frame, huge), self.held(other, huge)];
         let mut world = self.0.borrow_mut();
-        let node = world.new_node(merge.frame, key, addr, nid, meta)?;
-        let item = world.new_item(merge.key, merge.addr, merge.page, node);
+        let node = world.new_node(merge.frame, key, addr, nid, refs, meta)?;
+        let item = world.new_item(merge.key, merge.addr, merge.page, merge.frame, node);
         drop(world);
         let first = item.and_then(|item| {
-            self.share(merge, &Target::Itself(node), before_split)
+            self.share(merge, &Target::Itself(node), huge)
                 .inspect_err(|_| drop(self.0.borrow_mut().free_item(item)))
                 .map(|()| item)
         });
-        let first = first.inspect_err(|_| self.0.borrow_mut().free_node(node, &mut |_| {}))?;
-        let accessed = self.0.borrow().accessed(merge.key, merge.addr);
-        let second = self
-            .sleep()
-            .merge_second(key, addr, page, node, merge.frame, nid);
+        let first = first
+            .inspect_err(|_| self.0.borrow_mut().free_node(node, &mut |_| {}))
+            .map_err(Refused::Page)?;
+        drop(self.sleep());
+        let world = self.0.borrow();
+        let other = world.frame_at(key, addr);
+        let id = other.ok().and_then(|frame| world.huge(frame));
+        drop(world);
+        id.into_iter().for_each(|id| huge.release(id));
+        let mut world = self.0.borrow_mut();
+        let second = world.merge_second(key, addr, page, node, merge.frame, nid);
         match second {
             Ok(second) => Ok(Merged::NewNode {
                 node,
                 first,
                 second,
-                accessed,
+                hash: world.hash(world.page(merge.frame).content),
             }),
             Err(refusal) => {
                 merge.undo = Some((first, node));
-                Err(refusal)
+                Err(Refused::Target(refusal))
             }
         }
     }

@@ -94,15 +94,7 @@ impl World {
             Event::Age { mm, page, count } => {
                 let Some(key) = self.nth(mm) else { return };
                 for addr in at(page, count) {
-                    // Between a hash and a merge it would leave a node where no search finds it.
-                    // That does no harm, but the tests assert that it does not happen.
-                    let held = match self.space(key).ptes.get(&addr) {
-                        Some(&Pte::Page(frame)) => self.page(frame).refs > 0,
-                        _ => false,
-                    };
-                    if !held {
-                        self.space_mut(key).accessed.remove(&addr);
-                    }
+                    self.space_mut(key).accessed.remove(&addr);
                 }
             }
             Event::Read { mm, page, count } => {

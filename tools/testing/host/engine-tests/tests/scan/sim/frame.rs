@@ -103,6 +103,15 @@ impl World {
         self.page(frame).huge.map(|huge| HugeId(huge as usize))
     }
 
+    /// References to the huge page that `frame` is part of, other than of page tables.
+    pub(super) fn huge_refs(&self, frame: usize) -> usize {
+        let huge = self.page(frame).huge;
+        let pages = self.frames.values().filter(|page| page.huge == huge);
+        pages
+            .map(|page| page.refs as usize + usize::from(page.pinned))
+            .sum()
+    }
+
     /// Splits the huge page that `frame` is part of. The only reference may be one to `frame`.
     pub(super) fn split(&mut self, frame: usize) -> Result<(), Refusal> {
         self.may_refuse(&[Refusal::Unsplit])?;
@@ -119,6 +128,7 @@ impl World {
             .filter(|(_, page)| page.huge == huge && page.content == 0 && page.maps > 0)
             .map(|(frame, _)| *frame)
             .collect();
+        self.splits += 1;
         for page in self.frames.values_mut().filter(|page| page.huge == huge) {
             page.huge = None;
         }

@@ -26,7 +26,8 @@ use engine_tests::engine::{
         MmPin,
         NodeId,
         PageId,
-        Refusal, //
+        Refusal,
+        Refused, //
     }, //
 };
 
@@ -50,11 +51,14 @@ impl World {
         key: usize,
         addr: usize,
         page: PageId,
+        frame: usize,
         node: NodeId,
     ) -> Result<ItemId, Refusal> {
         self.may_refuse(&[Refusal::NoMemory])?;
+        let from = self.page(frame).mapping;
+        let moves = |old| old != node && from == Mapping::Ksm(old);
         assert!(
-            self.item_at(key, addr).is_none(),
+            self.item_at(key, addr).is_none_or(moves),
             "a second item for one address"
         );
         let item = Item {
@@ -86,6 +90,7 @@ impl World {
         addr: usize,
         frame: usize,
         target: &Target,
+        refs: usize,
     ) -> Result<bool, Refusal> {
         if !self.space(key).mergeable_at(addr) {
             return Err(Refusal::Gone);
@@ -99,16 +104,27 @@ impl World {
         ])?;
         let content = self.content_of(frame, target);
         let page = self.page(frame);
-        if page.mapping != Mapping::Anon {
+        if page.mapping != Mapping::Anon && !matches!(target, Target::Frame(_)) {
             return Err(Refusal::Gone);
         }
-        if page.locked {
-            return Err(Refusal::Locked);
-        }
+        self.check_page(frame, refs)?;
         if page.huge.is_some() && page.content != content {
             return Err(Refusal::Differs);
         }
         Ok(page.huge.is_some())
+    }
+
+    /// Checks what a look at a page shows, to whose huge page the batches hold `refs` references.
+    pub(crate) fn check_page(&self, frame: usize, refs: usize) -> Result<(), Refusal> {
+        let page = self.page(frame);
+        if page.locked {
+            return Err(Refusal::Locked);
+        }
+        match page.huge {
+            Some(_) if self.huge_refs(frame) != refs => Err(Refusal::Unsplit),
+            None if page.pinned => Err(Refusal::Pinned),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn content_of(&self, frame: usize, target: &Target) -> Content {
@@ -187,8 +203,34 @@ impl World {
         other: usize,
         other_addr: usize,
         on: Option<u32>,
+        refs: [usize; 2],
         meta: impl Fn(NodeId) -> NodeMeta,
-    ) -> Result<NodeId, Refusal> {
+    ) -> Result<NodeId, Refused> {
+        self.check_page(frame, refs[0]).map_err(Refused::Page)?;
+        let second = self.check_second(frame, other, other_addr, on);
+        second
+            .and_then(|second| self.check_page(second, refs[1]))
+            .map_err(Refused::Target)?;
+        self.may_refuse(&[Refusal::NoMemory, Refusal::Unloading])
+            .map_err(Refused::Page)?;
+        let node = Node {
+            meta: meta(NodeId(0)),
+            kpfn: frame,
+            nid: nid(frame),
+            items: Vec::new(),
+        };
+        let node = NodeId(self.nodes.insert(node));
+        self.nodes.get_mut(node.0).unwrap().meta = meta(node);
+        Ok(node)
+    }
+
+    fn check_second(
+        &self,
+        frame: usize,
+        other: usize,
+        other_addr: usize,
+        on: Option<u32>,
+    ) -> Result<usize, Refusal> {
         let second = self.frame_at(other, other_addr)?;
         if second == frame {
             return Err(Refusal::Same);
@@ -202,16 +244,7 @@ impl World {
         if self.page(second).content != self.page(frame).content {
             return Err(Refusal::Differs);
         }
-        self.may_refuse(&[Refusal::NoMemory, Refusal::Unloading])?;
-        let node = Node {
-            meta: meta(NodeId(0)),
-            kpfn: frame,
-            nid: nid(frame),
-            items: Vec::new(),
-        };
-        let node = NodeId(self.nodes.insert(node));
-        self.nodes.get_mut(node.0).unwrap().meta = meta(node);
-        Ok(node)
+        Ok(second)
     }
 
     pub(crate) fn merge_second(
@@ -234,9 +267,9 @@ impl World {
             return Err(Refusal::Pinned);
         }
         let far = nid(kpage) != nid(frame);
-        let item = self.new_item(key, addr, page, node)?;
+        let item = self.new_item(key, addr, page, frame, node)?;
         let target = Target::Frame(kpage);
-        let shared = self.check_share(key, addr, frame, &target);
+        let shared = self.check_share(key, addr, frame, &target, 0);
         match shared.and_then(|huge| self.share(key, addr, frame, &target, huge)) {
             Ok(()) => {
                 assert!(self.merge_across_nodes || !far, "merged across nodes");
@@ -251,6 +284,7 @@ impl World {
 
     /// Undoes the first half, as far as that is possible.
     pub(crate) fn undo_first(&mut self, addr: usize, item: ItemId, node: NodeId) {
+        self.undone += 1;
         let key = self.items.get(item.0).unwrap().mm.key();
         if self.roll().is_some() {
             self.excused.insert((key, addr));
@@ -275,7 +309,7 @@ impl World {
         } else if self.page(frame).mapping != Mapping::Ksm(node) {
             Err(Refusal::Stale)
         } else {
-            self.new_item(key, addr, page, node)
+            self.new_item(key, addr, page, frame, node)
         };
         if result.is_err() {
             self.excused.insert((key, addr));
@@ -284,7 +318,7 @@ impl World {
     }
 
     /// The page that is mapped at an address of mergeable memory.
-    pub(super) fn frame_at(&self, key: usize, addr: usize) -> Result<usize, Refusal> {
+    pub(crate) fn frame_at(&self, key: usize, addr: usize) -> Result<usize, Refusal> {
         let space = self.space(key);
         match space.ptes.get(&addr) {
             Some(&Pte::Page(frame)) if space.mergeable_at(addr) => Ok(frame),

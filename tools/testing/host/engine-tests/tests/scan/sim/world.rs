@@ -57,6 +57,9 @@ pub(crate) struct World {
     pub(crate) visits: Vec<(usize, usize)>,
     /// Addresses that may map a KSM page without an rmap item: there was no memory for one.
     pub(super) excused: BTreeSet<(usize, usize)>,
+    /// How often a huge page was split, and the first page of a pair given its own page again.
+    pub(crate) splits: u64,
+    pub(crate) undone: u64,
     /// Items that the engine asked for, while it checks itself.
     pub(crate) asked: RefCell<Option<Vec<ItemId>>>,
     /// How often the engine could reschedule. It does so after each pass, and never between a walk
@@ -90,6 +93,8 @@ impl World {
             refusals: Refusals::default(),
             visits: Vec::new(),
             excused: BTreeSet::new(),
+            splits: 0,
+            undone: 0,
             asked: RefCell::new(None),
             passes: 0,
             classified: BTreeSet::new(),
