@@ -154,11 +154,9 @@ impl Merge {
                     node: *node,
                     kfolio,
                 };
-                let result = vmas
-                    .at(item.addr())
-                    .and_then(|place| {
-                        share_with(place, page, merged, item, huge, 0, use_zero_pages)
-                    });
+                let result = vmas.at(item.addr()).and_then(|place| {
+                    share_with(place, page, merged, item, huge, 0, use_zero_pages)
+                });
                 let kpage = kfolio.page().as_ptr();
                 trace_merge(trace, page, kpage, item, &result);
                 self.outcome = result.map_err(charge);
@@ -358,11 +356,11 @@ impl NewNode {
             self.check_first_entry(page).map_err(Refused::Page)?;
             // The page may be another one by now.
             let split =
-                self.with_second(|vma, held| match self.check_second(page, held, huge)? {
+                self.with_second(|place, held| match self.check_second(page, held, huge)? {
                     true => {
-                    let addr = self.second.addr();
-                    replace_pte::split(place, addr, held.page(), huge, 1, use_zero_pages)
-                },
+                        let addr = self.second.addr();
+                        replace_pte::split(place, addr, held.page(), huge, 1, use_zero_pages)
+                    }
                     false => Ok(()),
                 });
             split.map_err(Refused::Target)?;

@@ -223,6 +223,10 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         if !backend.reacquire(self.ctx.mm, batch, pos.index) {
             return Decision::Done;
         }
+        if !self.ctx.policy.merge_across_nodes && batch.nid(pos.index) != page.domain {
+            // A split has put another page there.
+            return Decision::Done;
+        }
         if let Some(node) = page.moves_from {
             return self.decide_move(pos, id, page, node, job);
         }
