@@ -3,7 +3,7 @@
  * A page that cannot be merged harms no other: it keeps none of its equals apart, no huge page is
  * split for it, and no page is converted and copied back.
  *
- * runs: cloud-amd64, sanitizer
+ * runs: cloud-amd64 sanitizer
  */
 #define _GNU_SOURCE
 #include <errno.h>
