@@ -16,5 +16,8 @@
 
 #include "../helpers/symbols.h"
 
-/* A macro with a cast, which bindgen does not see. */
+/* Macros with casts, which bindgen does not see. */
 const size_t RKSM_PMD_SIZE = PMD_SIZE;
+const gfp_t RKSM_GFP_KERNEL = GFP_KERNEL;
+const gfp_t RKSM_GFP_METADATA = GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN;
+const gfp_t RKSM_GFP_NODE = GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN | __GFP_HIGH;

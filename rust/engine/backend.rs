@@ -27,6 +27,7 @@ use super::types::{
     Refused, //
 };
 use core::ops::Range;
+use kernel::alloc::Flags;
 
 /// What a collected page is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +50,17 @@ pub enum Collected {
     End,
     /// The mm is exiting; nothing was collected.
     Exiting,
+    /// Another task holds the mmap lock; nothing was collected.
+    Busy,
+}
+
+/// What a walk does between the pages it reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WalkStep {
+    /// Looks at the next vma, mergeable or not.
+    Vma,
+    /// Enters a page table, of any level, to look at so many of its entries.
+    Table(usize),
 }
 
 /// What a walk does with a page it has reached; compare `enum page_walk_action`.
@@ -64,10 +76,18 @@ pub enum WalkAction {
     Stop,
 }
 
-/// Decides for each page that a walk reaches, in ascending order of the addresses.
+/// Decides how far a walk goes, and for each page that it reaches, in ascending order of the
+/// addresses.
 ///
 /// Each walk has a filter of its own.
 pub trait WalkFilter {
+    /// Returns whether the walk may take this step. If not, it ends there.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    fn step(&mut self, step: WalkStep) -> bool;
+
     /// Returns what the walk does with the page at `addr`, which lies on NUMA node `nid`.
     /// `accessed` is what [`Batch::accessed`] would return if the page were collected.
     ///
@@ -458,14 +478,21 @@ pub trait Backend: StableNodes + Sync {
     /// A merge that has been decided on, with all that it needs.
     type Merge: Merge + Send + Unpin;
 
+    /// Flags of allocations for what is known of pages. They never call the OOM killer.
+    const GFP: Flags;
+
     /// Adds pages of mergeable vmas of `mm` to the batch; compare `scan_get_next_rmap_item()`.
     ///
     /// Adds up to `limit` pages whose addresses are `within` and that `filter` collects. The batch
     /// has room for them. Other threads may collect at the same time, but not within `own`.
     ///
+    /// The walk may also end early because another task waits for the mmap lock, but not before it
+    /// has taken some steps.
+    ///
     /// # Context
     ///
-    /// May sleep. Takes the mmap lock of `mm` once, and under it page table locks.
+    /// May sleep. Takes the mmap lock of `mm` once, if it need not wait for it, and under it page
+    /// table locks.
     fn collect<F: WalkFilter>(
         &self,
         mm: &Self::Mm,
@@ -601,11 +628,4 @@ pub trait Backend: StableNodes + Sync {
     ///
     /// May sleep. No lock is held except `thread_mutex`.
     fn cond_resched(&self);
-
-    /// Returns whether the scan has to pause (freezer, stop). Called once after each pass.
-    ///
-    /// # Context
-    ///
-    /// Any. Takes no lock.
-    fn should_pause(&self) -> bool;
 }

@@ -146,7 +146,9 @@ pub trait MmList {
         let Visited { progress, tracked } = scan(&claim);
         let released = self.locked(|registry| {
             match progress {
-                Progress::At(address) => registry.move_to(&claim, address),
+                Progress::At(address) | Progress::Busy(address) => {
+                    registry.move_to(&claim, address);
+                }
                 Progress::Done => registry.advance(&claim),
                 Progress::Exiting => {
                     registry.unregister(&claim);

@@ -17,6 +17,7 @@
 //! | [`types`] | handles, fingerprint, reasons for refusing: data that all others share |
 //! | `container` | a vector in pages of memory, and what allocations cost |
 //! | [`policy`], [`smart_scan`], [`accessed`] | when a page is merged, skipped, or read again |
+//! | [`pace`] | how long the scanner works before it lets others in |
 //! | [`content_hash`], [`stats`] | the hash of a page's contents; what is counted |
 //! | [`sysfs`] | the files in sysfs: parsing, values, effects; `advisor_mode` |
 //! | [`registry`], [`mm_list`] | mm_slots: states, scan list, hash; each step under `mmlist_lock` |
@@ -65,6 +66,7 @@ pub mod content_hash;
 pub mod index;
 pub mod metadata;
 pub mod mm_list;
+pub mod pace;
 pub mod page_state;
 pub mod policy;
 pub mod registry;

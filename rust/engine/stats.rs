@@ -66,6 +66,8 @@ pub struct Snapshot {
     pub zero_pages: i64,
     /// Bytes of memory that page state, index, nodes and rmap items take.
     pub metadata_bytes: u64,
+    /// Longest hold of the scan lock by the scanner since the load, in microseconds.
+    pub longest_hold_usecs: u64,
 }
 
 impl Snapshot {

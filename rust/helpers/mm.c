@@ -34,6 +34,11 @@ bool rksm_mm_tlb_flush_pending(struct mm_struct *mm)
 	return mm_tlb_flush_pending(mm);
 }
 
+int rksm_mmap_read_lock_interruptible(struct mm_struct *mm)
+{
+	return down_read_interruptible(&mm->mmap_lock);
+}
+
 bool rksm_mmap_lock_is_contended(struct mm_struct *mm)
 {
 	return mmap_lock_is_contended(mm);

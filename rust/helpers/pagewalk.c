@@ -6,13 +6,21 @@
 
 #include "symbols.h"
 
+typedef int rksm_p4d_entry_t(p4d_t *p4d, unsigned long addr, unsigned long next,
+			     struct mm_walk *walk);
+typedef int rksm_pud_entry_t(pud_t *pud, unsigned long addr, unsigned long next,
+			     struct mm_walk *walk);
 typedef int rksm_pmd_entry_t(pmd_t *pmd, unsigned long addr, unsigned long next,
 			     struct mm_walk *walk);
 
+/* The functions are called for entries that are there: a hole costs what the levels above it do. */
 int rksm_walk_page_range_vma(struct vm_area_struct *vma, unsigned long start, unsigned long end,
+			     rksm_p4d_entry_t *p4d_entry, rksm_pud_entry_t *pud_entry,
 			     rksm_pmd_entry_t *pmd_entry, void *private)
 {
 	const struct mm_walk_ops ops = {
+		.p4d_entry = p4d_entry,
+		.pud_entry = pud_entry,
 		.pmd_entry = pmd_entry,
 		.walk_lock = PGWALK_RDLOCK,
 	};

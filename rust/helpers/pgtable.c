@@ -83,6 +83,16 @@ bool rksm_pte_mapped(struct vm_area_struct *vma, unsigned long addr, pte_t *ptep
 	return true;
 }
 
+/* How many entries there are that map nothing before one that does, of the first `nr`. */
+unsigned long rksm_none_ptes(pte_t *ptep, unsigned long nr)
+{
+	unsigned long n = 0;
+
+	while (n < nr && pte_none(ptep_get(ptep + n)))
+		n++;
+	return n;
+}
+
 static void rksm_folio_was_young(struct folio *folio)
 {
 	/* Reclaim and idle page tracking go on seeing that it was in use. */

@@ -12,10 +12,12 @@
 
 use crate::bindings::raw;
 use kernel::{
+    error::to_result,
     mm::{
         virt::VmaRef,
         Mm, //
     },
+    prelude::*,
     sync::aref::ARef,
     types::NotThreadSafe,
 };
@@ -72,6 +74,40 @@ impl PinnedMm {
             mm: self,
             _nts: NotThreadSafe,
         }
+    }
+
+    /// Takes the mmap lock for reading, unless a signal comes first.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes the mmap lock.
+    ///
+    /// # Errors
+    ///
+    /// `ERESTARTSYS` when a signal came.
+    pub(crate) fn mmap_read_lock_interruptible(&self) -> Result<MmapReadGuard<'_>> {
+        // SAFETY: The mm is pinned.
+        let interrupted = unsafe { raw::rksm_mmap_read_lock_interruptible(self.as_ptr()) };
+        to_result(interrupted).map_err(|_| ERESTARTSYS)?;
+        Ok(MmapReadGuard {
+            mm: self,
+            _nts: NotThreadSafe,
+        })
+    }
+
+    /// Takes the mmap lock for reading, if that needs no wait.
+    ///
+    /// # Context
+    ///
+    /// Any that may take a lock. Takes the mmap lock.
+    pub(crate) fn mmap_read_trylock(&self) -> Option<MmapReadGuard<'_>> {
+        // SAFETY: The mm is pinned.
+        let locked = unsafe { raw::mmap_read_trylock(self.0.as_raw()) };
+        // A guard unlocks when it is dropped, so there must be none where the lock is not held.
+        locked.then(|| MmapReadGuard {
+            mm: self,
+            _nts: NotThreadSafe,
+        })
     }
 
     /// Whether another task waits for the mmap lock.

@@ -3,10 +3,12 @@
 //! Safe wrappers of kernel interfaces that the `kernel` crate lacks, written as if for upstream.
 
 pub(crate) mod folio;
+pub(crate) mod gfp;
 pub(crate) mod kthread;
 pub(crate) mod memory_notifier;
 pub(crate) mod mm;
 pub(crate) mod module_ref;
+pub(crate) mod mutex;
 pub(crate) mod oom;
 pub(crate) mod pte;
 pub(crate) mod race_window;

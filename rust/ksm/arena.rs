@@ -18,7 +18,7 @@ use core::{
     ptr::NonNull, //
 };
 use kernel::{
-    alloc::flags::*,
+    alloc::Flags,
     prelude::*, //
 };
 
@@ -56,8 +56,8 @@ struct ChunkBox<T>(NonNull<Chunk<T>>);
 
 impl<T> ChunkBox<T> {
     /// Allocates a chunk without objects.
-    fn new(number: u32) -> Result<Self> {
-        let uninit = KBox::<Chunk<T>>::new_uninit(GFP_KERNEL | __GFP_NOWARN)?;
+    fn new(number: u32, flags: Flags) -> Result<Self> {
+        let uninit = KBox::<Chunk<T>>::new_uninit(flags)?;
         let chunk = KBox::into_raw(uninit).cast::<Chunk<T>>();
         // SAFETY: The memory has just been allocated, and slots need not be initialised.
         // INVARIANT: No slot is initialised, and no bit is set. The box is given up for this.
@@ -120,15 +120,16 @@ pub(crate) struct ObjectArena<T> {
     holes: KVVec<u32>,
     len: usize,
     live_chunks: usize,
+    flags: Flags,
 }
 
 impl<T> ObjectArena<T> {
-    /// Creates an empty arena, without allocating.
+    /// Creates an empty arena, without allocating. It will allocate with these flags.
     ///
     /// # Context
     ///
     /// Any.
-    pub(crate) const fn new() -> Self {
+    pub(crate) const fn new(flags: Flags) -> Self {
         // INVARIANT: There are no chunks.
         Self {
             chunks: KVVec::new(),
@@ -136,6 +137,7 @@ impl<T> ObjectArena<T> {
             holes: KVVec::new(),
             len: 0,
             live_chunks: 0,
+            flags,
         }
     }
 
@@ -175,8 +177,8 @@ impl<T> ObjectArena<T> {
             Some(&number) => number,
             None => {
                 let want = self.chunks.len() + 1;
-                keep_capacity(&mut self.partial, want)?;
-                keep_capacity(&mut self.holes, want)?;
+                keep_capacity(&mut self.partial, want, self.flags)?;
+                keep_capacity(&mut self.holes, want, self.flags)?;
                 let number = u32::try_from(self.chunks.len())
                     .ok()
                     .filter(|n| *n < u32::MAX >> SHIFT)
@@ -185,14 +187,14 @@ impl<T> ObjectArena<T> {
                     chunk: None,
                     listed: false,
                 };
-                self.chunks.push(entry, GFP_KERNEL | __GFP_NOWARN)?;
+                self.chunks.push(entry, self.flags)?;
                 // INVARIANT: The entry has no chunk. The capacity holds every number.
                 let _ = self.holes.push_within_capacity(number);
                 number
             }
         };
         // Where this fails, the number stays a hole.
-        let chunk = ChunkBox::new(number)?;
+        let chunk = ChunkBox::new(number, self.flags)?;
         if let Some(entry) = self.chunks.get_mut(number as usize) {
             // INVARIANT: The entry has a chunk now.
             self.holes.pop();
@@ -321,10 +323,10 @@ impl<T> ObjectArena<T> {
     }
 }
 
-fn keep_capacity(list: &mut KVVec<u32>, want: usize) -> Result {
+fn keep_capacity(list: &mut KVVec<u32>, want: usize, flags: Flags) -> Result {
     if list.capacity() < want {
         let more = (want - list.len()).max(list.capacity());
-        list.reserve(more, GFP_KERNEL | __GFP_NOWARN)?;
+        list.reserve(more, flags)?;
     }
     Ok(())
 }

@@ -12,7 +12,8 @@ use crate::engine::{
         PageAddr,
         PageKind,
         WalkAction,
-        WalkFilter, //
+        WalkFilter,
+        WalkStep, //
     },
     content_hash::ContentKey,
     types::{
@@ -30,13 +31,17 @@ use crate::{
             FolioMapping,
             FolioRef, //
         },
+        gfp::GFP_METADATA,
         mm::PinnedMm,
         race_window,
         symbols::Symbols, //
     },
     ksm::{
         batch::Batch,
-        collect,
+        collect::{
+            self,
+            MappedFilter, //
+        },
         merge::{
             in_vma,
             Merge,
@@ -56,6 +61,7 @@ use core::{
     ptr::NonNull, //
 };
 use kernel::{
+    alloc::Flags,
     prelude::*,
     sync::Arc, //
 };
@@ -98,10 +104,34 @@ pub(crate) fn correct_all_zero_pages(_symbols: Symbols, delta: isize) {
     unsafe { raw::rksm_add_ksm_zero_pages(delta) };
 }
 
+/// A filter of the engine, which is told the kind of each page.
+struct KindFilter<'a, F> {
+    nodes: &'a StableNodes,
+    filter: &'a mut F,
+}
+
+impl<F: WalkFilter> MappedFilter for KindFilter<'_, F> {
+    fn step(&mut self, step: WalkStep) -> bool {
+        self.filter.step(step)
+    }
+
+    fn filter(&mut self, addr: usize, mapped: &raw::rksm_mapped) -> WalkAction {
+        if mapped.ksm_zero {
+            self.filter.ksm_zero_page();
+            return WalkAction::Skip;
+        }
+        let kind = self.nodes.kind_of(FolioMapping::from_raw(mapped.mapping));
+        self.filter
+            .filter(addr, kind, mapped.nid as u32, mapped.accessed)
+    }
+}
+
 impl Backend for StableNodes {
     type Mm = PinnedMm;
     type Batch = Batch;
     type Merge = Merge;
+
+    const GFP: Flags = GFP_METADATA;
 
     fn collect<F: WalkFilter>(
         &self,
@@ -114,17 +144,17 @@ impl Backend for StableNodes {
     ) -> Collected {
         batch.set_limit(limit, own);
         race_window::sleep();
-        let guard = mm.mmap_read_lock();
+        // A process that holds its lock for long keeps others from being scanned if it is waited
+        // for here.
+        let Some(guard) = mm.mmap_read_trylock() else {
+            return Collected::Busy;
+        };
         let Some(live) = guard.live() else {
             return Collected::Exiting;
         };
-        let mut filter = |addr, mapped: &raw::rksm_mapped| {
-            if mapped.ksm_zero {
-                filter.ksm_zero_page();
-                return WalkAction::Skip;
-            }
-            let kind = self.kind_of(FolioMapping::from_raw(mapped.mapping));
-            filter.filter(addr, kind, mapped.nid as u32, mapped.accessed)
+        let mut filter = KindFilter {
+            nodes: self,
+            filter,
         };
         match collect::collect(live, within, batch, &mut filter) {
             Some(next) => Collected::More(next),
@@ -317,12 +347,5 @@ impl Backend for StableNodes {
     fn cond_resched(&self) {
         // SAFETY: The engine's lock is a mutex; no spinlock is held.
         unsafe { raw::rksm_cond_resched() };
-    }
-
-    fn should_pause(&self) -> bool {
-        // SAFETY: The current task is valid, and only read.
-        unsafe {
-            raw::rksm_freezing(kernel::task::Task::current_raw()) || raw::rksm_kthread_stopping()
-        }
     }
 }

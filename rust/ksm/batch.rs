@@ -11,6 +11,7 @@ use crate::engine::{
 };
 use crate::{
     bindings::raw,
+    kernel_ext::gfp::GFP_METADATA,
     ksm::page::{
         self,
         page_nid,
@@ -81,12 +82,12 @@ impl Batch {
     /// `ENOMEM`.
     pub(crate) fn new(pages: usize) -> Result<Self> {
         Ok(Self {
-            entries: KVec::with_capacity(pages, GFP_KERNEL)?,
+            entries: KVec::with_capacity(pages, GFP_METADATA)?,
             limit: 0,
             released: 0,
             own: 0..0,
             huge: 0..0,
-            last_refs: KVec::with_capacity(pages, GFP_KERNEL)?,
+            last_refs: KVec::with_capacity(pages, GFP_METADATA)?,
         })
     }
 

@@ -8,7 +8,10 @@
 //! address space since that flush. This is a hint only: reclaim and DAMON clear the bit, too, and
 //! secondary MMUs are not flushed.
 
-use crate::engine::backend::WalkAction;
+use crate::engine::backend::{
+    WalkAction,
+    WalkStep, //
+};
 use crate::{
     bindings::raw,
     kernel_ext::mm::LiveMm,
@@ -17,7 +20,7 @@ use crate::{
         page::{
             candidate_folio,
             mergeable_from,
-            WALK_SPAN, //
+            NextVma, //
         }, //
     }, //
 };
@@ -31,7 +34,28 @@ use kernel::{
     prelude::*, //
 };
 
-/// What [`collect`] hands to its callback.
+/// Decides how far a walk goes, and what becomes of each page that it reaches; see
+/// [`WalkFilter`](crate::engine::backend::WalkFilter).
+pub(crate) trait MappedFilter {
+    /// Returns whether the walk may take this step.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    fn step(&mut self, step: WalkStep) -> bool;
+
+    /// Returns what the walk does with what is mapped at `addr`.
+    ///
+    /// # Context
+    ///
+    /// Atomic: called with a page table lock held.
+    fn filter(&mut self, addr: usize, mapped: &raw::rksm_mapped) -> WalkAction;
+}
+
+/// What an entry of a page upper directory maps, in bytes.
+const PUD_SIZE: usize = 512 * raw::RKSM_PMD_SIZE;
+
+/// What [`collect`] hands to its callbacks.
 struct Walk<'a, F> {
     batch: &'a mut Batch,
     filter: &'a mut F,
@@ -40,11 +64,11 @@ struct Walk<'a, F> {
     next: usize,
     /// `filter` has ended the walk, or another task waits for the mmap lock.
     stopped: bool,
-    /// Whether a page table has been walked.
-    begun: bool,
+    /// Whether a vma or a page table has been passed.
+    progress: bool,
 }
 
-impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
+impl<F: MappedFilter> Walk<'_, F> {
     /// Collects the page if the filter wants it. Returns whether its accessed bit is to be cleared.
     ///
     /// # Safety
@@ -52,7 +76,7 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
     /// `mapped` is what a page table maps whose lock the caller holds.
     unsafe fn offer(&mut self, addr: usize, mapped: &mut raw::rksm_mapped) -> bool {
         mapped.accessed |= self.batch.huge.contains(&addr);
-        match (self.filter)(addr, mapped) {
+        match self.filter.filter(addr, mapped) {
             WalkAction::Collect => {
                 // SAFETY: By the contract.
                 unsafe { self.batch.push(addr, mapped) };
@@ -63,6 +87,23 @@ impl<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction> Walk<'_, F> {
             WalkAction::Stop => self.stopped = true,
         }
         false
+    }
+
+    /// Returns whether the walk goes on with this step. It does not where another task waits to
+    /// change the address space, but for its first steps.
+    fn step(&mut self, step: WalkStep) -> bool {
+        // SAFETY: May sleep: between pages a walk holds the mmap lock alone.
+        unsafe { raw::rksm_cond_resched() };
+        let contended = self.progress && self.live.mm().mmap_lock_is_contended();
+        !contended && self.filter.step(step)
+    }
+
+    /// Counts a page table that is to be entered at `addr`, for so many entries. Returns whether
+    /// the walk ends there.
+    fn ends_before_table(&mut self, addr: usize, entries: usize) -> bool {
+        self.stopped = !self.step(WalkStep::Table(entries));
+        self.next = addr;
+        self.stopped
     }
 
     fn over(&self) -> bool {
@@ -79,57 +120,85 @@ pub(crate) fn collect(
     mm: LiveMm<'_>,
     within: Range<usize>,
     batch: &mut Batch,
-    filter: &mut impl FnMut(usize, &raw::rksm_mapped) -> WalkAction,
+    filter: &mut impl MappedFilter,
 ) -> Option<usize> {
     let start = within.start;
-    let bound = start.saturating_add(WALK_SPAN).min(within.end);
-    let mut at = start;
-    while let Some(vma) = mergeable_from(mm, at) {
-        at = at.max(vma.start());
-        if at >= bound {
-            return Some(at);
-        }
-        let end = vma.end().min(bound);
-        match collect_vma(mm, vma, at, end, batch, filter) {
-            Some(next) => return Some(next),
-            None => at = end,
-        }
-        if batch.full() || at >= bound {
-            return Some(at);
-        }
-    }
-    None
-}
-
-/// Walks one vma; returns where the walk ended, if it was early.
-fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
-    mm: LiveMm<'_>,
-    vma: &VmaRef,
-    start: usize,
-    end: usize,
-    batch: &mut Batch,
-    filter: &mut F,
-) -> Option<usize> {
     let mut walk = Walk {
         batch,
         filter,
         live: mm,
-        next: end,
+        next: start,
         stopped: false,
-        begun: false,
+        progress: false,
     };
+    let mut at = start;
+    loop {
+        let mut passed = false;
+        let step = || {
+            walk.progress |= core::mem::replace(&mut passed, true);
+            walk.step(WalkStep::Vma)
+        };
+        let vma = match mergeable_from(mm, at, within.end, step) {
+            NextVma::Found(vma) => vma,
+            NextVma::Stopped(next) => return Some(next),
+            NextVma::End => return None,
+        };
+        at = at.max(vma.start());
+        if at >= within.end {
+            return Some(at);
+        }
+        let end = vma.end().min(within.end);
+        match collect_vma(&mut walk, vma, at, end) {
+            Some(next) => return Some(next),
+            None => at = end,
+        }
+        walk.progress = true;
+        if walk.batch.full() || at >= within.end {
+            return Some(at);
+        }
+    }
+}
+
+/// Walks one vma; returns where the walk ended, if it was early.
+fn collect_vma<F: MappedFilter>(
+    walk: &mut Walk<'_, F>,
+    vma: &VmaRef,
+    start: usize,
+    end: usize,
+) -> Option<usize> {
     // SAFETY: The vma is valid and its mm's lock is held for reading; `start..end` lies within it;
-    // the callback gets `walk`, which outlives the call, as its private data, and has its type.
+    // the callbacks get `walk`, which outlives the call, as their private data, and expect its
+    // type.
     let stopped = unsafe {
         raw::rksm_walk_page_range_vma(
             vma.as_ptr().cast(),
             start,
             end,
+            Some(collect_table::<F, raw::p4d_t, PUD_SIZE>),
+            Some(collect_table::<F, raw::pud_t, { raw::RKSM_PMD_SIZE }>),
             Some(collect_pmd::<F>),
-            (&raw mut walk).cast::<c_void>(),
+            (&raw mut *walk).cast::<c_void>(),
         )
     };
     (stopped > 0).then_some(walk.next)
+}
+
+/// Counts the page table that an entry of an upper level, of type `T`, refers to. Each of its
+/// entries maps `SIZE` bytes.
+///
+/// # Safety
+///
+/// Called by the page walk of [`collect_vma`] alone.
+unsafe extern "C" fn collect_table<F: MappedFilter, T, const SIZE: usize>(
+    _entry: *mut T,
+    addr: c_ulong,
+    end: c_ulong,
+    mm_walk: *mut raw::mm_walk,
+) -> c_int {
+    // SAFETY: The private data is the `Walk` of `collect_vma`, which nothing else uses during the
+    // call.
+    let walk = unsafe { &mut *raw::rksm_walk_private(mm_walk).cast::<Walk<'_, F>>() };
+    c_int::from(walk.ends_before_table(addr, (end - addr).div_ceil(SIZE)))
 }
 
 /// Collects what one page middle directory entry maps.
@@ -137,7 +206,7 @@ fn collect_vma<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
 /// # Safety
 ///
 /// Called by the page walk of [`collect_vma`] alone.
-unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
+unsafe extern "C" fn collect_pmd<F: MappedFilter>(
     pmd: *mut raw::pmd_t,
     addr: c_ulong,
     end: c_ulong,
@@ -150,15 +219,10 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
     let vma = unsafe { raw::rksm_walk_vma(mm_walk) };
     let mut addr = addr;
 
-    // SAFETY: May sleep: a walk under the mmap lock holds no spinlock.
-    unsafe { raw::rksm_cond_resched() };
-    // A task that changes the address space waits for one page table at most.
-    if walk.begun && walk.live.mm().mmap_lock_is_contended() {
-        walk.stopped = true;
-        walk.next = addr;
+    if walk.ends_before_table(addr, (end - addr) / PAGE_SIZE) {
         return 1;
     }
-    walk.begun = true;
+    walk.progress = true;
 
     let mut ptl = core::ptr::null_mut();
     // SAFETY: `pmd` belongs to the walked mm. A huge mapping is answered with its lock held.
@@ -204,7 +268,12 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
                     break;
                 }
             } else if mapped.ksm_zero {
-                (walk.filter)(addr, &mapped);
+                walk.filter.filter(addr, &mapped);
+            } else {
+                // As many calls as there are pages, not entries.
+                let none = raw::rksm_none_ptes(ptep, ((end - addr) / PAGE_SIZE) as c_ulong);
+                addr += none.saturating_sub(1) as usize * PAGE_SIZE;
+                ptep = ptep.wrapping_add(none.saturating_sub(1) as usize);
             }
         }
         addr += PAGE_SIZE;
@@ -226,7 +295,7 @@ unsafe extern "C" fn collect_pmd<F: FnMut(usize, &raw::rksm_mapped) -> WalkActio
 ///
 /// `pmd` maps `folio`, and at `range.start` its page `first`; its lock is held. `range` lies within
 /// the mapping.
-unsafe fn collect_huge<F: FnMut(usize, &raw::rksm_mapped) -> WalkAction>(
+unsafe fn collect_huge<F: MappedFilter>(
     walk: &mut Walk<'_, F>,
     vma: *mut raw::vm_area_struct,
     pmd: *mut raw::pmd_t,

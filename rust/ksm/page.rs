@@ -24,10 +24,6 @@ use kernel::{
     prelude::*, //
 };
 
-/// The most bytes of address space that are walked under one mmap lock, so that the lock is not
-/// held across a huge hole.
-pub(super) const WALK_SPAN: usize = 1 << 30;
-
 impl MmPin for PinnedMm {
     fn key(&self) -> usize {
         self.as_ptr() as usize
@@ -42,18 +38,45 @@ impl MmPin for PinnedMm {
     }
 }
 
-/// Returns the first vma that ends above `addr` and may hold mergeable pages: `VM_MERGEABLE`, with
-/// an `anon_vma`.
+/// What [`mergeable_from`] finds.
+pub(super) enum NextVma<'g> {
+    /// A vma.
+    Found(&'g VmaRef),
+    /// None that begins below this address, where the search has ended early.
+    Stopped(usize),
+    /// None at all.
+    End,
+}
+
+/// Looks for the first vma that ends above `addr` and may hold mergeable pages: `VM_MERGEABLE`,
+/// with an `anon_vma`. `step` is asked before each vma whether the search goes on; behind `end` it
+/// does not.
 ///
 /// # Context
 ///
-/// The mmap lock is held, as `mm` shows.
-pub(super) fn mergeable_from(mm: LiveMm<'_>, addr: usize) -> Option<&VmaRef> {
-    let mut vma = mm.find_vma(addr)?;
-    while !mergeable(vma) {
-        vma = mm.find_vma(vma.end())?;
+/// May sleep if `step` does. The mmap lock is held, as `mm` shows.
+pub(super) fn mergeable_from(
+    mm: LiveMm<'_>,
+    addr: usize,
+    end: usize,
+    mut step: impl FnMut() -> bool,
+) -> NextVma<'_> {
+    let mut at = addr;
+    loop {
+        if !step() {
+            return NextVma::Stopped(at);
+        }
+        let Some(vma) = mm.find_vma(at) else {
+            return NextVma::End;
+        };
+        if mergeable(vma) {
+            return NextVma::Found(vma);
+        }
+        at = vma.end();
+        if at >= end {
+            return NextVma::Stopped(at);
+        }
     }
-    Some(vma)
 }
 
 /// Returns the mergeable vma at `addr`.
@@ -168,8 +191,47 @@ pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<PageGuard> {
     NonNull::new(page).map(|page| PageGuard { page, uffd })
 }
 
-/// Returns the first address in `start..end` of `vma` where a merged page or a KSM-placed zero page
-/// is mapped.
+/// What [`find_merged`] finds.
+pub(crate) enum Search {
+    /// A merged page or a KSM-placed zero page is mapped at this address.
+    Found(usize),
+    /// None below this address, where the search has ended early.
+    Stopped(usize),
+    /// None at all.
+    End,
+}
+
+/// Most page tables, of any level, that searches enter under one mmap lock.
+pub(super) const MAX_TABLES: usize = 512;
+
+/// What [`find_merged`] hands to its callbacks.
+struct Finder<'a> {
+    /// Page tables that may still be entered.
+    tables: &'a mut usize,
+    result: Search,
+}
+
+impl Finder<'_> {
+    /// Counts a page table that is to be entered at `addr`. Returns what the walk's callback is to
+    /// return, which is not 0 if the walk ends there.
+    fn enter(&mut self, addr: usize) -> c_int {
+        // SAFETY: May sleep: a walk under the mmap lock holds no spinlock.
+        unsafe { raw::rksm_cond_resched() };
+        // SAFETY: Reads the current task's state.
+        if unsafe { raw::rksm_signal_pending() } {
+            return -(raw::ERESTARTSYS as c_int);
+        }
+        if *self.tables == 0 {
+            self.result = Search::Stopped(addr);
+            return 1;
+        }
+        *self.tables -= 1;
+        0
+    }
+}
+
+/// Looks for the first address in `start..end` of `vma` where a merged page or a KSM-placed zero
+/// page is mapped. Enters up to `tables` page tables, and subtracts them.
 ///
 /// # Context
 ///
@@ -182,22 +244,44 @@ pub(crate) fn find_merged(
     vma: &VmaRef,
     start: usize,
     end: usize,
-) -> kernel::error::Result<Option<usize>> {
-    let mut found: usize = 0;
+    tables: &mut usize,
+) -> kernel::error::Result<Search> {
+    let mut finder = Finder {
+        tables,
+        result: Search::End,
+    };
     // SAFETY: The vma is valid, as its mm's lock is held for reading, and `start..end` lies within
-    // it. The callback gets `found`, which outlives the call, as its private data, and expects that
-    // type.
+    // it. The callbacks get `finder`, which outlives the call, as their private data, and expect
+    // that type.
     let ret = unsafe {
         raw::rksm_walk_page_range_vma(
             vma.as_ptr().cast(),
             start,
             end,
+            Some(find_table::<raw::p4d_t>),
+            Some(find_table::<raw::pud_t>),
             Some(find_pmd),
-            (&raw mut found).cast::<c_void>(),
+            (&raw mut finder).cast::<c_void>(),
         )
     };
     kernel::error::to_result(ret)?;
-    Ok((ret > 0).then_some(found))
+    Ok(finder.result)
+}
+
+/// Counts the page table that an entry of an upper level, of type `T`, refers to.
+///
+/// # Safety
+///
+/// Called by the page walk of [`find_merged`] alone.
+unsafe extern "C" fn find_table<T>(
+    _entry: *mut T,
+    addr: c_ulong,
+    _end: c_ulong,
+    mm_walk: *mut raw::mm_walk,
+) -> c_int {
+    // SAFETY: The private data is the `Finder` of `find_merged`, which nothing else uses during the
+    // call.
+    unsafe { &mut *raw::rksm_walk_private(mm_walk).cast::<Finder<'_>>() }.enter(addr)
 }
 
 /// Looks for a merged page below one page middle directory entry.
@@ -213,11 +297,12 @@ unsafe extern "C" fn find_pmd(
 ) -> c_int {
     // SAFETY: The walk is valid, and belongs to the current thread.
     let vma = unsafe { raw::rksm_walk_vma(mm_walk) };
-    // SAFETY: No spinlock is held.
-    unsafe { raw::rksm_cond_resched() };
-    // SAFETY: Reads the current task's state.
-    if unsafe { raw::rksm_signal_pending() } {
-        return -(raw::ERESTARTSYS as c_int);
+    // SAFETY: The private data is the `Finder` of `find_merged`, which nothing else uses during the
+    // call.
+    let finder = unsafe { &mut *raw::rksm_walk_private(mm_walk).cast::<Finder<'_>>() };
+    let stop = finder.enter(addr);
+    if stop != 0 {
+        return stop;
     }
     let mut ptl = core::ptr::null_mut();
     // SAFETY: `pmd` belongs to the walked mm.
@@ -229,6 +314,14 @@ unsafe extern "C" fn find_pmd(
     let mut hit = false;
     let mut at = addr;
     while at < end {
+        // SAFETY: `ptep` and the entries after it, up to `end`, lie in this page table, whose lock
+        // is held.
+        let none = unsafe { raw::rksm_none_ptes(ptep, ((end - at) / PAGE_SIZE) as c_ulong) };
+        at += none as usize * PAGE_SIZE;
+        ptep = ptep.wrapping_add(none as usize);
+        if at >= end {
+            break;
+        }
         // SAFETY: `ptep` points to the entry of `at`, within this page table, whose lock is held.
         if unsafe { raw::rksm_pte_is_ksm(vma, at, raw::rksm_ptep_get(ptep)) } {
             hit = true;
@@ -240,8 +333,7 @@ unsafe extern "C" fn find_pmd(
     // SAFETY: Taken above.
     unsafe { raw::rksm_pte_unmap_unlock(first, ptl) };
     if hit {
-        // SAFETY: `find_merged` has put its variable there.
-        unsafe { *raw::rksm_walk_private(mm_walk).cast::<usize>() = at };
+        finder.result = Search::Found(at);
     }
     c_int::from(hit)
 }

@@ -39,7 +39,11 @@ use crate::{
         race_window, //
     },
     ksm::{
-        page,
+        page::{
+            self,
+            Search,
+            MAX_TABLES, //
+        },
         split::HugeMappings, //
     },
 };
@@ -342,13 +346,15 @@ pub(crate) fn break_ksm(
     end: usize,
     faults: usize,
 ) -> kernel::error::Result<Option<usize>> {
-    let mut at = start;
+    let (mut at, mut tables) = (start, MAX_TABLES);
     for _ in 0..faults {
         if at >= end {
             return Ok(None);
         }
-        let Some(addr) = page::find_merged(vma, at, end)? else {
-            return Ok(None);
+        let addr = match page::find_merged(vma, at, end, &mut tables)? {
+            Search::Found(addr) => addr,
+            Search::Stopped(next) => return Ok(Some(next)),
+            Search::End => return Ok(None),
         };
         // SAFETY: The vma is valid and its mm's lock is held.
         let fault = unsafe { raw::rksm_unshare_fault(vma.as_ptr().cast(), addr) };

@@ -29,6 +29,10 @@ use crate::{
             FolioMapping,
             FolioRef, //
         },
+        gfp::{
+            GFP_METADATA,
+            GFP_NODE, //
+        },
         mm::PinnedMm,
         module_ref,
         race_window, //
@@ -102,8 +106,8 @@ impl StableNodes {
         // SAFETY: The zero page is reserved, and never freed.
         let zero_hash = unsafe { page::content_hash(&key, zero) };
         Ok(Self {
-            nodes: ObjectArena::new(),
-            items: ObjectArena::new(),
+            nodes: ObjectArena::new(GFP_NODE),
+            items: ObjectArena::new(GFP_METADATA),
             key: key.into(),
             zero_hash,
             use_zero_pages: false,

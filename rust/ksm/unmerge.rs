@@ -3,14 +3,15 @@
 //! Unmerging: giving every mapping of a merged page a page of its own.
 
 use crate::{
+    bindings::raw,
     kernel_ext::{
         mm::PinnedMm,
         race_window, //
     },
     ksm::{
         page::{
-            self,
-            WALK_SPAN, //
+            mergeable_from,
+            NextVma, //
         },
         replace_pte, //
     }, //
@@ -19,6 +20,9 @@ use kernel::prelude::*;
 
 /// The most faults under one mmap lock.
 const FAULTS: usize = 64;
+
+/// The most vmas that are passed under one mmap lock.
+const VMAS: usize = 4096;
 
 /// Unshares all merged pages of an mm that are mapped in mergeable vmas.
 ///
@@ -32,16 +36,29 @@ pub(crate) fn unmerge_mm(mm: &PinnedMm) -> Result {
     let mut at = 0;
     while let Some(_user) = mm.mmget_not_zero() {
         race_window::sleep();
-        let guard = mm.mmap_read_lock();
+        // SAFETY: Reads the current task's state.
+        if unsafe { raw::rksm_signal_pending() } {
+            return Err(ERESTARTSYS);
+        }
+        let guard = mm.mmap_read_lock_interruptible()?;
         let Some(live) = guard.live() else {
             break;
         };
-        let Some(vma) = page::mergeable_from(live, at) else {
-            break;
+        let mut vmas = 0;
+        let step = || {
+            vmas += 1;
+            vmas <= VMAS
+        };
+        let vma = match mergeable_from(live, at, usize::MAX, step) {
+            NextVma::Found(vma) => vma,
+            NextVma::Stopped(next) => {
+                at = next;
+                continue;
+            }
+            NextVma::End => break,
         };
         let start = at.max(vma.start());
-        let end = vma.end().min(start.saturating_add(WALK_SPAN));
-        at = replace_pte::break_ksm(vma, start, end, FAULTS)?.unwrap_or(end);
+        at = replace_pte::break_ksm(vma, start, vma.end(), FAULTS)?.unwrap_or(vma.end());
         race_window::sleep();
     }
     Ok(())

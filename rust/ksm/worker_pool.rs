@@ -9,6 +9,7 @@ use crate::engine::worker_pool::{
 use crate::{
     bindings::raw,
     kernel_ext::{
+        gfp::GFP_METADATA,
         kthread::{
             Current,
             Kthread, //
@@ -351,10 +352,10 @@ impl KthreadPool {
         }
         while self.workers.len() + 1 < size {
             let name = CString::try_from_fmt(fmt!("rksmd/{}", self.workers.len() + 1))?;
-            self.workers.reserve(1, GFP_KERNEL)?;
+            self.workers.reserve(1, GFP_METADATA)?;
             let shared = self.shared.clone();
             let worker = Kthread::run(symbols, &name, NICE, move |current| shared.work(current))?;
-            self.workers.push(worker, GFP_KERNEL)?;
+            self.workers.push(worker, GFP_METADATA)?;
         }
         Ok(())
     }

@@ -132,7 +132,7 @@ impl AttributeHandler<&'static Attribute> for Ksm {
     fn store(&self, attribute: &'static Attribute, data: &[u8]) -> Result {
         let change = attribute.parse(data)?;
         if let Change::Run(_) | Change::MergeAcrossNodes(_) | Change::MaxPageSharing(_) = change {
-            return self.with_scan_state(|state| self.change_excluding_scanner(state, change));
+            return self.with_scan_state(|state| self.change_excluding_scanner(state, change))?;
         }
         let ctx = StoreCtx {
             pages_shared: 0,

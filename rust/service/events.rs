@@ -50,13 +50,13 @@ impl MmEvents for Ksm {
 impl MemoryEvents for Ksm {
     fn going_offline(&self, _start_pfn: usize, _nr_pages: usize) {
         // Users of the engine are done when this has the lock; those that come later wait.
-        let _state = self.thread_mutex.lock();
+        let _state = self.waiting(|mutex| mutex.lock());
         self.published.lock().knobs.offline = true;
     }
 
     fn offline(&self, start_pfn: usize, nr_pages: usize) {
         {
-            let mut state = self.thread_mutex.lock();
+            let mut state = self.waiting(|mutex| mutex.lock());
             state
                 .engine
                 .metadata

@@ -12,9 +12,10 @@
 //! The one list of locks. From the outermost to the innermost: a lock further down is never held
 //! while one further up is taken.
 //!
-//! 1. `thread_mutex`, a mutex: the engine. Held by `rksmd` for one batch, also for the threads that
-//!    help it; by a write to `run`, `merge_across_nodes` or `max_page_sharing` for as long as it
-//!    takes; by the memory notifier. Exit never takes it.
+//! 1. `thread_mutex`, a mutex: the engine. Held by `rksmd` for a few passes, also for the threads
+//!    that help it, and released as soon as another task waits for it; by a write to `run`,
+//!    `merge_across_nodes` or `max_page_sharing` for as long as it takes; by the memory notifier.
+//!    Exit never takes it.
 //! 2. The built-in's `ksm_thread_mutex`: its `ksm_run`. Held briefly when unmerging begins or ends,
 //!    and by an unload while it waits for tasks to sleep.
 //! 3. The `mmap_lock` of one mm, for reading: its vmas and page tables against being freed. Never
@@ -41,6 +42,10 @@ mod scanner;
 use crate::{
     engine::{
         mm_list::MmList,
+        pace::{
+            Hold,
+            Pace, //
+        },
         registry::Registry,
         scan::{
             Engine,
@@ -53,7 +58,9 @@ use crate::{
         }, //
     },
     kernel_ext::{
+        gfp::GFP_METADATA,
         mm::PinnedMm,
+        mutex::lock_killable,
         symbols::Symbols,
         wait::{
             new_wait_queue, //
@@ -84,7 +91,8 @@ use kernel::{
     },
     time::{
         Instant,
-        Monotonic, //
+        Monotonic,
+        NSEC_PER_USEC, //
     },
 };
 
@@ -101,6 +109,16 @@ struct ScanState {
     threads: u32,
     /// When the next round of [`Ksm::prune`] may begin, ns since the load.
     prune_at: i64,
+    /// Pages that the batch which is under way may still scan.
+    batch_left: u32,
+    /// How often the full scan that is under way may still wait for a process that holds its mmap
+    /// lock.
+    busy_left: u32,
+    /// How often the last visit has been tried again.
+    busy_tries: u32,
+    pace: Pace,
+    /// Longest hold of the lock by `rksmd`, ns.
+    longest_hold: i64,
 }
 
 fn pass_buffers(threads: u32) -> Result<PassBuffers<StableNodes>> {
@@ -124,6 +142,8 @@ pub(crate) struct Ksm {
     check: bool,
     #[pin]
     thread_mutex: Mutex<ScanState>,
+    /// Tasks other than `rksmd` that wait for `thread_mutex`.
+    waiting: Atomic<i32>,
     #[pin]
     mmlist_lock: SpinLock<Registry<PinnedMm>>,
     #[pin]
@@ -161,6 +181,11 @@ impl Ksm {
             buffers: pass_buffers(1)?,
             threads: 1,
             prune_at: 0,
+            batch_left: 0,
+            busy_left: 0,
+            busy_tries: 0,
+            pace: Pace::new(),
+            longest_hold: 0,
         };
         let published = Published {
             knobs,
@@ -174,6 +199,7 @@ impl Ksm {
                 loaded: Instant::now(),
                 check,
                 thread_mutex <- new_mutex!(state, "rksm_thread_mutex"),
+                waiting: Atomic::new(0),
                 mmlist_lock <- new_spinlock!(Registry::new(), "rksm_mmlist_lock"),
                 published <- new_spinlock!(published, "rksm_published"),
                 housekeeping_due: Atomic::new(false),
@@ -198,7 +224,7 @@ impl Ksm {
     /// `ENOMEM`.
     pub(crate) fn register_all(&self) -> Result {
         self.builtin.for_each_mm(|mm| {
-            self.refill(GFP_KERNEL)?;
+            self.refill(GFP_METADATA)?;
             self.register(mm);
             Ok(())
         })
@@ -230,22 +256,60 @@ impl Ksm {
         self.loaded.elapsed().as_nanos()
     }
 
-    /// Calls `f` with the scan state when no memory is going offline.
+    /// Calls `f` with the scan state when no memory is going offline. For users of the files.
     ///
     /// # Context
     ///
     /// May sleep. Takes `thread_mutex`.
-    fn with_scan_state<R>(&self, f: impl FnOnce(&mut ScanState) -> R) -> R {
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` or `ERESTARTSYS` when a fatal signal came while this waited.
+    fn with_scan_state<R>(&self, f: impl FnOnce(&mut ScanState) -> R) -> Result<R> {
+        loop {
+            let mut state = self.waiting(|mutex| lock_killable(mutex))?;
+            if !self.offlining() {
+                let result = f(&mut state);
+                self.publish(&state);
+                return Ok(result);
+            }
+            drop(state);
+            self.offline_wait.wait_killable(|| !self.offlining())?;
+        }
+    }
+
+    /// Calls `f` with the scan state when no memory is going offline. For `rksmd`, which releases
+    /// the lock as soon as the hold that `f` is told is over.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes `thread_mutex`.
+    fn hold_scan_state<R>(&self, f: impl FnOnce(&mut ScanState, Hold) -> R) -> R {
         loop {
             let mut state = self.thread_mutex.lock();
             if !self.offlining() {
-                let result = f(&mut state);
+                let hold = Hold::begin(self.now());
+                let result = f(&mut state, hold);
+                state.longest_hold = state.longest_hold.max(hold.nsecs(self.now()));
                 self.publish(&state);
                 return result;
             }
             drop(state);
             self.offline_wait.wait_idle(|| !self.offlining());
         }
+    }
+
+    /// Whether `rksmd` is to release the scan state.
+    fn is_over(&self, hold: Hold) -> bool {
+        hold.is_over(self.now(), self.waiting.load(Relaxed) > 0)
+    }
+
+    /// Calls `lock` with `thread_mutex`, which `rksmd` then releases soon.
+    fn waiting<'a, R>(&'a self, lock: impl FnOnce(&'a Mutex<ScanState>) -> R) -> R {
+        self.waiting.add(1, Relaxed);
+        let result = lock(&self.thread_mutex);
+        self.waiting.add(-1, Relaxed);
+        result
     }
 
     fn offlining(&self) -> bool {
@@ -259,6 +323,7 @@ impl Ksm {
             counters: state.engine.metadata.counters,
             refusals: state.engine.metadata.refusals,
             zero_pages: 0,
+            longest_hold_usecs: (state.longest_hold / NSEC_PER_USEC) as u64,
             metadata_bytes: (state.engine.metadata.bytes() + slots) as u64,
         };
         self.published.lock().snapshot = snapshot;

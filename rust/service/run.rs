@@ -17,7 +17,10 @@ use crate::{
         },
         types::Progress, //
     },
-    kernel_ext::oom::OomOrigin,
+    kernel_ext::{
+        gfp::GFP_METADATA,
+        oom::OomOrigin, //
+    },
     ksm::unmerge,
     service::{
         Ksm,
@@ -105,7 +108,7 @@ impl Ksm {
             unmerge::unmerge_mm(claim.mm())?;
             state.engine.metadata.forget_mm(claim.id(), claim.mm());
             self.publish(state);
-            self.refill(GFP_KERNEL)?;
+            self.refill(GFP_METADATA)?;
             Ok(Visited {
                 progress: Progress::Done,
                 tracked: false,

@@ -9,15 +9,21 @@ use crate::{
             Step,
             Visited, //
         },
+        pace::Hold,
         policy::Policy,
-        scan::ScanTarget,
+        scan::{
+            Allowance,
+            ScanTarget, //
+        },
         sysfs::knobs::{
             AdvisorMode,
             RunState, //
-        }, //
+        },
+        types::Progress, //
     },
     kernel_ext::{
         folio,
+        gfp::GFP_METADATA,
         kthread::Current,
         race_window, //
     },
@@ -31,15 +37,26 @@ use kernel::{
     prelude::*,
     sync::atomic::Relaxed,
     time::{
+        delay::fsleep,
         msecs_to_jiffies,
+        Delta,
         Msecs,
         NSEC_PER_MSEC, //
     }, //
 };
 
-/// Most pages of each partition that are scanned before the counters are published again: a large
-/// `pages_to_scan` takes long.
+/// Most pages of each partition in a visit.
 const SLICE: u32 = 1024;
+
+/// How often a visit is tried again, one after the other, while the process holds its mmap lock.
+/// Then its turn comes with the next full scan.
+const BUSY_TRIES: u32 = 50;
+
+/// How often that is done in one full scan, whatever the number of such processes.
+const BUSY_TRIES_PER_SCAN: u32 = 500;
+
+/// Microseconds between two tries.
+const BUSY_USECS: i64 = 200;
 
 /// Fewest stable nodes that are checked for a page that is gone after each batch.
 const PRUNE_MIN: usize = 32;
@@ -74,12 +91,27 @@ impl Pause {
     }
 }
 
+/// What `rksmd` does after a hold of the scan lock.
+enum Next {
+    /// It takes the lock again: the batch is not over.
+    Batch,
+    /// It drains the LRU caches for a new full scan, and takes the lock again.
+    Drain,
+    /// It waits for a process that holds its mmap lock, and takes the lock again.
+    Retry,
+    /// It waits for the next batch.
+    Pause(Pause),
+    /// It waits for `run` to be 1 and for mms to scan.
+    Idle,
+}
+
 impl Ksm {
     /// The body of `rksmd`.
     pub(crate) fn scan_thread(&self, current: &Current) {
         let mut pause: Option<Pause> = None;
+        let mut drained = false;
         while !current.should_stop() {
-            let settled = self.with_scan_state(|state| {
+            let (next, settled) = self.hold_scan_state(|state, hold| {
                 let settled = self.housekeeping(state);
                 // A wake-up for housekeeping buys no batch: rksmd waits for what is left of the
                 // pause. A scanner that was stopped begins with a batch.
@@ -87,50 +119,77 @@ impl Ksm {
                     self.ksmd_should_run()
                         && !pause.is_over(self.now(), self.knobs().sleep_millisecs)
                 });
-                if pause.is_none() {
-                    self.prune(state);
-                    pause = self.scan_batch(state, current);
-                }
-                settled && state.engine.metadata.nodes() == 0
+                let next = match pause {
+                    Some(rest) => Next::Pause(rest),
+                    None => self.scan_batch(state, current, hold, &mut drained),
+                };
+                (next, settled && state.engine.metadata.nodes() == 0)
             });
             let woken = || current.should_stop() || self.housekeeping_due.load(Relaxed);
-            if let Some(rest) = pause {
-                let left = msecs_to_jiffies(rest.left(self.now()));
-                // The freezer needs a wait, and zero jiffies are none.
-                let jiffies = left.max(current.freezing().into());
-                let awake = || woken() || self.knobs().sleep_millisecs != rest.msecs;
-                if let Ok(false) = self.iter_wait.wait_freezable_timeout(jiffies, awake) {
-                    // All jiffies have passed. The clock may differ from them by a tick.
-                    pause = None;
+            pause = None;
+            match next {
+                Next::Batch => {}
+                Next::Drain => {
+                    // Not under the lock: it waits for every CPU.
+                    folio::lru_add_drain_all(self.symbols);
+                    drained = true;
                 }
-                continue;
+                Next::Retry => fsleep(Delta::from_micros(BUSY_USECS)),
+                Next::Pause(rest) => {
+                    let left = msecs_to_jiffies(rest.left(self.now()));
+                    // The freezer needs a wait, and zero jiffies are none.
+                    let jiffies = left.max(current.freezing().into());
+                    let awake = || woken() || self.knobs().sleep_millisecs != rest.msecs;
+                    let waited = self.iter_wait.wait_freezable_timeout(jiffies, awake);
+                    // Otherwise all jiffies have passed. The clock may differ from them by a tick.
+                    pause = (waited != Ok(false)).then_some(rest);
+                }
+                Next::Idle => {
+                    let awake = || woken() || self.ksmd_should_run();
+                    // The result of a wait does not matter: the loop looks at everything again.
+                    let _ = if settled {
+                        self.thread_wait.wait_freezable(awake).map(|()| true)
+                    } else {
+                        self.thread_wait
+                            .wait_freezable_timeout(msecs_to_jiffies(IDLE_MSECS), awake)
+                    };
+                }
             }
-            let awake = || woken() || self.ksmd_should_run();
-            // The result of a wait does not matter: the loop looks at everything again.
-            let _ = if settled {
-                self.thread_wait.wait_freezable(awake).map(|()| true)
-            } else {
-                self.thread_wait
-                    .wait_freezable_timeout(msecs_to_jiffies(IDLE_MSECS), awake)
-            };
         }
     }
 
-    /// Scans one batch if there is something to scan. Returns the pause after it, or `None` if the
-    /// scanner is to stop.
-    fn scan_batch(&self, state: &mut ScanState, current: &Current) -> Option<Pause> {
-        if self.ksmd_should_run() {
-            self.resize_worker_pool(state, current);
-            self.do_scan(state, current);
+    /// Scans as much of a batch as the hold allows, if there is something to scan.
+    fn scan_batch(
+        &self,
+        state: &mut ScanState,
+        current: &Current,
+        hold: Hold,
+        drained: &mut bool,
+    ) -> Next {
+        if state.batch_left == 0 {
+            self.prune(state, hold);
         }
+        if self.ksmd_should_run() {
+            let pages = self.knobs().pages_to_scan;
+            if state.batch_left == 0 {
+                self.resize_worker_pool(state, current);
+                state.batch_left = pages;
+            }
+            state.batch_left = state.batch_left.min(pages);
+            if let Some(next) = self.do_scan(state, current, hold, drained) {
+                return next;
+            }
+        }
+        state.batch_left = 0;
         // Read under the mutex: a user that stops the scanner, changes the pause and starts it
         // again does not wait for the new pause.
-        self.ksmd_should_run().then(|| {
-            let msecs = self.knobs().sleep_millisecs;
-            Pause {
-                msecs,
-                until: self.now() + i64::from(msecs) * NSEC_PER_MSEC,
-            }
+        if !self.ksmd_should_run() {
+            return Next::Idle;
+        }
+        let msecs = self.knobs().sleep_millisecs;
+        Next::Pause(Pause {
+            msecs,
+            until: self.now() + i64::from(msecs) * NSEC_PER_MSEC,
         })
     }
 
@@ -139,7 +198,7 @@ impl Ksm {
     fn housekeeping(&self, state: &mut ScanState) -> bool {
         self.housekeeping_due.store(false, Relaxed);
         self.reap(|slot, mm| state.engine.metadata.forget_mm(slot, mm));
-        if self.refill(GFP_KERNEL).is_err() {
+        if self.refill(GFP_METADATA).is_err() {
             return false;
         }
         if !self.locked(|registry| registry.take_missed()) {
@@ -172,8 +231,15 @@ impl Ksm {
         }
     }
 
-    /// Scans `pages_to_scan` pages, or until the full scan ends.
-    fn do_scan(&self, state: &mut ScanState, current: &Current) {
+    /// Scans what is left of the batch, or until the full scan ends. Returns `None` at the end of
+    /// the batch, and what is to be done where the hold is over before it.
+    fn do_scan(
+        &self,
+        state: &mut ScanState,
+        current: &Current,
+        hold: Hold,
+        drained: &mut bool,
+    ) -> Option<Next> {
         let knobs = self.knobs();
         let policy = Policy {
             smart_scan: knobs.smart_scan,
@@ -181,59 +247,100 @@ impl Ksm {
             merge_across_nodes: knobs.merge_across_nodes,
             max_page_sharing: knobs.max_page_sharing,
         };
-        let mut budget = knobs.pages_to_scan;
-        while budget > 0 && !current.freezing() && !current.should_stop() {
-            if !self.begin_full_scan(state) {
-                return;
+        let stopping = || current.freezing() || current.should_stop();
+        while state.batch_left > 0 && !stopping() {
+            if !self.locked(|registry| registry.scanning()) {
+                if !core::mem::take(drained) {
+                    return Some(Next::Drain);
+                }
+                if !self.begin_full_scan(state) {
+                    return None;
+                }
             }
             let ScanState {
                 engine,
                 pool,
                 buffers,
+                batch_left,
+                busy_left,
+                busy_tries,
+                pace,
                 ..
             } = state;
-            let most = SLICE * buffers.partitions() as u32;
-            let slice = budget.min(most);
-            budget -= slice;
-            let mut left = slice;
+            // One thread looks at the clock after some pages, several threads after many.
+            let slice = if buffers.partitions() > 1 {
+                pace.limit(SLICE * buffers.partitions() as u32);
+                pace.pages().min(*batch_left)
+            } else {
+                *batch_left
+            };
+            let (begun, mut busy) = (self.now(), false);
+            let mut allowance = Allowance {
+                budget: slice,
+                pause: || stopping() || self.is_over(hold),
+            };
             let step = self.visit(|claim| {
                 let target = ScanTarget {
                     slot: claim.id(),
                     mm: claim.mm(),
                     start: claim.address(),
                 };
-                let progress = engine.scan_mm(&policy, self, &target, pool, buffers, &mut left);
+                let progress =
+                    match engine.scan_mm(&policy, self, &target, pool, buffers, &mut allowance) {
+                        Progress::Busy(at) if *busy_left > 0 && *busy_tries < BUSY_TRIES => {
+                            *busy_left -= 1;
+                            *busy_tries += 1;
+                            busy = true;
+                            Progress::At(at)
+                        }
+                        Progress::Busy(_) => {
+                            engine.give_up(target.mm);
+                            Progress::Done
+                        }
+                        progress => progress,
+                    };
+                if !busy {
+                    *busy_tries = 0;
+                }
                 race_window::sleep();
                 Visited {
                     progress,
                     tracked: engine.metadata.tracks(target.slot),
                 }
             });
-            budget += left;
-            if slice == most {
-                self.publish(state);
-            }
+            let used = slice - allowance.budget;
+            *batch_left -= used;
+            pace.visited(used, self.now() - begun);
             match step {
                 Step::Visited { reap: true } => self.housekeeping_due.store(true, Relaxed),
                 Step::Visited { reap: false } => {}
-                Step::End => return self.end_full_scan(state, current),
-                Step::Idle => return,
+                Step::End => {
+                    self.end_full_scan(state, current);
+                    return None;
+                }
+                Step::Idle => return None,
+            }
+            if busy {
+                return Some(Next::Retry);
+            }
+            if self.is_over(hold) {
+                return Some(Next::Batch);
             }
         }
+        None
     }
 
-    /// Begins a full scan unless one is under way. False if there is no mm to scan.
+    /// Begins a full scan. False if there is no mm to scan.
     fn begin_full_scan(&self, state: &mut ScanState) -> bool {
-        let (scanning, empty) = self.locked(|registry| (registry.scanning(), registry.is_empty()));
-        if scanning || empty {
-            return scanning;
+        if self.locked(|registry| registry.is_empty()) {
+            return false;
         }
+        state.busy_left = BUSY_TRIES_PER_SCAN;
         let now = self.now();
         self.published.lock().knobs.scan_started(now);
         let counters = &state.engine.metadata.counters;
         self.trace
             .start_scan(counters.full_scans, counters.tracked as usize);
-        folio::lru_add_drain_all(self.symbols);
         self.locked(|registry| registry.begin())
     }
 
@@ -274,7 +381,7 @@ impl Ksm {
 
     /// Drops stable nodes whose page is gone: checks a bounded number a batch, and all of them no
     /// more often than once in `stable_node_chains_prune_millisecs`.
-    fn prune(&self, state: &mut ScanState) {
+    fn prune(&self, state: &mut ScanState, hold: Hold) {
         let (now, knobs) = (self.now(), self.knobs());
         // A scanner that is stopped has time for nodes that keep the module from being unloaded.
         let idle = knobs.run != RunState::Merge;
@@ -286,14 +393,17 @@ impl Ksm {
         } else {
             knobs.pages_to_scan as usize / 32
         };
-        if state
-            .engine
-            .metadata
-            .prune(count.clamp(PRUNE_MIN, PRUNE_MAX), knobs.max_page_sharing)
-            && !idle
-        {
-            let pause = i64::from(knobs.stable_node_chains_prune_millisecs) * 1_000_000;
-            state.prune_at = now.saturating_add(pause);
+        for _ in 0..count.clamp(PRUNE_MIN, PRUNE_MAX) / PRUNE_MIN {
+            if state.engine.metadata.prune(PRUNE_MIN, knobs.max_page_sharing) {
+                if !idle {
+                    let pause = i64::from(knobs.stable_node_chains_prune_millisecs) * 1_000_000;
+                    state.prune_at = now.saturating_add(pause);
+                }
+                return;
+            }
+            if self.is_over(hold) {
+                return;
+            }
         }
     }
 }

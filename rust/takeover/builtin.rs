@@ -5,7 +5,10 @@
 
 use crate::{
     bindings::raw,
-    kernel_ext::symbols::Symbols, //
+    kernel_ext::{
+        gfp::GFP_METADATA,
+        symbols::Symbols, //
+    },
 };
 use core::ptr;
 use kernel::{
@@ -114,7 +117,7 @@ impl Builtin {
     /// `ENOMEM`, and whatever `visit` returns, which ends the walk.
     pub(crate) fn for_each_mm(self, mut visit: impl FnMut(&Mm) -> Result) -> Result {
         might_sleep();
-        let mut batch: KVec<ARef<Mm>> = KVec::with_capacity(BATCH, GFP_KERNEL | __GFP_NOWARN)?;
+        let mut batch: KVec<ARef<Mm>> = KVec::with_capacity(BATCH, GFP_METADATA)?;
         let mut last: Option<ARef<Mm>> = None;
         loop {
             self.pin_batch(last.as_deref(), &mut batch);

@@ -13,6 +13,7 @@ use super::{
         Entry,
         Index, //
     },
+    pace::MAX_FORGOTTEN,
     page_state::{
         PageState,
         PageStates, //
@@ -30,10 +31,7 @@ use super::{
     },
 };
 use core::ops::Range;
-use kernel::{
-    alloc::flags::*,
-    page::PAGE_SIZE, //
-};
+use kernel::page::PAGE_SIZE;
 
 /// Maximum number of candidates of one content.
 pub(super) const CANDIDATE_TRIES: u8 = 4;
@@ -114,23 +112,27 @@ impl<B: Backend> Metadata<B> {
         self.backend.account_tracked(mm, -(tracked as isize));
     }
 
-    /// Forgets the tracked pages of a range of addresses.
-    pub(super) fn forget(&mut self, slot: SlotId, mm: &B::Mm, range: Range<usize>) {
+    /// Forgets the tracked pages of a range of addresses, [`MAX_FORGOTTEN`] at most. Returns
+    /// whether none is left.
+    pub(super) fn forget(&mut self, slot: SlotId, mm: &B::Mm, range: Range<usize>) -> bool {
         if range.is_empty() {
-            return;
+            return true;
         }
         // From the end: removing the last state moves no other.
-        while let Some((page, _, state)) = self.states.last_in(slot, range.clone()) {
+        for _ in 0..MAX_FORGOTTEN {
+            let Some((page, _, state)) = self.states.last_in(slot, range.clone()) else {
+                return true;
+            };
             self.untrack(mm, page, state);
             self.backend.cond_resched();
         }
+        self.states.first_in(slot, range).is_none()
     }
 
     /// Starts to track the pages of these addresses.
     pub(super) fn track(&mut self, slot: SlotId, mm: &B::Mm, within: Range<usize>) {
         let pages = within.len() / PAGE_SIZE;
-        let flags = GFP_KERNEL | __GFP_NOWARN;
-        let tracked = self.states.track_all(slot, within, flags);
+        let tracked = self.states.track_all(slot, within, B::GFP);
         self.counters.tracked += tracked as u64;
         self.backend.account_tracked(mm, tracked as isize);
         for _ in tracked..pages {
@@ -177,11 +179,9 @@ impl<B: Backend> Metadata<B> {
     /// Adds an entry to the index. Returns whether there was memory for it.
     fn insert(&mut self, fingerprint: Fingerprint, entry: Entry) -> bool {
         let (states, backend) = (&self.states, &self.backend);
-        let inserted = self
-            .index
-            .insert(fingerprint, entry, GFP_KERNEL | __GFP_NOWARN, |entry| {
-                key_of(states, backend, entry)
-            });
+        let inserted = self.index.insert(fingerprint, entry, B::GFP, |entry| {
+            key_of(states, backend, entry)
+        });
         inserted.is_ok()
     }
 

@@ -87,13 +87,13 @@ impl<B: Backend> MergeBuffers<B> {
         } else {
             1
         };
-        let mut spare = KVec::with_capacity(jobs, GFP_KERNEL)?;
+        let mut spare = KVec::with_capacity(jobs, B::GFP)?;
         for _ in 0..jobs {
-            spare.push(KVec::with_capacity(JOB_MERGES, GFP_KERNEL)?, GFP_KERNEL)?;
+            spare.push(KVec::with_capacity(JOB_MERGES, B::GFP)?, B::GFP)?;
         }
         Ok(Self {
             spare,
-            in_flight: KBox::new(InFlight::new(), GFP_KERNEL)?,
+            in_flight: KBox::new(InFlight::new(), B::GFP)?,
         })
     }
 }

@@ -109,6 +109,14 @@ pub struct ScanTarget<'a, Mm> {
     pub start: usize,
 }
 
+/// What a visit may take.
+pub struct Allowance<F> {
+    /// Pages that may be scanned.
+    pub budget: u32,
+    /// Returns whether the scan has to end. Called after each pass.
+    pub pause: F,
+}
+
 /// What is known of all pages, and the scan of them.
 pub struct Engine<B: Backend> {
     /// What is known.
@@ -130,9 +138,10 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// Scans an mm until it ends or `budget` pages have been scanned, with all threads of the pool.
+    /// Scans an mm until it ends or nothing is allowed any more, with all threads of the pool.
     ///
-    /// Pages that smart scan skips cost no budget.
+    /// A pass takes at least a page of the budget, also where there are no pages, or only those
+    /// that smart scan skips.
     ///
     /// # Context
     ///
@@ -144,7 +153,7 @@ impl<B: Backend> Engine<B> {
         target: &ScanTarget<'_, B::Mm>,
         pool: &impl WorkerPool,
         buffers: &mut PassBuffers<B>,
-        budget: &mut u32,
+        allowance: &mut Allowance<impl Fn() -> bool>,
     ) -> Progress {
         self.hint.update(policy);
         if self.cleared_ahead.0 != target.slot || target.start == 0 {
@@ -163,14 +172,18 @@ impl<B: Backend> Engine<B> {
         backend.set_use_zero_pages(policy.use_zero_pages);
         let count = self.zero_pages.take();
         self.zero_pages = ZeroPageCount::resume(count, backend, ctx.slot, ctx.mm, at);
-        while *budget > 0 {
-            let found = self.pass(&ctx, pins, at, pool, buffers, budget);
+        while allowance.budget > 0 {
+            let found = self.pass(&ctx, pins, at, pool, buffers, &mut allowance.budget);
             match found {
                 Collected::More(next) => {
                     at = next;
                     let ahead = &mut self.cleared_ahead.1;
                     ahead.start = ahead.start.max(at);
                     ctx.cleared_ahead = ahead.clone();
+                }
+                Collected::Busy => {
+                    clear(pool, buffers);
+                    return Progress::Busy(at);
                 }
                 Collected::End => {
                     clear(pool, buffers);
@@ -188,12 +201,23 @@ impl<B: Backend> Engine<B> {
                     return Progress::Exiting;
                 }
             }
-            if self.metadata.backend.should_pause() {
+            if (allowance.pause)() {
                 break;
             }
         }
         clear(pool, buffers);
         Progress::At(at)
+    }
+
+    /// Leaves the rest of an mm to the next full scan.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub fn give_up(&self, mm: &B::Mm) {
+        if self.hint.enabled() {
+            self.metadata.backend.flush_tlb(mm);
+        }
     }
 
     /// Takes the pages from `start` on through all stages.
@@ -214,6 +238,7 @@ impl<B: Backend> Engine<B> {
             for partition in partitions.first(begun) {
                 partition.discard();
             }
+            *budget -= 1;
             return Collected::Exiting;
         }
         // If a partition has more pages than room, those after it wait for the next pass.
@@ -227,10 +252,12 @@ impl<B: Backend> Engine<B> {
             partition.within = 0..0;
         }
 
+        let mut cost = 0;
         for partition in partitions.first(used) {
-            *budget -= partition.summary.budget_used;
+            cost += partition.summary.cost();
             self.apply_walk(ctx, partition);
         }
+        *budget = budget.saturating_sub(cost.max(1));
         partitions.adapt_size(used, used < begun);
         if self.hash(ctx, pool, partitions.first(used)) {
             let mut stage =
@@ -240,18 +267,31 @@ impl<B: Backend> Engine<B> {
         let mut found = Collected::End;
         let mut zero_pages = 0;
         for partition in partitions.first(used) {
-            found = partition.found;
             zero_pages += partition.summary.zero_pages;
-            let to = match found {
-                Collected::More(next) => next.min(partition.within.end),
-                _ => partition.within.end,
+            let within = &partition.within;
+            let to = match partition.found {
+                Collected::More(next) => next.min(within.end),
+                Collected::Busy => within.start,
+                _ => within.end,
             };
-            let rest = partition.summary.from..to;
-            self.metadata.forget(ctx.slot, ctx.mm, rest);
+            found = match partition.found {
+                // The first partition makes no progress without the lock.
+                Collected::Busy if within.start > start => Collected::More(within.start),
+                found => found,
+            };
+            let from = partition.summary.from;
+            if !self.metadata.forget(ctx.slot, ctx.mm, from..to) {
+                // The next pass finds nothing there, and forgets more.
+                found = Collected::More(from);
+                // Zero pages there would be counted twice.
+                self.zero_pages = None;
+                break;
+            }
         }
         let placed = core::mem::take(&mut self.metadata.zero_pages_placed);
         let next = match found {
             Collected::More(next) => next,
+            Collected::Busy => start,
             _ => usize::MAX,
         };
         if let Some(count) = &mut self.zero_pages {
@@ -289,7 +329,7 @@ impl<B: Backend> Engine<B> {
             metadata.states.set(page, state);
         }
         partition.changes.clear();
-        for gap in summary.unmapped_gaps.iter().take(summary.nr_gaps) {
+        for gap in &summary.unmapped_gaps {
             metadata.forget(ctx.slot, ctx.mm, gap.clone());
         }
         for run in summary.untracked_runs.iter().take(summary.nr_runs) {

@@ -8,8 +8,10 @@ use super::super::{
         Backend,
         PageKind,
         WalkAction,
-        WalkFilter, //
+        WalkFilter,
+        WalkStep, //
     },
+    pace::MAX_FORGOTTEN,
     page_state::{
         PageState,
         PageStates,
@@ -21,12 +23,14 @@ use super::super::{
         ItemId,
         NodeId,
         PageId,
-        SlotId, //
+        SlotId,
+        RANGE_PAGES, //
     },
 };
 use super::context::ScanContext;
 use core::ops::Range;
 use kernel::{
+    alloc::Flags,
     page::PAGE_SIZE,
     prelude::*, //
 };
@@ -35,11 +39,35 @@ use kernel::{
 /// mmap lock.
 pub(super) const MAX_PAGES_PER_WALK: usize = 1024;
 
-/// Runs of unmapped pages that one walk can record.
-const MAX_GAPS: usize = 8;
+/// Most of what one walk does between pages, in units of [`cost`]: 256 page tables.
+const MAX_STEPS: u32 = 256 * cost(WALK_TABLE);
+
+/// Least of it: a vma, and a page table of each level.
+const MIN_STEPS: u32 = cost(WalkStep::Vma) + 3 * cost(WALK_TABLE);
+
+/// Going through a whole page table.
+const WALK_TABLE: WalkStep = WalkStep::Table(RANGE_PAGES);
+
+/// What takes about as long as a page of the budget, in units of [`cost`].
+const STEPS_PER_PAGE: u32 = 32;
+
+/// Runs of unmapped pages that the only walk of a pass can record.
+pub(super) const MAX_GAPS: usize = 8;
+
+/// Most bytes of unmapped pages that a walk passes: what is tracked there is forgotten in one go.
+const MAX_GAP: usize = MAX_FORGOTTEN * PAGE_SIZE;
 
 /// Runs of untracked pages that one walk can record.
 const MAX_RUNS: usize = 16;
+
+/// Returns what a step costs, measured in the time that it takes to pass a vma.
+const fn cost(step: WalkStep) -> u32 {
+    match step {
+        WalkStep::Vma => 1,
+        // 512 empty entries take about as long as three pages that are hashed.
+        WalkStep::Table(entries) => 8 + entries as u32 * 3 / 16,
+    }
+}
 
 /// The page states, as a walk uses them.
 pub(super) trait States {
@@ -89,12 +117,14 @@ impl States for Deferred<'_> {
 }
 
 /// What a walk has found besides the pages it collected.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(super) struct WalkSummary {
     /// End of the addresses that the walk has passed.
     pub(super) from: usize,
     /// Pages of the budget that were collected or found unchanged.
     pub(super) budget_used: u32,
+    /// What was done between pages, in units of [`cost`].
+    steps: u32,
     /// Pages that smart scan skipped.
     pub(super) skipped: u64,
     /// Pages that were left as they are, other than by smart scan.
@@ -102,8 +132,9 @@ pub(super) struct WalkSummary {
     /// Mappings of the zero page that KSM has placed.
     pub(super) zero_pages: usize,
     /// Addresses between mapped pages, of which some are tracked.
-    pub(super) unmapped_gaps: [Range<usize>; MAX_GAPS],
-    pub(super) nr_gaps: usize,
+    pub(super) unmapped_gaps: KVec<Range<usize>>,
+    /// Their length in bytes.
+    gap_bytes: usize,
     /// Addresses of untracked pages that were not collected. They are tracked from now on: the next
     /// scan shows whether they have changed, and many pages are gone by then.
     pub(super) untracked_runs: [Range<usize>; MAX_RUNS],
@@ -112,7 +143,37 @@ pub(super) struct WalkSummary {
     pub(super) stopped: bool,
 }
 
-/// Decides for each page that a walk reaches whether it is collected.
+impl WalkSummary {
+    /// Creates the summary of a walk, with room for a number of gaps.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(super) fn new(gaps: usize, flags: Flags) -> Result<Self> {
+        Ok(Self {
+            unmapped_gaps: KVec::with_capacity(gaps, flags)?,
+            ..Self::default()
+        })
+    }
+
+    /// Begins another walk at this address.
+    pub(super) fn begin(&mut self, from: usize) {
+        let mut unmapped_gaps = core::mem::take(&mut self.unmapped_gaps);
+        unmapped_gaps.clear();
+        *self = Self {
+            from,
+            unmapped_gaps,
+            ..Self::default()
+        };
+    }
+
+    /// Returns what the walk takes of the budget: at least the pages that it scanned.
+    pub(super) fn cost(&self) -> u32 {
+        self.budget_used.max(self.steps / STEPS_PER_PAGE)
+    }
+}
+
+/// Decides how far a walk goes, and for each page that it reaches whether it is collected.
 ///
 /// One per walk; called under a page table lock.
 pub(super) struct PageFilter<'a, B, S> {
@@ -127,6 +188,8 @@ pub(super) struct PageFilter<'a, B, S> {
     budget: u32,
     /// Pages that the walk may still reach.
     pages_left: usize,
+    /// What the walk may do between pages, in units of [`cost`].
+    max_steps: u32,
     pub(super) summary: &'a mut WalkSummary,
 }
 
@@ -149,6 +212,9 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
             moves: ctx.moves,
             budget,
             pages_left: MAX_PAGES_PER_WALK,
+            max_steps: budget
+                .saturating_mul(STEPS_PER_PAGE)
+                .clamp(MIN_STEPS, MAX_STEPS),
             summary,
         }
     }
@@ -203,6 +269,16 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
 }
 
 impl<B: Backend, S: States> WalkFilter for PageFilter<'_, B, S> {
+    fn step(&mut self, step: WalkStep) -> bool {
+        let steps = self.summary.steps + cost(step);
+        if steps > self.max_steps {
+            self.summary.stopped = true;
+            return false;
+        }
+        self.summary.steps = steps;
+        true
+    }
+
     fn filter(&mut self, addr: usize, kind: PageKind, nid: u32, accessed: bool) -> WalkAction {
         if self.summary.budget_used == self.budget || self.pages_left == 0 {
             self.summary.stopped = true;
@@ -211,12 +287,14 @@ impl<B: Backend, S: States> WalkFilter for PageFilter<'_, B, S> {
         self.pages_left -= 1;
         let from = self.summary.from;
         if addr > from && self.states.any_in(self.slot, from..addr) {
-            let Some(gap) = self.summary.unmapped_gaps.get_mut(self.summary.nr_gaps) else {
-                self.summary.stopped = true;
+            let summary = &mut *self.summary;
+            let bytes = summary.gap_bytes.saturating_add(addr - from);
+            let gaps = &mut summary.unmapped_gaps;
+            if bytes > MAX_GAP || gaps.push_within_capacity(from..addr).is_err() {
+                summary.stopped = true;
                 return WalkAction::Stop;
-            };
-            *gap = from..addr;
-            self.summary.nr_gaps += 1;
+            }
+            summary.gap_bytes = bytes;
         }
         self.summary.from = addr + PAGE_SIZE;
         let action = match (kind, self.states.at(self.slot, addr)) {

@@ -26,6 +26,7 @@ use super::{
         Deferred,
         PageFilter,
         WalkSummary,
+        MAX_GAPS,
         MAX_PAGES_PER_WALK, //
     },
     scanned_page::{
@@ -107,6 +108,10 @@ impl<B: Backend> Partition<B> {
             );
             match self.found {
                 Collected::More(next) if next < within.end => within.start = next,
+                Collected::Busy if within.start > self.within.start => {
+                    self.found = Collected::More(within.start);
+                    break;
+                }
                 _ => break,
             }
             let full = batch.nr_pages() == BATCH_PAGES || filter.summary.budget_used == self.budget;
@@ -184,7 +189,11 @@ impl<B: Backend> Partition<B> {
 
     /// Returns whether the walk ended before the end of the partition.
     pub(super) fn stopped(&self) -> bool {
-        matches!(self.found, Collected::More(next) if next < self.within.end)
+        match self.found {
+            Collected::More(next) => next < self.within.end,
+            Collected::Busy => true,
+            Collected::End | Collected::Exiting => false,
+        }
     }
 
     /// Adds the pages to `pages` whose accessed bits the walk has cleared, although not all of them
@@ -262,29 +271,32 @@ impl<B: Backend> Partitions<B> {
         threads: usize,
         mut batch: impl FnMut(usize) -> Result<B::Batch>,
     ) -> Result<Self> {
-        let (count, pages, changes) = if threads > 1 {
+        // A bounded partition has room for all gaps that there can be: if its walk stopped at one,
+        // those of the partitions after it would be in vain.
+        let (count, pages, changes, gaps) = if threads > 1 {
             (
                 threads * PARTITIONS_PER_WORKER,
                 BATCH_PAGES,
                 MAX_PAGES_PER_WALK,
+                MAX_PAGES_PER_WALK / 2,
             )
         } else {
-            (1, WALK_PAGES, 0)
+            (1, WALK_PAGES, 0, MAX_GAPS)
         };
-        let mut partitions = KVec::with_capacity(count, GFP_KERNEL)?;
+        let mut partitions = KVec::with_capacity(count, B::GFP)?;
         for _ in 0..count {
             let partition = Partition {
                 batch: batch(pages)?,
                 within: 0..0,
                 found: Collected::End,
-                summary: WalkSummary::default(),
-                changes: KVec::with_capacity(changes, GFP_KERNEL)?,
-                pages: KVec::with_capacity(pages, GFP_KERNEL)?,
+                summary: WalkSummary::new(gaps, B::GFP)?,
+                changes: KVec::with_capacity(changes, B::GFP)?,
+                pages: KVec::with_capacity(pages, B::GFP)?,
                 next: 0,
                 unsplittable: None,
                 budget: 0,
             };
-            partitions.push(partition, GFP_KERNEL)?;
+            partitions.push(partition, B::GFP)?;
         }
         Ok(Self {
             partitions,
@@ -319,10 +331,7 @@ impl<B: Backend> Partitions<B> {
                 false => start.saturating_add(size) / alignment * alignment,
             };
             partition.within = start..end;
-            partition.summary = WalkSummary {
-                from: start,
-                ..WalkSummary::default()
-            };
+            partition.summary.begin(start);
             partition.pages.clear();
             partition.next = 0;
             partition.unsplittable = None;

@@ -372,6 +372,18 @@ pub static SCAN_THREADS: Attribute = Attribute {
 };
 
 /// See its `doc`.
+pub static LONGEST_HOLD_USECS: Attribute = Attribute {
+    name: c"longest_hold_usecs",
+    origin: Origin::Rksm,
+    doc:
+        "Longest time since the load for which the scanner kept others waiting that use a file or \
+          take memory offline, in microseconds.",
+    show: |_, stats, out| writeln!(out, "{}", stats.longest_hold_usecs),
+    store: None,
+    parameter: false,
+};
+
+/// See its `doc`.
 pub static VERSION: Attribute = Attribute {
     name: c"version",
     origin: Origin::Rksm,
@@ -408,6 +420,7 @@ pub static ATTRIBUTES: &[&Attribute] = &[
     &ADVISOR_MAX_PAGES_TO_SCAN,
     &ADVISOR_TARGET_SCAN_TIME,
     &SCAN_THREADS,
+    &LONGEST_HOLD_USECS,
     &VERSION,
 ];
 

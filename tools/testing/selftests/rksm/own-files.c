@@ -29,7 +29,9 @@
 #define ROUNDS		20
 #define READERS		3
 
-static const char *const own[] = { "refused", "scan_threads", "version" };
+static const char *const own[] = {
+	"longest_hold_usecs", "refused", "scan_threads", "version",
+};
 static const char *const reasons[] = {
 	"busy", "differs", "far_node", "gone", "locked", "no_memory", "pinned", "same", "stale",
 	"unloading", "unsplit", "userfault",
@@ -263,7 +265,7 @@ int main(int argc, char **argv)
 			 "/sys/kernel/mm/rksm has ours\n");
 	ksft_test_result(all_refused_zero(), "nothing has been refused at the load\n");
 	ksft_test_result(same_version(), "the version is that of modinfo\n");
-	ok &= unwritable("version");
+	ok &= unwritable("version") && unwritable("longest_hold_usecs");
 	for (size_t i = 0; i < ARRAY_SIZE(reasons); i++) {
 		char file[64];
 

@@ -117,6 +117,7 @@ fn the_files_are_those_of_the_built_in() {
         ("advisor_target_scan_time", 0o644, "200"),
         // Ours, after theirs.
         ("scan_threads", 0o644, "1"),
+        ("longest_hold_usecs", 0o444, "0"),
         ("version", 0o444, RELEASE),
     ];
     let knobs = Knobs::default();

@@ -10,10 +10,13 @@ use core::{
     cell::Cell,
     ptr::NonNull, //
 };
-use kernel::testing::{
-    fail,
-    live_bytes,
-    Fail, //
+use kernel::{
+    prelude::GFP_KERNEL,
+    testing::{
+        fail,
+        live_bytes,
+        Fail, //
+    },
 };
 use proptest::prelude::*;
 use std::{
@@ -82,7 +85,7 @@ proptest! {
         let live = Rc::new(Cell::new(0));
         let before = live_bytes();
         let mut known: BTreeMap<u32, (NonNull<Object>, u64)> = BTreeMap::new();
-        let mut arena = ObjectArena::new();
+        let mut arena = ObjectArena::new(GFP_KERNEL);
         for op in ops {
             let mut fails = false;
             match op {
@@ -137,7 +140,7 @@ proptest! {
 #[test]
 fn numbers_of_freed_chunks_are_used_again() {
     let live = Rc::new(Cell::new(0));
-    let mut arena = ObjectArena::new();
+    let mut arena = ObjectArena::new(GFP_KERNEL);
     let fill = |arena: &mut ObjectArena<Object>| -> Vec<u32> {
         (0..12 * 84)
             .map(|i| {
@@ -166,7 +169,7 @@ fn numbers_of_freed_chunks_are_used_again() {
 fn an_arena_survives_every_failed_allocation() {
     let live = Rc::new(Cell::new(0));
     for n in 0..6 {
-        let mut arena = ObjectArena::new();
+        let mut arena = ObjectArena::new(GFP_KERNEL);
         fail(Fail::Once(n));
         let tried = (0..200).filter(|&i| arena.insert(Object::new(i, &live)).is_ok());
         let done = tried.count();

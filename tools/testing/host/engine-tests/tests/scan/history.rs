@@ -58,6 +58,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => (0..8usize, 0..AREAS.len(), any::<bool>())
             .prop_map(|(mm, area, on)| Event::Advise { mm, area, on }),
         2 => (place(), 0..2u32).prop_map(|((mm, page, _), nid)| Event::Migrate { mm, page, nid }),
+        1 => (0..8usize, 1..4u32).prop_map(|(mm, tries)| Event::Hold { mm, tries }),
         1 => place().prop_map(|(mm, page, _)| Event::Lock { mm, page }),
         1 => place().prop_map(|(mm, page, _)| Event::Pin { mm, page }),
         1 => Just(Event::Release),

@@ -27,6 +27,7 @@ use engine_tests::engine::{
     },
     policy::Policy,
     scan::{
+        Allowance,
         Engine,
         PassBuffers,
         ScanTarget, //
@@ -316,23 +317,36 @@ impl Machine {
                 buffers,
                 pool,
                 list,
+                world,
                 ..
             } = self;
             let step = list.visit(|claim| {
                 let (id, mm) = (claim.id(), claim.mm());
                 let (before, scanned) = (budget, engine.metadata.counters.pages_scanned);
+                let (passes, steps) = (Cell::new(1), world.borrow().steps);
+                let pause = || {
+                    passes.set(passes.get() + 1);
+                    let mut world = world.borrow_mut();
+                    world.step();
+                    world.count_pause();
+                    world.paused
+                };
                 let target = ScanTarget {
                     slot: id,
                     mm,
                     start: claim.address(),
                 };
+                let mut allowance = Allowance { budget, pause };
                 let progress =
-                    engine.scan_mm(policy, &**list, &target, &*pool, buffers, &mut budget);
+                    engine.scan_mm(policy, &**list, &target, &*pool, buffers, &mut allowance);
+                budget = allowance.budget;
                 let scanned = engine.metadata.counters.pages_scanned - scanned;
-                assert_eq!(
-                    u64::from(before - budget),
-                    scanned,
-                    "pages scanned beyond the budget"
+                let (paid, steps) = (u64::from(before - budget), world.borrow().steps - steps);
+                assert!(paid > 0, "a visit for nothing");
+                assert!(scanned <= paid, "pages scanned beyond the budget");
+                assert!(
+                    paid <= scanned + passes.get() + steps * 4,
+                    "{paid} of the budget for {scanned} pages, {steps} steps",
                 );
                 if progress == Progress::Exiting {
                     assert!(mm.exiting() && !engine.metadata.tracks(id));

@@ -8,7 +8,8 @@ use crate::sim::{
     Mapping,
     Mm,
     Target,
-    World, //
+    World,
+    TABLE, //
 };
 
 use engine_tests::engine::{
@@ -27,7 +28,8 @@ use engine_tests::engine::{
         Released,
         StableNodes,
         WalkAction,
-        WalkFilter, //
+        WalkFilter,
+        WalkStep, //
     },
     types::{
         Fingerprint,
@@ -38,6 +40,11 @@ use engine_tests::engine::{
         Refusal,
         Refused, //
     },
+};
+
+use kernel::{
+    alloc::Flags,
+    prelude::GFP_KERNEL, //
 };
 
 use std::{
@@ -283,6 +290,8 @@ impl Backend for SimMemory {
     type Batch = Batch;
     type Merge = Merge;
 
+    const GFP: Flags = GFP_KERNEL;
+
     fn collect<F: WalkFilter>(
         &self,
         mm: &Mm,
@@ -292,19 +301,32 @@ impl Backend for SimMemory {
         batch: &mut Batch,
         filter: &mut F,
     ) -> Collected {
-        let world = self.sleep();
+        let mut world = self.sleep();
+        world.walks += 1;
+        if world.still_held(mm.key()) {
+            return Collected::Busy;
+        }
         if mm.exiting() {
             return Collected::Exiting;
         }
         batch.start(mm.key(), world.passes);
         assert!(limit > 0);
         // The engine asks for nodes and items while it looks.
-        let (mapped, end) = world.mapped(mm.key(), within.start);
+        let mapped = world.mapped(mm.key(), within.start);
         drop(world);
         let full = batch.pages.len() + limit;
+        self.0.borrow_mut().steps += 1;
+        assert!(filter.step(WalkStep::Vma), "a walk takes no step");
+        let mut table = None;
         for (addr, frame) in mapped {
             if batch.pages.len() == full || addr >= within.end {
                 return Collected::More(addr);
+            }
+            if table.replace(addr / TABLE) != Some(addr / TABLE) {
+                self.0.borrow_mut().steps += 1;
+                if !filter.step(WalkStep::Table(512)) {
+                    return Collected::More(addr);
+                }
             }
             let Some(frame) = frame else {
                 filter.ksm_zero_page();
@@ -321,7 +343,7 @@ impl Backend for SimMemory {
                 WalkAction::Stop => return Collected::More(addr),
             }
         }
-        end.map_or(Collected::End, Collected::More)
+        Collected::End
     }
 
     fn flush_tlb(&self, mm: &Mm) {
@@ -428,12 +450,6 @@ impl Backend for SimMemory {
         let mut world = self.sleep();
         world.passes += 1;
         world.count_pause();
-    }
-
-    fn should_pause(&self) -> bool {
-        let mut world = self.sleep();
-        world.count_pause();
-        world.paused
     }
 }
 

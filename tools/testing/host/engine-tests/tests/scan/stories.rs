@@ -543,3 +543,55 @@ fn a_process_exits() {
     let left = world.spaces.values().flat_map(|space| space.ptes.values());
     assert_eq!(left.filter(|pte| mapped(pte)).count(), 1);
 }
+
+/// A process without a page takes its part of the budget, so that a batch over nothing ends.
+#[test]
+fn empty_memory_costs_budget() {
+    let mut story = Story::new(5);
+    assert!(!story.0.scan(3));
+    assert!(!story.0.scan(1));
+    // The fifth process, and the end of the full scan.
+    assert!(story.0.scan(2));
+    assert_eq!(story.0.engine.metadata.counters.pages_scanned, 0);
+}
+
+/// A walk that finds unmapped memory again and again does not end there: with several threads the
+/// walks of those behind it would be in vain.
+#[test]
+fn gaps_cost_no_walks() {
+    let mut story = Story::with(1, Op::ScanThreads(2, 1));
+    let far = AREAS[0].1 + AREAS[1].1;
+    for page in 0..AREAS[2].1 {
+        story.write(0, far + page, 1, 1 + page as Content);
+    }
+    // Until the partitions have the size that they keep.
+    story.scans(8);
+    for page in (1..AREAS[2].1).step_by(2) {
+        story.happens(Event::Unmap {
+            mm: 0,
+            page: far + page,
+            count: 1,
+        });
+    }
+    let walks = |story: &mut Story| {
+        let before = story.0.world.borrow().walks;
+        story.scans(1);
+        let after = story.0.world.borrow().walks;
+        after - before
+    };
+    let with_gaps = walks(&mut story);
+    // What was tracked there has been forgotten.
+    assert_eq!(with_gaps, walks(&mut story));
+}
+
+/// A process that holds its mmap lock is scanned when it has let go of it.
+#[test]
+fn a_process_that_is_busy_is_scanned_later() {
+    let mut story = Story::new(2);
+    story.write(0, 3, 1, 7);
+    story.write(1, 5, 1, 7);
+    story.scans(1);
+    story.happens(Event::Hold { mm: 0, tries: 3 });
+    story.scans(1);
+    assert_eq!(story.shared(), (1, 1));
+}

@@ -17,9 +17,6 @@ use std::{
     rc::Rc, //
 };
 
-/// Bytes of address space that one walk covers at most.
-const SPAN: usize = 1 << 30;
-
 /// Pages found by a walk.
 pub(crate) struct Batch {
     pub(crate) world: Rc<RefCell<World>>,
@@ -79,14 +76,16 @@ impl Batch {
 }
 
 impl World {
-    /// The pages of mergeable memory that one walk from `start` covers, without a frame for the
-    /// zero page, and where the next one begins.
-    pub(crate) fn mapped(
-        &self,
-        key: usize,
-        start: usize,
-    ) -> (Vec<(usize, Option<usize>)>, Option<usize>) {
-        let bound = start.saturating_add(SPAN);
+    /// Whether another task still holds the mmap lock.
+    pub(crate) fn still_held(&mut self, key: usize) -> bool {
+        let space = self.space_mut(key);
+        let held = space.held > 0;
+        space.held = space.held.saturating_sub(1);
+        held
+    }
+
+    /// The pages of mergeable memory from `start` on, without a frame for the zero page.
+    pub(crate) fn mapped(&self, key: usize, start: usize) -> Vec<(usize, Option<usize>)> {
         let space = &self.spaces[&key];
         let mut pages = Vec::new();
         let mut at = start;
@@ -96,9 +95,6 @@ impl World {
                 continue;
             }
             at = at.max(first);
-            if at >= bound {
-                return (pages, Some(at));
-            }
             for (addr, pte) in space.ptes.range(at..end) {
                 match *pte {
                     Pte::Page(frame) => pages.push((*addr, Some(frame))),
@@ -108,7 +104,7 @@ impl World {
             }
             at = end;
         }
-        (pages, None)
+        pages
     }
 
     /// A walk collects a page.

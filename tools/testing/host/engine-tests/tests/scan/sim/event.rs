@@ -185,6 +185,11 @@ impl World {
                     self.migrate(frame, nid % 2);
                 }
             }
+            Event::Hold { mm, tries } => {
+                if let Some(key) = self.nth(mm) {
+                    self.space_mut(key).held = tries;
+                }
+            }
             Event::Lock { mm, page } | Event::Pin { mm, page } => {
                 let Some(key) = self.nth(mm) else { return };
                 if let Some(&Pte::Page(frame)) = self.space(key).ptes.get(&addr(page)) {

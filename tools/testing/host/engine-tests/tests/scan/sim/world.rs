@@ -66,6 +66,10 @@ pub(crate) struct World {
     /// and the decision to repeat it: this tells a batch that went through the pass from one that
     /// was discarded.
     pub(crate) passes: u64,
+    /// Steps of all walks.
+    pub(crate) steps: u64,
+    /// Walks of all threads.
+    pub(crate) walks: u64,
     /// Pages whose kind the engine has asked for since a walk collected them.
     pub(super) classified: BTreeSet<(usize, usize)>,
     pub(super) next_key: usize,
@@ -97,6 +101,8 @@ impl World {
             undone: 0,
             asked: RefCell::new(None),
             passes: 0,
+            steps: 0,
+            walks: 0,
             classified: BTreeSet::new(),
             next_key: 0xffff_0000,
             next_huge: 0,

@@ -80,6 +80,11 @@ pub(crate) enum Event {
         page: usize,
         nid: u32,
     },
+    /// Another task holds the mmap lock while the scanner tries for it so often.
+    Hold {
+        mm: usize,
+        tries: u32,
+    },
     /// Another task holds the lock of the folio.
     Lock {
         mm: usize,

@@ -32,6 +32,9 @@ use std::{
 
 pub(crate) const PAGE: usize = 4096;
 
+/// What a page table of the lowest level maps.
+pub(crate) const TABLE: usize = 512 * PAGE;
+
 /// Where mms can have memory: first address and number of pages. The second crosses a border of
 /// the page state's ranges, the third is far away and larger than a batch.
 pub(crate) const AREAS: [(usize, usize); 3] = [
@@ -143,6 +146,8 @@ pub(crate) struct Space {
     pub(crate) zero_pages: isize,
     /// Its exit has been reported.
     pub(in super::super) exited: bool,
+    /// How often the scanner will find that another task holds the mmap lock.
+    pub(in super::super) held: u32,
 }
 
 impl Space {
@@ -158,6 +163,7 @@ impl Space {
             tracked: 0,
             zero_pages: 0,
             exited: false,
+            held: 0,
         }
     }
 
