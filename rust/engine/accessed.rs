@@ -57,6 +57,12 @@ pub struct AccessedHint {
     disabled_for_full_scans: u8,
 }
 
+impl Default for AccessedHint {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl AccessedHint {
     /// Creates a hint that says nothing until [`AccessedHint::update`] is called.
     pub const fn new() -> Self {

@@ -267,7 +267,7 @@ impl Ksm {
     /// `EINTR` or `ERESTARTSYS` when a fatal signal came while this waited.
     fn with_scan_state<R>(&self, f: impl FnOnce(&mut ScanState) -> R) -> Result<R> {
         loop {
-            let mut state = self.waiting(|mutex| lock_killable(mutex))?;
+            let mut state = self.waiting(lock_killable)?;
             if !self.offlining() {
                 let result = f(&mut state);
                 self.publish(&state);

@@ -394,7 +394,11 @@ impl Ksm {
             knobs.pages_to_scan as usize / 32
         };
         for _ in 0..count.clamp(PRUNE_MIN, PRUNE_MAX) / PRUNE_MIN {
-            if state.engine.metadata.prune(PRUNE_MIN, knobs.max_page_sharing) {
+            if state
+                .engine
+                .metadata
+                .prune(PRUNE_MIN, knobs.max_page_sharing)
+            {
                 if !idle {
                     let pause = i64::from(knobs.stable_node_chains_prune_millisecs) * 1_000_000;
                     state.prune_at = now.saturating_add(pause);

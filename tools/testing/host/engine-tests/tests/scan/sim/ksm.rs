@@ -148,10 +148,11 @@ impl World {
         if huge {
             self.split(frame)?;
         }
-        let page = self.page(frame);
+        // A split replaces pages of zeroes.
         if self.space(key).ptes.get(&addr) != Some(&Pte::Page(frame)) {
             return Err(Refusal::Gone);
         }
+        let page = self.page(frame);
         if page.pinned {
             return Err(Refusal::Pinned);
         }
