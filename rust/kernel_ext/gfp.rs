@@ -23,7 +23,7 @@ const fn flags(mask: u32) -> Flags {
 
 // The one value that the kernel crate names, too, is the same.
 const _: () = {
-    // SAFETY: As in `flags`, the other way.
+    // SAFETY: `Flags` has one field, a `u32`, and is as large as that.
     let mask = unsafe { core::mem::transmute::<Flags, u32>(GFP_KERNEL) };
     assert!(mask == raw::RKSM_GFP_KERNEL);
 };

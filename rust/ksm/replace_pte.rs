@@ -130,7 +130,14 @@ pub(super) fn share(
             if !matches_target(page, target) {
                 return Err(Refusal::Differs);
             }
-            *split = Some(split_locked(place, addr, page, huge, guards)?);
+            *split = Some(split_locked(
+                place,
+                addr,
+                page,
+                huge,
+                guards,
+                use_zero_pages,
+            )?);
         }
         share_locked(place.live, place.vma, addr, page, target)
     })
@@ -155,7 +162,14 @@ pub(super) fn split(
 ) -> Result<(), Refusal> {
     let any = PteReplacement::ZeroPage;
     with_folio_locked(page, &any, use_zero_pages, |split| {
-        *split = Some(split_locked(place, addr, page, huge, guards)?);
+        *split = Some(split_locked(
+            place,
+            addr,
+            page,
+            huge,
+            guards,
+            use_zero_pages,
+        )?);
         Ok(())
     })?;
     // A split replaces pages of zeroes.
@@ -215,6 +229,7 @@ fn split_locked<'g>(
     page: NonNull<raw::page>,
     huge: &mut impl HugeFolioRefs,
     guards: usize,
+    use_zero_pages: bool,
 ) -> Result<HugeMappings<'g>, Refusal> {
     let held = page::page_at(place.vma, addr).ok_or(Refusal::Gone)?;
     if held.page() != page {
@@ -232,7 +247,7 @@ fn split_locked<'g>(
     if unsafe { raw::rksm_folio_held_beyond(folio, extra) } {
         return Err(Refusal::Unsplit);
     }
-    let mappings = HugeMappings::find(place.live, addr, page)?;
+    let mappings = HugeMappings::find(place.live, addr, page, use_zero_pages)?;
     huge.release(id);
     // SAFETY: The folio of `page` is referenced and locked. On success the lock and the reference
     // pass to the small folio of `page`.

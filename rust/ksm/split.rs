@@ -8,9 +8,11 @@
 //! `use_zero_pages` they become zero pages that KSM has placed; without it each gets a page of its
 //! own again.
 //!
-//! Only one mmap lock is held. A huge page that is mapped anywhere else than around the address
-//! that is merged, by another process or after `mremap`, is split only if no page of it holds
-//! nothing but zeroes.
+//! Only one mmap lock is held. Where a huge page is also mapped anywhere else than around the
+//! address that is merged, by another process or after `mremap`, the zero pages of those mappings
+//! are not found. Without `use_zero_pages` such a huge page is split only if no page of it holds
+//! nothing but zeroes; with it, what is mapped elsewhere is not counted, as if it had never been
+//! written to.
 
 use crate::engine::types::Refusal;
 use crate::{
@@ -42,11 +44,13 @@ impl<'g> HugeMappings<'g> {
     ///
     /// # Errors
     ///
-    /// `Unsplit` where it holds a page of zeroes that is mapped elsewhere.
+    /// `Unsplit` where it holds a page of zeroes that is mapped elsewhere, and none may be given
+    /// away.
     pub(super) fn find(
         mm: LiveMm<'g>,
         addr: usize,
         page: NonNull<raw::page>,
+        use_zero_pages: bool,
     ) -> Result<Self, Refusal> {
         // SAFETY: The page is referenced.
         let (folio, first, before, pages) = unsafe {
@@ -88,7 +92,8 @@ impl<'g> HugeMappings<'g> {
         }
         // SAFETY: The folio is referenced, and so are its pages.
         let refuse = unsafe {
-            mappings != raw::rksm_folio_mapcount(folio)
+            !use_zero_pages
+                && mappings != raw::rksm_folio_mapcount(folio)
                 && (0..pages)
                     .filter_map(|n| NonNull::new(raw::rksm_nth_page(first, n)))
                     .any(|page| raw::rksm_page_is_zero(page.as_ptr()))
