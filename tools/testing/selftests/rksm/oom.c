@@ -2,7 +2,8 @@
 /*
  * Unmerging needs memory. When there is none, in a memory cgroup or at all, it ends with a
  * clean error or after the OOM killer has made room, waits for nobody who waits for it, and
- * what is killed is free at once. Needs a guest with little memory.
+ * what is killed is free at once. The scanner's own bookkeeping is worth no process: it never
+ * calls the OOM killer. Needs a guest with little memory.
  *
  * guest: --mem 320M
  * guest sanitizer: --mem 640M
@@ -15,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/klog.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -29,6 +31,9 @@
 #define STEP		128	/* pages that exist before they are merged */
 #define HOLDERS		4
 #define BALLAST		6144	/* pages */
+#define SPARSE		16384	/* pages */
+#define LEFT		512	/* KiB */
+#define SYSLOG_ACTION_READ_ALL	3
 
 /* Fills pages with one content, a few at a time, so that all of them never exist at once */
 static char *fill_merged(size_t pages, size_t step)
@@ -236,6 +241,93 @@ static void without_memory(void)
 	ksft_test_result(ksm_all_zero(), "nothing is left of it\n");
 }
 
+/* A page in each page table: most bookkeeping for each page */
+static int sparse(void *arg)
+{
+	size_t pages = *(size_t *)arg;
+	uint64_t first = unique_key();
+	bool ok = true;
+	char *area;
+
+	write_file("/proc/self/oom_score_adj", "0");
+	area = mmap(NULL, pages * HPAGE, PROT_READ | PROT_WRITE,
+		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (area == MAP_FAILED || madvise(area, pages * HPAGE, MADV_NOHUGEPAGE))
+		die("mmap: %s", strerror(errno));
+	for (size_t i = 0; i < pages; i++)
+		fill_page(area + i * HPAGE, first + i);
+	child_step();
+	if (madvise(area, pages * HPAGE, MADV_MERGEABLE))
+		die("MADV_MERGEABLE: %s", strerror(errno));
+	child_step();
+	for (size_t i = 0; i < pages; i++)
+		ok &= page_holds(area + i * HPAGE, first + i);
+	return ok ? KSFT_PASS : KSFT_FAIL;
+}
+
+/* Takes what memory there is, up to the reserves of the kernel */
+static int hog(void *arg)
+{
+	size_t pages = meminfo("MemTotal:") / 4;
+	char *area = map_pages(pages);
+
+	(void)arg;
+	write_file("/proc/self/oom_score_adj", "0");
+	for (size_t i = 0; i < pages && (i % 32 || meminfo("MemAvailable:") > LEFT); i++)
+		area[i * PAGE] = 1;
+	child_step();
+	return KSFT_PASS;
+}
+
+/* How often the scanner has called the OOM killer */
+static int called_by_scanner(void)
+{
+	static char log[1 << 20];
+	int len = klogctl(SYSLOG_ACTION_READ_ALL, log, sizeof(log) - 1), n = 0;
+
+	if (len < 0)
+		die("syslog: %s", strerror(errno));
+	log[len] = 0;
+	for (char *at = log; (at = strstr(at, "ksmd invoked oom-killer")); at++)
+		n++;
+	return n;
+}
+
+static void bookkeeping(void)
+{
+	size_t pages = SPARSE;
+	struct child child, full;
+	long refused;
+	int before = called_by_scanner(), called, status;
+
+	ksm_reset();
+	child = child_start(sparse, &pages);
+	if (!child_wait_step(&child))
+		die("the sparse process is gone");
+	full = child_start(hog, NULL);
+	if (!child_wait_step(&full))
+		die("the hog is gone");
+	ksft_print_msg("%zu page tables of one page, %ld KiB available\n", pages,
+		       meminfo("MemAvailable:"));
+	child_go(&child);
+	if (!child_wait_step(&child))
+		die("the sparse process is gone");
+	refused = ksm_get("refused/no_memory");
+	ksm_start();
+	ksm_scans(1);
+	refused = ksm_get("refused/no_memory") - refused;
+	called = called_by_scanner() - before;
+	ksft_print_msg("no memory for %ld pages, the OOM killer was called %d times\n", refused,
+		       called);
+	status = child_end(&full);
+	ksft_test_result(refused > 0 && !called && !status,
+			 "bookkeeping that finds no memory kills nobody\n");
+	ksm_scans(2);
+	ksft_test_result(ksm_get("pages_unshared") + ksm_get("pages_volatile") >= SPARSE,
+			 "all pages are looked at when there is memory\n");
+	ksft_test_result(!child_end(&child), "the pages are what they were\n");
+}
+
 int main(int argc, char **argv)
 {
 	/*
@@ -249,12 +341,13 @@ int main(int argc, char **argv)
 		monitor_verdict();
 		ksft_exit_skip("no memory cgroups\n");
 	}
-	test_plan(3 * 2 + 3);
+	test_plan(3 * 2 + 3 + 3);
 	/* Something to scan always, as no scan is counted otherwise */
 	mergeable(map_pages(1), 1);
 	with_limit(false, false);
 	with_limit(true, false);
 	with_limit(false, true);
 	without_memory();
+	bookkeeping();
 	test_exit();
 }
