@@ -19,6 +19,7 @@
 #define PAGES		8192
 #define CONTENTS	1024
 #define CHANGES		200
+#define TRACING		"/sys/kernel/tracing/"
 
 static char *area;
 
@@ -99,6 +100,52 @@ static void merges_with(unsigned int threads)
 	ksft_test_result(intact(), "%u threads: contents as written\n", threads);
 }
 
+/*
+ * The share of the CPU that the advisor takes the scanner to have had in each full scan, at most.
+ * The CPU time of threads that have ended must not be missing, or it wraps around.
+ */
+static unsigned long most_cpu_percent(void)
+{
+	static const char mark[] = "cpu percent ";
+	static char text[1 << 16];
+	unsigned long most = 0;
+	ssize_t len = read_file(TRACING "trace", text, sizeof(text));
+
+	for (char *at = text; len > 0 && (at = strstr(at, mark)); at++) {
+		unsigned long percent = strtoul(at + strlen(mark), NULL, 10);
+
+		most = percent > most ? percent : most;
+	}
+	return most;
+}
+
+static void advised(long cpus)
+{
+	unsigned long most;
+
+	if (!write_file(TRACING "events/ksm/ksm_advisor/enable", "1")) {
+		ksft_test_result_skip("the advisor counts threads that have ended: no tracing\n");
+		return;
+	}
+	ksm_reset();
+	ksm_set("scan_threads", cpus);
+	ksm_start();
+	ksm_scans(20);
+	if (ksm_try("advisor_mode", "scan-time"))
+		die("advisor_mode: %s", strerror(errno));
+	/* The first counts what was before the advisor. */
+	ksm_scans(2);
+	write_file(TRACING "trace", "");
+	ksm_set("scan_threads", 1);
+	ksm_scans(3);
+	most = most_cpu_percent();
+	write_file(TRACING "events/ksm/ksm_advisor/enable", "0");
+	ksft_print_msg("at most %lu %% of a CPU\n", most);
+	ksft_test_result(most > 0 && most <= 100UL * cpus,
+			 "the advisor counts threads that have ended\n");
+	ksm_try("advisor_mode", "none");
+}
+
 int main(int argc, char **argv)
 {
 	static const char *const bad[] = { "0", "-1", "x", "4294967296", "1 1" };
@@ -109,7 +156,7 @@ int main(int argc, char **argv)
 	test_init(argc, argv);
 	if (!module_loaded())
 		ksft_exit_skip("the built-in KSM has no scan_threads\n");
-	test_plan(3 + 5 * 2);
+	test_plan(4 + 5 * 2);
 	area = map_pages(PAGES);
 	fill();
 	mergeable(area, PAGES);
@@ -140,6 +187,7 @@ int main(int argc, char **argv)
 	ksm_set("scan_threads", 1);
 	ksm_scans(2);
 	ksft_test_result(threads_there() == 1, "the others are gone when one is enough\n");
+	advised(cpus);
 	ksm_set("run", 2);
 	test_exit();
 }
