@@ -4,7 +4,7 @@
  * A write from outside breaks the sharing as the process's own would, and reaches nobody else;
  * who has borrowed a merged page keeps its contents, whatever happens to it.
  *
- * runs: cloud-amd64 sanitizer builtin
+ * runs: cloud-amd64 builtin
  */
 #define _GNU_SOURCE
 #include <elf.h>

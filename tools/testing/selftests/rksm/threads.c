@@ -141,7 +141,8 @@ static void advised(long cpus)
 	most = most_cpu_percent();
 	write_file(TRACING "events/ksm/ksm_advisor/enable", "0");
 	ksft_print_msg("at most %lu %% of a CPU\n", most);
-	ksft_test_result(most > 0 && most <= 100UL * cpus,
+	/* The advisor counts whole seconds of a full scan: two may count as one. */
+	ksft_test_result(most > 0 && most <= 200UL * cpus,
 			 "the advisor counts threads that have ended\n");
 	ksm_try("advisor_mode", "none");
 }
