@@ -136,12 +136,13 @@ static void partner(enum harm harm)
 	ksm_start();
 	ksm_scans(3);
 	if (harm == CHANGED) {
-		struct iovec from = { other, PAGE }, to = { page, PAGE };
+		int fd = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
 
 		/* No accessed bit is set where the kernel writes for a debugger */
 		fill_page(other, unique_key());
-		if (process_vm_writev(getpid(), &from, 1, &to, 1, 0) != (ssize_t)PAGE)
-			die("process_vm_writev: %s", strerror(errno));
+		if (pwrite(fd, other, PAGE, (off_t)page) != (ssize_t)PAGE)
+			die("/proc/self/mem: %s", strerror(errno));
+		close(fd);
 	}
 	huge = map_huge(1);
 	fill_page(huge + 5 * PAGE, shared);
