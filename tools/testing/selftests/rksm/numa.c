@@ -85,6 +85,11 @@ static bool all_on(int node, const char *area)
 	return true;
 }
 
+static bool is_merged(void *twin)
+{
+	return ksm_mappings(getpid(), twin, CONTENTS) == CONTENTS;
+}
+
 int main(int argc, char **argv)
 {
 	bool ok;
@@ -138,8 +143,7 @@ int main(int argc, char **argv)
 		for (size_t i = 0; i < CONTENTS; i++)
 			fill_page(twin + i * PAGE, 1 + i);
 		mergeable(twin, CONTENTS);
-		ksm_until("pages_sharing", 2 * CONTENTS * (COPIES - 1) + CONTENTS, 20);
-		ksft_test_result(ksm_mappings(getpid(), twin, CONTENTS) == CONTENTS && intact(),
+		ksft_test_result(ksm_until_true(is_merged, twin, 20) && intact(),
 				 "they are found again on their new node\n");
 	}
 
