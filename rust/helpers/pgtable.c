@@ -9,6 +9,7 @@
 #include <linux/rmap.h>
 #include <asm/tlbflush.h>
 
+#include "pte.h"
 #include "symbols.h"
 
 pte_t rksm_ptep_get(pte_t *ptep)
@@ -280,7 +281,7 @@ unsigned long rksm_zero_pages_of_split(struct vm_area_struct *vma, unsigned long
 		}
 		for (ptep = table; start < next; start += PAGE_SIZE, ptep++) {
 			unsigned long n = (start - base) >> PAGE_SHIFT;
-			pte_t pte = ptep_get(ptep), marked_pte;
+			pte_t pte = ptep_get(ptep);
 
 			if (!(pages[n / 64] >> n % 64 & 1) || !pte_present(pte) ||
 			    !is_zero_pfn(pte_pfn(pte)) || pte_dirty(pte))
@@ -288,10 +289,7 @@ unsigned long rksm_zero_pages_of_split(struct vm_area_struct *vma, unsigned long
 			if (!mark)
 				break;
 			/* Read-only, and nothing looks at the accessed bit of the zero page */
-			marked_pte = pte_mkdirty(pte);
-			if (!pte_soft_dirty(pte))
-				marked_pte = pte_clear_soft_dirty(marked_pte);
-			set_pte_at(mm, start, ptep, marked_pte);
+			set_pte_at(mm, start, ptep, rksm_pte_as_ksm_zero(pte, pte));
 			marked++;
 		}
 		pte_unmap_unlock(table, ptl);

@@ -5,6 +5,7 @@
 #include <linux/rmap.h>
 #include <linux/swap.h>
 
+#include "pte.h"
 #include "symbols.h"
 
 void rksm_get_anon_vma(struct anon_vma *anon_vma)
@@ -49,12 +50,6 @@ bool rksm_folio_poisoned(struct folio *folio)
 	return folio_contain_hwpoisoned_page(folio);
 }
 
-/* Whether a program has written to a page says its entry, whatever page is mapped. */
-static pte_t rksm_pte_as_soft_dirty(pte_t pte, pte_t old)
-{
-	return pte_soft_dirty(old) ? pte_mksoft_dirty(pte) : pte_clear_soft_dirty(pte);
-}
-
 /*
  * Accounts for a mapping of a merged page in the place of what `old` maps. The caller gives a
  * reference to it.
@@ -74,11 +69,7 @@ pte_t rksm_map_ksm_zero_page(struct vm_area_struct *vma, unsigned long addr, pte
 	atomic_long_inc(rksm_data_ksm_zero_pages());
 	atomic_long_inc(&vma->vm_mm->ksm_zero_pages);
 	dec_mm_counter(vma->vm_mm, MM_ANONPAGES);
-	/*
-	 * The core of mm recognizes KSM's zero pages by the dirty bit. Setting it sets the
-	 * soft-dirty bit, too.
-	 */
-	return rksm_pte_as_soft_dirty(pte_mkdirty(pte), old);
+	return rksm_pte_as_ksm_zero(pte, old);
 }
 
 /* Accounts for a mapping that is gone, and drops its reference. */

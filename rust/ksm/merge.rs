@@ -6,7 +6,6 @@ use crate::engine::{
     backend::{
         self,
         HugeFolioRefs,
-        HugeId,
         StableNodes as _, //
     },
     content_hash::ContentKey,
@@ -39,7 +38,8 @@ use crate::{
         replace_pte::{
             self,
             MappedVma,
-            PteReplacement, //
+            PteReplacement,
+            Split, //
         },
         stable_nodes::StableNodes,
         trace::Trace, //
@@ -136,13 +136,16 @@ impl Merge {
 
     /// Runs a merge that needs only the mmap lock of one mm, which is held.
     fn run_in(&mut self, vmas: &mut Vmas<'_>, huge: &mut impl HugeFolioRefs) {
-        let (trace, page, use_zero_pages) = (self.trace, self.page, self.use_zero_pages);
+        let (trace, page) = (self.trace, self.page);
+        let mut split = Split {
+            huge,
+            guards: 0,
+            use_zero_pages: self.use_zero_pages,
+        };
         match &self.prepared {
             Prepared::ZeroPage { mm, addr } => {
                 let target = PteReplacement::ZeroPage;
-                let share = |place| {
-                    replace_pte::share(place, *addr, page, &target, huge, 0, use_zero_pages)
-                };
+                let share = |place| replace_pte::share(place, *addr, page, &target, &mut split);
                 let result = vmas.at(*addr).and_then(share);
                 // SAFETY: The zero page is always there.
                 let pfn = unsafe { raw::rksm_zero_pfn() };
@@ -154,9 +157,9 @@ impl Merge {
                     node: *node,
                     kfolio,
                 };
-                let result = vmas.at(item.addr()).and_then(|place| {
-                    share_with(place, page, merged, item, huge, 0, use_zero_pages)
-                });
+                let result = vmas
+                    .at(item.addr())
+                    .and_then(|place| share_with(place, page, merged, item, &mut split));
                 let kpage = kfolio.page().as_ptr();
                 trace_merge(trace, page, kpage, item, &result);
                 self.outcome = result.map_err(charge);
@@ -167,17 +170,19 @@ impl Merge {
 
     /// Merges two pages, neither of which is a merged page yet.
     fn run_new_node(&mut self, huge: &mut impl HugeFolioRefs) {
-        let (trace, page, use_zero_pages) = (self.trace, self.page, self.use_zero_pages);
+        let (trace, page) = (self.trace, self.page);
+        let mut split = Split {
+            huge,
+            guards: 0,
+            use_zero_pages: self.use_zero_pages,
+        };
         let Prepared::NewNode(new) = &mut self.prepared else {
             return;
         };
         let first = new
-            .check_both(page, huge, use_zero_pages)
+            .check_both(page, &mut split)
             // This splits a huge page; the first page keeps its frame.
-            .and_then(|()| {
-                new.share_first(page, huge, use_zero_pages)
-                    .map_err(Refused::Page)
-            });
+            .and_then(|()| new.share_first(page, &mut split).map_err(Refused::Page));
         let kpage = core::ptr::null_mut();
         let traced = first.map_err(Refused::reason);
         trace_merge(trace, page, kpage, &new.first, &traced);
@@ -189,7 +194,7 @@ impl Merge {
                 FolioRef::from_raw(NonNull::new_unchecked(folio))
             };
             race_window::sleep();
-            let second = new.share_second(&kfolio, trace, huge, use_zero_pages);
+            let second = new.share_second(&kfolio, trace, &mut split.guarded());
             second.map_err(Refused::Target)?;
             // SAFETY: The page is referenced.
             new.hash = unsafe { page::content_hash(&new.key, page) };
@@ -255,7 +260,10 @@ fn charge(refusal: Refusal) -> Refused {
 }
 
 /// Checks the page of the batch for all that shows without a look at its entry.
-fn check_first(page: NonNull<raw::page>, huge: &impl HugeFolioRefs) -> Result<(), Refusal> {
+fn check_first(
+    page: NonNull<raw::page>,
+    split: &Split<'_, impl HugeFolioRefs>,
+) -> Result<(), Refusal> {
     // SAFETY: The batch's reference keeps the page.
     unsafe {
         let folio = raw::rksm_page_folio(page.as_ptr());
@@ -266,20 +274,18 @@ fn check_first(page: NonNull<raw::page>, huge: &impl HugeFolioRefs) -> Result<()
             // Who holds a page that is read-only does not matter.
             return Ok(());
         }
-        check_holders(page, huge, 0)
+        check_holders(page, split)
     }
 }
 
-/// Checks that nobody holds a page who would keep it from being merged. `guards` of the references
-/// to it are ours, besides those of `huge`.
+/// Checks that nobody holds a page who would keep it from being merged.
 ///
 /// # Safety
 ///
 /// The page is referenced.
 unsafe fn check_holders(
     page: NonNull<raw::page>,
-    huge: &impl HugeFolioRefs,
-    guards: usize,
+    split: &Split<'_, impl HugeFolioRefs>,
 ) -> Result<(), Refusal> {
     // SAFETY: By the contract.
     unsafe {
@@ -293,8 +299,7 @@ unsafe fn check_holders(
                 false => Ok(()),
             };
         }
-        let extra = (huge.count(HugeId(folio as usize)) + guards) as c_int;
-        match raw::rksm_folio_held_beyond(folio, extra) {
+        match split.is_blocked(folio) {
             true => Err(Refusal::Unsplit),
             false => Ok(()),
         }
@@ -314,9 +319,7 @@ fn share_with(
     page: NonNull<raw::page>,
     merged: MergedPage<'_>,
     item: &UnlinkedItem,
-    huge: &mut impl HugeFolioRefs,
-    guards: usize,
-    use_zero_pages: bool,
+    split: &mut Split<'_, impl HugeFolioRefs>,
 ) -> Result<(), Refusal> {
     let MergedPage { node, kfolio } = merged;
     if kfolio.page() == page {
@@ -331,8 +334,7 @@ fn share_with(
     item.set_anon_vma(place.vma)?;
     race_window::sleep();
     let target = PteReplacement::KsmPage(kfolio);
-    let addr = item.addr();
-    replace_pte::share(place, addr, page, &target, huge, guards, use_zero_pages)?;
+    replace_pte::share(place, item.addr(), page, &target, split)?;
     race_window::sleep();
     // SAFETY: The node's folio is locked, and names it, so that the node is there.
     unsafe { item.link(node, Some(&lock)) };
@@ -347,23 +349,21 @@ impl NewNode {
     fn check_both(
         &self,
         page: NonNull<raw::page>,
-        huge: &mut impl HugeFolioRefs,
-        use_zero_pages: bool,
+        split: &mut Split<'_, impl HugeFolioRefs>,
     ) -> Result<(), Refused> {
-        check_first(page, huge).map_err(Refused::Page)?;
-        let split = self.with_second(|_, held| self.check_second(page, held, huge));
-        if split.map_err(Refused::Target)? {
+        check_first(page, split).map_err(Refused::Page)?;
+        let split = &mut split.guarded();
+        let huge = self.with_second(|_, held| self.check_second(page, held, split));
+        if huge.map_err(Refused::Target)? {
             self.check_first_entry(page).map_err(Refused::Page)?;
             // The page may be another one by now.
-            let split =
-                self.with_second(|place, held| match self.check_second(page, held, huge)? {
-                    true => {
-                        let addr = self.second.addr();
-                        replace_pte::split(place, addr, held.page(), huge, 1, use_zero_pages)
-                    }
-                    false => Ok(()),
-                });
-            split.map_err(Refused::Target)?;
+            let result = self.with_second(|place, held| {
+                if self.check_second(page, held, split)? {
+                    replace_pte::split(place, self.second.addr(), held.page(), split)?;
+                }
+                Ok(())
+            });
+            result.map_err(Refused::Target)?;
         }
         Ok(())
     }
@@ -400,7 +400,7 @@ impl NewNode {
         &self,
         page: NonNull<raw::page>,
         held: &page::PageGuard,
-        huge: &impl HugeFolioRefs,
+        split: &Split<'_, impl HugeFolioRefs>,
     ) -> Result<bool, Refusal> {
         let second = held.page();
         if second == page {
@@ -416,7 +416,7 @@ impl NewNode {
             return Err(Refusal::Userfault);
         }
         // SAFETY: `held` references the page.
-        unsafe { check_holders(second, huge, 1) }?;
+        unsafe { check_holders(second, split) }?;
         if !replace_pte::pages_identical(page, second) {
             return Err(Refusal::Differs);
         }
@@ -432,8 +432,7 @@ impl NewNode {
     fn share_first(
         &mut self,
         page: NonNull<raw::page>,
-        huge: &mut impl HugeFolioRefs,
-        use_zero_pages: bool,
+        split: &mut Split<'_, impl HugeFolioRefs>,
     ) -> Result<(), Refusal> {
         let (node, addr) = (self.node, self.first.addr());
         in_vma(self.first.mm(), addr, |live, vma| {
@@ -445,12 +444,10 @@ impl NewNode {
             unsafe { self.first.link(node, None) };
             let target = PteReplacement::InPlace(StableNode::mapping(node));
             let place = MappedVma { live, vma };
-            replace_pte::share(place, addr, page, &target, huge, 0, use_zero_pages).inspect_err(
-                |_| {
-                    // SAFETY: Both are in their arenas, and no folio names the node.
-                    let _ = unsafe { StableNode::pop(node) };
-                },
-            )
+            replace_pte::share(place, addr, page, &target, split).inspect_err(|_| {
+                // SAFETY: Both are in their arenas, and no folio names the node.
+                let _ = unsafe { StableNode::pop(node) };
+            })
         })?;
         self.converted = true;
         Ok(())
@@ -461,8 +458,7 @@ impl NewNode {
         &self,
         kfolio: &FolioRef,
         trace: Trace,
-        huge: &mut impl HugeFolioRefs,
-        use_zero_pages: bool,
+        split: &mut Split<'_, impl HugeFolioRefs>,
     ) -> Result<(), Refusal> {
         let (node, addr) = (self.node, self.second.addr());
         in_vma(self.second.mm(), addr, |live, vma| {
@@ -476,7 +472,7 @@ impl NewNode {
             }
             let place = MappedVma { live, vma };
             let merged = MergedPage { node, kfolio };
-            let result = share_with(place, page, merged, &self.second, huge, 1, use_zero_pages);
+            let result = share_with(place, page, merged, &self.second, split);
             let kpage = kfolio.page().as_ptr();
             trace_merge(trace, page, kpage, &self.second, &result);
             result

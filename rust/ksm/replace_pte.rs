@@ -61,6 +61,40 @@ pub(super) struct MappedVma<'a> {
     pub(super) vma: &'a VmaRef,
 }
 
+/// How the huge page that a page is part of is split, where it has to be.
+///
+/// The caller holds one reference to the page: one of `huge` if `guards` is 0, else another.
+pub(super) struct Split<'a, H> {
+    /// References that are given up before a split, but for that of the page.
+    pub(super) huge: &'a mut H,
+    /// References of the caller besides those of `huge`.
+    pub(super) guards: usize,
+    /// Whether a page of zeroes may be given away.
+    pub(super) use_zero_pages: bool,
+}
+
+impl<H: HugeFolioRefs> Split<'_, H> {
+    /// The same for a page that a guard of the caller references.
+    pub(super) fn guarded(&mut self) -> Split<'_, H> {
+        Split {
+            huge: self.huge,
+            guards: 1,
+            use_zero_pages: self.use_zero_pages,
+        }
+    }
+
+    /// Returns whether a reference that cannot be given up keeps a large folio from being split.
+    ///
+    /// # Safety
+    ///
+    /// The folio is referenced.
+    pub(super) unsafe fn is_blocked(&self, folio: *mut raw::folio) -> bool {
+        let ours = self.huge.count(HugeId(folio as usize)) + self.guards;
+        // SAFETY: By the contract.
+        unsafe { raw::rksm_folio_held_beyond(folio, ours as c_int) }
+    }
+}
+
 /// What a page is to be replaced by.
 pub(crate) enum PteReplacement<'a> {
     /// The merged page that another folio is.
@@ -101,8 +135,8 @@ fn is_poisoned(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
 
 /// Shares the page at `addr` of `vma`: see the module's documentation.
 ///
-/// The caller holds one reference to `page`: one of `huge` if `guards` is 0, else another. A huge
-/// page is split first, which needs that this reference be the only one beside its mappings.
+/// A huge page is split first, which needs that the caller's reference to `page` be the only one
+/// beside its mappings.
 ///
 /// A merged page can be replaced by another one only.
 ///
@@ -119,25 +153,16 @@ pub(super) fn share(
     addr: usize,
     page: NonNull<raw::page>,
     target: &PteReplacement<'_>,
-    huge: &mut impl HugeFolioRefs,
-    guards: usize,
-    use_zero_pages: bool,
+    split: &mut Split<'_, impl HugeFolioRefs>,
 ) -> Result<(), Refusal> {
-    with_folio_locked(page, target, use_zero_pages, |split| {
+    with_folio_locked(page, target, |mappings| {
         // SAFETY: The page is referenced, and its folio locked.
         if unsafe { raw::rksm_folio_test_large(raw::rksm_page_folio(page.as_ptr())) } {
             // A huge page is worth more whole: split it only for contents that match.
             if !matches_target(page, target) {
                 return Err(Refusal::Differs);
             }
-            *split = Some(split_locked(
-                place,
-                addr,
-                page,
-                huge,
-                guards,
-                use_zero_pages,
-            )?);
+            *mappings = Some(split_locked(place, addr, page, split)?);
         }
         share_locked(place.live, place.vma, addr, page, target)
     })
@@ -156,20 +181,11 @@ pub(super) fn split(
     place: MappedVma<'_>,
     addr: usize,
     page: NonNull<raw::page>,
-    huge: &mut impl HugeFolioRefs,
-    guards: usize,
-    use_zero_pages: bool,
+    split: &mut Split<'_, impl HugeFolioRefs>,
 ) -> Result<(), Refusal> {
     let any = PteReplacement::ZeroPage;
-    with_folio_locked(page, &any, use_zero_pages, |split| {
-        *split = Some(split_locked(
-            place,
-            addr,
-            page,
-            huge,
-            guards,
-            use_zero_pages,
-        )?);
+    with_folio_locked(page, &any, |mappings| {
+        *mappings = Some(split_locked(place, addr, page, split)?);
         Ok(())
     })?;
     // A split replaces pages of zeroes.
@@ -180,12 +196,11 @@ pub(super) fn split(
 }
 
 /// Calls `f` with the folio of a referenced page locked. `f` may split the folio, and then says
-/// where that was mapped: the lock passes to the small folio of the page, and what the split does
-/// with pages of zeroes is made to fit `use_zero_pages`.
+/// where that was mapped: the lock passes to the small folio of the page, and the pages of zeroes
+/// are taken back.
 fn with_folio_locked<'g>(
     page: NonNull<raw::page>,
     target: &PteReplacement<'_>,
-    use_zero_pages: bool,
     f: impl FnOnce(&mut Option<HugeMappings<'g>>) -> Result<(), Refusal>,
 ) -> Result<(), Refusal> {
     // SAFETY: The page is referenced.
@@ -203,12 +218,12 @@ fn with_folio_locked<'g>(
         unsafe { raw::rksm_folio_unlock(folio) };
         return Err(Refusal::Busy);
     }
-    let mut split = None;
-    let result = f(&mut split);
+    let mut mappings = None;
+    let result = f(&mut mappings);
     // SAFETY: The folio of `page` is locked by us, before and after a split.
     unsafe { raw::rksm_folio_unlock(raw::rksm_page_folio(page.as_ptr())) };
-    if let Some(mappings) = split {
-        mappings.take_back_zero_pages(use_zero_pages);
+    if let Some(mappings) = mappings {
+        mappings.take_back_zero_pages();
     }
     result
 }
@@ -222,14 +237,12 @@ fn is_merged(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
 
 /// [`split`] for a folio that is locked.
 ///
-/// Looks at everything that can be known before the references of `huge` are given up.
+/// Looks at everything that can be known before references are given up.
 fn split_locked<'g>(
     place: MappedVma<'g>,
     addr: usize,
     page: NonNull<raw::page>,
-    huge: &mut impl HugeFolioRefs,
-    guards: usize,
-    use_zero_pages: bool,
+    split: &mut Split<'_, impl HugeFolioRefs>,
 ) -> Result<HugeMappings<'g>, Refusal> {
     let held = page::page_at(place.vma, addr).ok_or(Refusal::Gone)?;
     if held.page() != page {
@@ -241,14 +254,12 @@ fn split_locked<'g>(
     drop(held);
     // SAFETY: The page is referenced.
     let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
-    let id = HugeId(folio as usize);
-    let extra = (huge.count(id) + guards) as c_int;
-    // SAFETY: The folio is referenced and locked.
-    if unsafe { raw::rksm_folio_held_beyond(folio, extra) } {
+    // SAFETY: The folio is referenced through its page.
+    if unsafe { split.is_blocked(folio) } {
         return Err(Refusal::Unsplit);
     }
-    let mappings = HugeMappings::find(place.live, addr, page, use_zero_pages)?;
-    huge.release(id);
+    let mappings = HugeMappings::find(place.live, addr, page, split.use_zero_pages)?;
+    split.huge.release(HugeId(folio as usize));
     // SAFETY: The folio of `page` is referenced and locked. On success the lock and the reference
     // pass to the small folio of `page`.
     match unsafe { raw::rksm_split_huge_page(page.as_ptr()) } {

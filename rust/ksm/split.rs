@@ -33,6 +33,7 @@ pub(super) struct HugeMappings<'g> {
     end: usize,
     /// The pages that are mapped.
     pages: [u64; WORDS],
+    use_zero_pages: bool,
 }
 
 impl<'g> HugeMappings<'g> {
@@ -67,6 +68,7 @@ impl<'g> HugeMappings<'g> {
             start,
             end: start + pages * PAGE_SIZE,
             pages: [0; WORDS],
+            use_zero_pages,
         };
         let mut mappings = 0;
         let (mm, end) = (huge.mm, huge.end);
@@ -113,13 +115,13 @@ impl<'g> HugeMappings<'g> {
     /// # Context
     ///
     /// May sleep. The mmap lock is held, no folio lock.
-    pub(super) fn take_back_zero_pages(self, use_zero_pages: bool) {
+    pub(super) fn take_back_zero_pages(self) {
         let mut at = self.start;
         let mut user = None;
         while let Some(vma) = self.mm.find_vma(at).filter(|vma| vma.start() < self.end) {
             let end = vma.end().min(self.end);
             at = at.max(vma.start());
-            let mut mark = use_zero_pages && mergeable(vma);
+            let mut mark = self.use_zero_pages && mergeable(vma);
             while at < end {
                 // SAFETY: The vma is valid, its mm's lock is held, and the range lies in it and in
                 // what was the huge page, for each page of which there is a bit.

@@ -294,7 +294,7 @@ impl Ksm {
                             Progress::At(at)
                         }
                         Progress::Busy(_) => {
-                            engine.give_up(target.mm);
+                            engine.leave(target.mm);
                             Progress::Done
                         }
                         progress => progress,

@@ -252,7 +252,7 @@ impl<B: Backend> Metadata<B> {
         }
     }
 
-    /// Returns whether a node retires.
+    /// Returns whether any node retires.
     pub(in super::super) fn any_retiring(&self) -> bool {
         self.retiring != 0
     }

@@ -187,9 +187,7 @@ impl<B: Backend> Engine<B> {
                 }
                 Collected::End => {
                     clear(pool, buffers);
-                    if self.hint.enabled() {
-                        self.metadata.backend.flush_tlb(ctx.mm);
-                    }
+                    self.leave(ctx.mm);
                     if let Some(count) = self.zero_pages.take() {
                         count.finish(&self.metadata.backend, ctx.mm);
                     }
@@ -209,12 +207,12 @@ impl<B: Backend> Engine<B> {
         Progress::At(at)
     }
 
-    /// Leaves the rest of an mm to the next full scan.
+    /// Ends the visit to an mm in this full scan. What has not been reached is left to the next.
     ///
     /// # Context
     ///
     /// May sleep.
-    pub fn give_up(&self, mm: &B::Mm) {
+    pub fn leave(&self, mm: &B::Mm) {
         if self.hint.enabled() {
             self.metadata.backend.flush_tlb(mm);
         }
