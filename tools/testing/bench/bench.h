@@ -173,6 +173,8 @@ uint64_t worker_huge_pages(const struct worker *w);
 uint64_t worker_pages_held(const struct worker *w);
 void fill_page(void *page, const struct shape *shape, size_t nr);
 void fill_memory(char *area, const struct shape *shape);
+/* Until a victim, which shares `ready`, has set that. */
+void wait_ready(pid_t pid, const volatile bool *ready);
 
 uint64_t xxh64(const void *input, size_t len, uint64_t seed);
 

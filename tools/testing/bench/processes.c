@@ -168,11 +168,7 @@ void run_latency(void)
 		die("fork: %s", strerror(errno));
 	if (pid == 0)
 		be_victim(v, seconds);
-	while (!v->ready) {
-		if (waitpid(pid, &status, WNOHANG) == pid)
-			die("the victim died");
-		sleep_us(1000);
-	}
+	wait_ready(pid, &v->ready);
 	if (scanning) {
 		rate_start(&rate);
 		before = scan_now();

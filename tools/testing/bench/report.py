@@ -296,25 +296,25 @@ class Targets:
         self.add(f"{self.name(case)}: {what}", text, f"{r:.2f} times" if r is not None else "not measured",
                  None if r is None else r >= limit)
 
-    def no_worse(self, what, case, key):
-        """Not above the built-in's median, or within what the built-in itself spread over."""
+    def beside_builtin(self, what, case, key, text, holds):
+        """What `holds` says of our figures and of the built-in's."""
         ours, theirs = (self.res.get(*case, s, key) for s in ("rksm", "builtin"))
         if not ours or not theirs:
-            self.add(f"{self.name(case)}: {what}", "not above the built-in", "not measured", None)
+            self.add(f"{self.name(case)}: {what}", text, "not measured", None)
             return
-        self.add(f"{self.name(case)}: {what}", "not above the built-in",
+        self.add(f"{self.name(case)}: {what}", text,
                  f"{ours.median:.2f}, built-in {theirs.median:.2f} [{theirs.low:.2f} … {theirs.high:.2f}]",
-                 ours.median <= max(theirs.median, theirs.high))
+                 holds(ours, theirs))
+
+    def no_worse(self, what, case, key):
+        """Not above the built-in's median, or within what the built-in itself spread over."""
+        self.beside_builtin(what, case, key, "not above the built-in",
+                            lambda ours, theirs: ours.median <= max(theirs.median, theirs.high))
 
     def no_less(self, what, case, key):
         """Not below the built-in's median, or within what the built-in itself spread over."""
-        ours, theirs = (self.res.get(*case, s, key) for s in ("rksm", "builtin"))
-        if not ours or not theirs:
-            self.add(f"{self.name(case)}: {what}", "not below the built-in", "not measured", None)
-            return
-        self.add(f"{self.name(case)}: {what}", "not below the built-in",
-                 f"{ours.median:.2f}, built-in {theirs.median:.2f} [{theirs.low:.2f} … {theirs.high:.2f}]",
-                 ours.median >= min(theirs.median, theirs.low))
+        self.beside_builtin(what, case, key, "not below the built-in",
+                            lambda ours, theirs: ours.median >= min(theirs.median, theirs.low))
 
     @staticmethod
     def name(case):

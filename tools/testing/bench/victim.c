@@ -164,7 +164,6 @@ void run_victim(void)
 	struct rate rate = { .target = VICTIM_RATE, .sleep_ms = 20 };
 	bool scanning = strcmp(opt.impl, "none");
 	uint64_t seconds = opt.quick ? 2 : 8;
-	int status;
 	pid_t pid;
 
 	if (shared == MAP_FAILED)
@@ -180,11 +179,7 @@ void run_victim(void)
 		die("fork: %s", strerror(errno));
 	if (pid == 0)
 		be_victim(shared, pages);
-	while (!shared->ready) {
-		if (waitpid(pid, &status, WNOHANG) == pid)
-			die("the victim died");
-		sleep_us(1000);
-	}
+	wait_ready(pid, &shared->ready);
 	if (scanning)
 		rate_start(&rate);
 	measure("reads", pid, shared, scanning ? &rate : NULL, seconds);

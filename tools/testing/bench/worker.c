@@ -268,3 +268,12 @@ uint64_t worker_pages_held(const struct worker *w)
 {
 	return rollup(w, "Pss_Anon");
 }
+
+void wait_ready(pid_t pid, const volatile bool *ready)
+{
+	while (!*ready) {
+		if (waitpid(pid, NULL, WNOHANG) == pid)
+			die("the victim died");
+		sleep_us(1000);
+	}
+}

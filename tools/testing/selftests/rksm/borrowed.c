@@ -46,15 +46,15 @@ static bool all_merged(void *pid)
 	       ksm_mappings(*(pid_t *)pid, area, PAGES) == PAGES;
 }
 
-/* A child with the same pages as its parent, all of them merged */
-static struct child merged_child(void)
+/* A child that runs `fn`, with the same pages as its parent, all of them merged */
+static struct child merged_child(int (*fn)(void *arg))
 {
 	struct child child;
 
 	key = unique_key();
 	for (size_t i = 0; i < PAGES; i++)
 		fill_page(area + i * PAGE, key);
-	child = child_start(owner, NULL);
+	child = child_start(fn, NULL);
 	if (!child_wait_step(&child))
 		die("the child has ended");
 	ksm_start();
@@ -136,7 +136,7 @@ static bool write_by_vm(pid_t pid)
 
 static void write_from_outside(const char *name, bool (*by)(pid_t pid))
 {
-	struct child child = merged_child();
+	struct child child = merged_child(owner);
 	struct mapping map;
 	bool ok = by(child.pid);
 
@@ -158,7 +158,7 @@ static void write_from_outside(const char *name, bool (*by)(pid_t pid))
 /* The pipe keeps a merged page. What does `then` to it? */
 static void kept_by_a_pipe(const char *name, bool (*then)(void))
 {
-	struct child child = merged_child();
+	struct child child = merged_child(owner);
 	struct iovec iov = { area + AT * PAGE, PAGE };
 	char *seen = map_pages(1);
 	int fd[2];
@@ -251,15 +251,7 @@ static void core_dump(void)
 	read_file("/proc/sys/kernel/core_pattern", pattern, sizeof(pattern));
 	mkdir("/tmp", 01777);
 	write_file("/proc/sys/kernel/core_pattern", CORE);
-	key = unique_key();
-	for (size_t i = 0; i < PAGES; i++)
-		fill_page(area + i * PAGE, key);
-	child = child_start(dumps, NULL);
-	if (!child_wait_step(&child))
-		die("the child has ended");
-	ksm_start();
-	if (!ksm_until_true(all_merged, &child.pid, 12))
-		die("not everything is merged");
+	child = merged_child(dumps);
 	ksm_set("run", 0);
 	merged = ksm_mappings(getpid(), area, PAGES);
 	status = child_end(&child);

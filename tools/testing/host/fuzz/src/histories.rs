@@ -50,8 +50,11 @@ fn run(data: &[u8]) {
         sim::Hash::Good
     };
     let mut machine = history::run_history(hash, &ops);
-    machine.scan_until_stable();
-    machine.assert_all_merged();
+    // Where hashes collide, the candidates of one content are too few for all.
+    if !collide {
+        machine.scan_until_stable();
+        machine.assert_all_merged();
+    }
     machine.tear_down();
     assert_eq!(testing::live_bytes(), before, "memory is lost");
 }

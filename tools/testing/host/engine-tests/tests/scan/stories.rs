@@ -51,6 +51,17 @@ impl Story {
         self.happens(write(mm, page, count, content));
     }
 
+    /// A process writes to all of its pages, to each another content from `content` on.
+    fn write_distinct(&mut self, mm: usize, content: Content) {
+        self.happens(Event::Write {
+            mm,
+            page: 0,
+            count: PAGES,
+            content,
+            step: 1,
+        });
+    }
+
     fn scans(&mut self, full_scans: usize) {
         for _ in 0..full_scans {
             self.0.run(&Op::FullScan {
@@ -113,13 +124,7 @@ fn a_hot_page_is_not_merged() {
 #[test]
 fn a_hot_huge_page_is_not_merged() {
     let mut story = Story::new(1);
-    story.happens(Event::Write {
-        mm: 0,
-        page: 0,
-        count: PAGES,
-        content: 20,
-        step: 1,
-    });
+    story.write_distinct(0, 20);
     story.write(0, 0, 1, 7);
     story.write(0, 1, 1, 8);
     // A walk collects 40 pages here: the huge page is from page 76 to 83.
@@ -140,13 +145,7 @@ fn a_hot_huge_page_is_not_merged() {
 fn a_hot_page_is_not_merged_by_several_threads() {
     for seed in 0..10 {
         let mut story = Story::with(1, Op::ScanThreads(2, seed));
-        story.happens(Event::Write {
-            mm: 0,
-            page: 0,
-            count: PAGES,
-            content: 20,
-            step: 1,
-        });
+        story.write_distinct(0, 20);
         story.write(0, PAGES - 2, 1, 7);
         story.write(0, PAGES - 1, 1, 8);
         for scan in 0..20 {
