@@ -5,10 +5,12 @@
 //! A walk clears the bits of the pages that it collects, and flushes no TLB: that would cost a busy
 //! process more than the scan. A CPU that still has a translation uses it without setting the bit.
 //! So the TLBs are flushed once in a full scan, after the last page of the mm. Where a page is
-//! accessed after that, its next look finds the bit set. What is missed is a page that was accessed
-//! between its look and the flush, through a translation from before the look, and not since.
+//! accessed after that, its next look finds the bit set. Between its look and the flush it can be
+//! accessed without a trace, through a translation from before the look, if that look has found it
+//! accessed. So a page that is read then is read at its next look, too
+//! ([`Tracked::settled`](super::page_state::Tracked::settled)).
 //!
-//! A stale hint delays a merge, or has one tried in vain. It never merges what differs: contents
+//! Devices write without leaving a trace in page tables, and reclaim clears bits. A stale hint delays a merge, or has one tried in vain. It never merges what differs: contents
 //! are compared with the page table entry cleared and flushed. And it ends: one *look* of
 //! [`REREAD_INTERVAL`] reads the page in any case. A look is a full scan that does not skip the
 //! page.
@@ -25,8 +27,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// Number of looks within which an unaccessed page is read again: devices write without leaving a
-/// trace in page tables.
+/// Number of looks within which an unaccessed page is read again.
 pub const REREAD_INTERVAL: usize = 16;
 
 /// Full scans from one look at an old page to the next, with smart scan.

@@ -84,10 +84,11 @@ pub enum PageState {
 
 const AGE_SHIFT: u32 = Fingerprint::BITS;
 const SKIPS_SHIFT: u32 = AGE_SHIFT + 4;
-const INDEXED: u64 = 1 << (SKIPS_SHIFT + 4);
+const SETTLED: u64 = 1 << (SKIPS_SHIFT + 4);
+const INDEXED: u64 = SETTLED << 1;
 const MERGED: u64 = 1 << 63;
 
-static_assert!(SKIPS_SHIFT + 4 < 63);
+static_assert!(INDEXED < MERGED);
 
 impl PageState {
     /// State of a page that was never looked at.
@@ -99,12 +100,14 @@ impl PageState {
             Self::Tracked(Tracked {
                 fingerprint,
                 history,
+                settled,
                 indexed,
             }) => {
                 let age = u64::from(history.age.min(MAX_AGE));
                 let skips = u64::from(history.skips.min(MAX_AGE));
-                let indexed = if indexed { INDEXED } else { 0 };
-                fingerprint.to_bits() | age << AGE_SHIFT | skips << SKIPS_SHIFT | indexed
+                let flags =
+                    if settled { SETTLED } else { 0 } | if indexed { INDEXED } else { 0 };
+                fingerprint.to_bits() | age << AGE_SHIFT | skips << SKIPS_SHIFT | flags
             }
             Self::Merged(item) => MERGED | u64::from(item.0),
         }
@@ -121,6 +124,7 @@ impl PageState {
                 age: (bits >> AGE_SHIFT) as u8 & MAX_AGE,
                 skips: (bits >> SKIPS_SHIFT) as u8 & MAX_AGE,
             },
+            settled: bits & SETTLED != 0,
             indexed: bits & INDEXED != 0,
         })
     }
@@ -133,6 +137,9 @@ pub struct Tracked {
     pub fingerprint: Fingerprint,
     /// What smart scan remembers; ages and skips above [`MAX_AGE`] are stored as that.
     pub history: History,
+    /// Whether the accessed bit was clear when the content was read: an access since then has set
+    /// it.
+    pub settled: bool,
     /// Whether the index has a candidate entry for the page, under `fingerprint`.
     pub indexed: bool,
 }
@@ -142,27 +149,30 @@ impl Tracked {
     pub const NEW: Self = Self {
         fingerprint: Fingerprint::NONE,
         history: History { age: 0, skips: 0 },
+        settled: false,
         indexed: false,
     };
 
     /// Returns the same page with another content, which is not in the index.
     #[inline]
-    pub const fn with_fingerprint(self, fingerprint: Fingerprint) -> Self {
-        Self {
-            fingerprint,
-            history: self.history,
-            indexed: false,
-        }
+    pub const fn with_fingerprint(mut self, fingerprint: Fingerprint) -> Self {
+        self.fingerprint = fingerprint;
+        self.indexed = false;
+        self
+    }
+
+    /// Returns the same page with its content settled, or not.
+    #[inline]
+    pub const fn with_settled(mut self, settled: bool) -> Self {
+        self.settled = settled;
+        self
     }
 
     /// Returns the same page in the index, or not.
     #[inline]
-    pub const fn with_indexed(self, indexed: bool) -> Self {
-        Self {
-            fingerprint: self.fingerprint,
-            history: self.history,
-            indexed,
-        }
+    pub const fn with_indexed(mut self, indexed: bool) -> Self {
+        self.indexed = indexed;
+        self
     }
 }
 

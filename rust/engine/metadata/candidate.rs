@@ -75,7 +75,9 @@ impl<B: Backend> Metadata<B> {
     pub(in super::super) fn forget_fingerprint(&mut self, page: PageId) {
         self.unindex_now(page);
         if let Some(PageState::Tracked(tracked)) = self.states.get(page) {
-            let unknown = tracked.with_fingerprint(Fingerprint::NONE);
+            let unknown = tracked
+                .with_fingerprint(Fingerprint::NONE)
+                .with_settled(false);
             self.states.set(page, PageState::Tracked(unknown));
         }
     }

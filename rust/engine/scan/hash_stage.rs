@@ -97,10 +97,7 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
             PageKind::Plain => {}
         }
         match state {
-            PageState::Tracked(tracked) => {
-                page.fingerprint = tracked.fingerprint;
-                page.age = tracked.history.age;
-            }
+            PageState::Tracked(tracked) => page.recall(id, tracked),
             // The mapping was broken by a write.
             PageState::Merged(_) => metadata.release_state(id, state),
         }
@@ -125,17 +122,28 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
         let known = page
             .page
             .and_then(|id| Some((id, metadata.states.get(id)?)));
-        let Some((id, PageState::Tracked(tracked))) = known else {
+        let Some((id, PageState::Tracked(mut tracked))) = known else {
             return false;
         };
         let now = page.fingerprint;
-        if now != tracked.fingerprint {
+        let changed = now != tracked.fingerprint;
+        // The page may have changed before its contents have been at rest for a full scan; after
+        // that, whoever changed it set no accessed bit, and may do so again.
+        let at_rest = page.unaccessed && !tracked.settled;
+        if changed {
             metadata.unindex(id, tracked);
-            let changed = PageState::Tracked(tracked.with_fingerprint(now));
-            metadata.states.set(id, changed);
-            if tracked.fingerprint != Fingerprint::NONE || !page.unaccessed {
-                return false;
-            }
+            tracked = tracked.with_fingerprint(now);
+        }
+        let settled = match page.rehashed {
+            true => page.unaccessed,
+            false => tracked.settled,
+        };
+        if changed || settled != tracked.settled {
+            let state = PageState::Tracked(tracked.with_settled(settled));
+            metadata.states.set(id, state);
+        }
+        if changed && !at_rest {
+            return false;
         }
         let own = Entry::Candidate(id);
         let other = metadata.index.find(now).find(|entry| *entry != own);

@@ -255,6 +255,7 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
         };
         let zero = || tracked.fingerprint == Fingerprint::new(self.backend.zero_hash(), 0);
         tracked.indexed
+            && tracked.settled
             && self.hint.unchanged(addr, tracked.history.age)
             && !self.cleared_ahead.contains(&addr)
             && !(self.policy.use_zero_pages && zero())

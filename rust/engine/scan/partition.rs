@@ -164,9 +164,8 @@ impl<B: Backend> Partition<B> {
             let known = states.at(ctx.slot, page.addr);
             if let Some((id, PageState::Tracked(tracked))) = known {
                 if backend.kind(batch, i) == PageKind::Plain {
-                    page.page = Some(id);
-                    page.fingerprint = tracked.fingerprint;
-                    page.age = tracked.history.age + uncounted;
+                    page.recall(id, tracked);
+                    page.age += uncounted;
                     page.read(ctx, batch, i);
                     page.status = PageStatus::Classified;
                 }

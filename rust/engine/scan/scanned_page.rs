@@ -4,6 +4,7 @@
 
 use super::super::{
     backend::Batch,
+    page_state::Tracked,
     stats::Counters,
     types::{
         Fingerprint,
@@ -36,6 +37,8 @@ pub(super) struct ScannedPage {
     pub(super) domain: u32,
     /// The stable node that the index had for the fingerprint.
     pub(super) node: Option<NodeId>,
+    /// [`Tracked::settled`], as it was before this look.
+    pub(super) settled: bool,
     /// Its age, with this look counted.
     pub(super) age: u8,
     /// The retiring node whose KSM page this is.
@@ -57,6 +60,14 @@ pub(super) struct ScannedPage {
 }
 
 impl ScannedPage {
+    /// Remembers what is known of the page.
+    pub(super) fn recall(&mut self, id: PageId, tracked: Tracked) {
+        self.page = Some(id);
+        self.fingerprint = tracked.fingerprint;
+        self.settled = tracked.settled;
+        self.age = tracked.history.age;
+    }
+
     /// Reads what the batch knows of page `i`, whose last fingerprint and age are set, and
     /// decides whether its contents are to be hashed.
     pub(super) fn read<Mm>(&mut self, ctx: &ScanContext<'_, Mm>, batch: &impl Batch, i: usize) {
@@ -64,7 +75,7 @@ impl ScannedPage {
             ctx.hint.enabled() && !batch.accessed(i) && !ctx.cleared_ahead.contains(&self.addr);
         let known = self.fingerprint != Fingerprint::NONE;
         let unchanged = ctx.hint.unchanged(self.addr, self.age.saturating_sub(1));
-        self.rehashed = !(known && self.unaccessed && unchanged);
+        self.rehashed = !(known && self.settled && self.unaccessed && unchanged);
         if !ctx.policy.merge_across_nodes {
             self.domain = batch.nid(i);
         }

@@ -15,7 +15,7 @@ pub struct Fingerprint(u64);
 
 impl Fingerprint {
     /// Number of significant bits.
-    pub const BITS: u32 = 54;
+    pub const BITS: u32 = 53;
 
     /// The fingerprint of a page that has not been hashed yet.
     pub const NONE: Self = Self(0);

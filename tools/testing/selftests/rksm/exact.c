@@ -7,7 +7,10 @@
  * to between the time it is read and the time it is merged, and two of them become a merged page of
  * contents that are merged already.
  *
- * guest: --mem 2G
+ * Two threads that never sleep write to a page each, again and again, through translations that
+ * their CPUs remember, and stop at any moment of a full scan.
+ *
+ * guest: --mem 2G --smp 4
  * runs: cloud-amd64
  */
 #define _GNU_SOURCE
@@ -22,6 +25,10 @@
 #define PROCESSES	3
 #define PAGES		(12 * HPAGE / PAGE)
 #define ROUNDS		8
+
+#define HOT_WRITERS	2
+#define HOT_PAGES	8192
+#define HOT_ROUNDS	24
 
 static const struct step {
 	/* What each process fills its memory with; with E its last page begins with another byte */
@@ -120,14 +127,65 @@ static bool round_of(bool huge, size_t nr_steps)
 	return ok;
 }
 
+/* Shared: whether the hot pages are written to */
+static volatile bool *hot;
+
+static int hot_writer(void *arg)
+{
+	char *area = map_at(NULL, HOT_PAGES);
+	volatile char *page = area;
+
+	(void)arg;
+	for (size_t n = 0; n < HOT_PAGES; n++)
+		fill_page(area + n * PAGE, n);
+	mergeable(area, HOT_PAGES);
+	for (char last = 1; last; last++) {
+		while (*hot)
+			for (size_t i = 0; i < PAGE; i++)
+				page[i]++;
+		for (size_t i = 0; i < PAGE; i++)
+			page[i] = last;
+		child_step();
+	}
+	return 0;
+}
+
+static bool hot_rounds(void)
+{
+	struct child children[HOT_WRITERS];
+	bool ok = true;
+
+	*hot = true;
+	for (int i = 0; i < HOT_WRITERS; i++)
+		children[i] = child_start(hot_writer, NULL);
+	for (int n = 0; n < HOT_ROUNDS; n++) {
+		ksm_scans(2);
+		usleep(rnd_below(4096));
+		*hot = false;
+		for (int i = 0; i < HOT_WRITERS; i++)
+			if (!child_wait_step(&children[i]))
+				die("a writer has ended");
+		ksm_scans(3);
+		ok &= is("pages_shared", HOT_PAGES, "hot");
+		ok &= is("pages_sharing", (HOT_WRITERS - 1) * HOT_PAGES, "hot");
+		*hot = true;
+		for (int i = 0; i < HOT_WRITERS; i++)
+			child_go(&children[i]);
+	}
+	for (int i = 0; i < HOT_WRITERS; i++)
+		child_kill(&children[i]);
+	return ok;
+}
+
 int main(int argc, char **argv)
 {
 	bool ok = true;
 
 	test_init(argc, argv);
-	test_plan(3);
+	test_plan(4);
 	ksm_reset();
 	orders = map_shared(1);
+	hot = map_shared(1);
 	/* One page for each content, and a full scan in one batch */
 	ksm_set("max_page_sharing", PROCESSES * PAGES);
 	ksm_set("pages_to_scan", PROCESSES * PAGES);
@@ -139,5 +197,6 @@ int main(int argc, char **argv)
 	for (int n = 0; n < ROUNDS; n++)
 		ok &= round_of(true, 1);
 	ksft_test_result(ok, "counts are exact each time that huge pages were filled\n");
+	ksft_test_result(hot_rounds(), "counts are exact when pages that were written all the time rest\n");
 	test_exit();
 }

@@ -99,6 +99,7 @@ impl Engine {
         let state = PageState::Tracked(Tracked {
             fingerprint,
             history: History::default(),
+            settled: true,
             indexed: true,
         });
         self.states.set(page, state);

@@ -42,6 +42,7 @@ fn fill(pages: usize, step: usize, mut at: impl FnMut(usize, usize)) {
         let state = PageState::Tracked(Tracked {
             fingerprint,
             history: History { age: 1, skips: 0 },
+            settled: true,
             indexed: true,
         });
         states.set(page, state);

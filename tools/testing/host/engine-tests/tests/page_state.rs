@@ -240,10 +240,11 @@ fn within() -> impl Strategy<Value = Range<usize>> {
 
 fn state() -> impl Strategy<Value = PageState> {
     prop_oneof![
-        3 => (any::<u64>(), 0..=MAX_AGE, 0..=MAX_AGE, any::<bool>()).prop_map(
-            |(bits, age, skips, indexed)| PageState::Tracked(Tracked {
+        3 => (any::<u64>(), 0..=MAX_AGE, 0..=MAX_AGE, any::<bool>(), any::<bool>()).prop_map(
+            |(bits, age, skips, settled, indexed)| PageState::Tracked(Tracked {
                 fingerprint: Fingerprint::from_bits(bits),
                 history: History { age, skips },
+                settled,
                 indexed,
             })
         ),
@@ -391,6 +392,7 @@ fn states_survive_packing() {
             expect(PageState::Tracked(Tracked {
                 fingerprint,
                 history: History { age, skips },
+                settled: indexed,
                 indexed,
             }));
         }
@@ -413,6 +415,7 @@ fn ages_and_skips_stop_at_their_greatest() {
         PageState::Tracked(Tracked {
             fingerprint: Fingerprint::NONE,
             history: History { age, skips },
+            settled: false,
             indexed: false,
         })
     };
@@ -463,7 +466,7 @@ fn fingerprints_depend_on_every_bit_of_hash_and_domain() {
             "bit {bit} of the domain"
         );
     }
-    assert_eq!(Fingerprint::from_bits(u64::MAX).to_bits(), (1 << 54) - 1);
+    assert_eq!(Fingerprint::from_bits(u64::MAX).to_bits(), (1 << Fingerprint::BITS) - 1);
 }
 
 #[test]

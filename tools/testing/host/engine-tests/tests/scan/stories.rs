@@ -169,6 +169,23 @@ fn a_hot_page_is_not_merged_by_several_threads() {
     }
 }
 
+/// Whenever a page is written to during a full scan, the next one reads it, also where a CPU that
+/// remembers the translation has set no accessed bit.
+#[test]
+fn a_write_between_a_look_and_the_flush_is_seen() {
+    for step in 0..30 {
+        let mut story = Story::new(1);
+        story.write(0, 0, 1, 7);
+        story.write(0, 1, 1, 8);
+        story.scans(2);
+        story.write(0, 1, 1, 9);
+        let interleaved = vec![(step, write(0, 1, 1, 7))];
+        story.0.run(&Op::FullScan { interleaved });
+        story.scans(2);
+        assert_eq!(story.shared(), (1, 1), "written at step {step}");
+    }
+}
+
 /// A page that changes without an accessed bit is found out after sixteen looks.
 #[test]
 fn a_change_without_a_trace_is_seen() {
