@@ -30,18 +30,6 @@ static int child(void *arg)
 	return 0;
 }
 
-/* The count of pages_scanned once it has stood still for a second */
-static long standing(void)
-{
-	long scanned;
-
-	do {
-		scanned = ksm_get("pages_scanned");
-		sleep(1);
-	} while (ksm_get("pages_scanned") != scanned);
-	return scanned;
-}
-
 int main(int argc, char **argv)
 {
 	static struct child children[CHILDREN];
@@ -64,12 +52,12 @@ int main(int argc, char **argv)
 	ksm_scans(3);
 	ksm_set("pages_to_scan", 100);
 	ksm_set("sleep_millisecs", MSECS);
-	before = standing();
+	before = ksm_standing();
 	for (size_t i = 0; i < CHILDREN / 2; i++) {
 		child_kill(&children[i]);
 		usleep(20000);
 	}
-	after = standing();
+	after = ksm_standing();
 	ksft_print_msg("%ld pages scanned\n", after - before);
 	ksft_test_result(after == before, "%d exits during a pause buy no batch\n", CHILDREN / 2);
 	for (size_t i = CHILDREN / 2; i < CHILDREN; i++) {
@@ -77,11 +65,11 @@ int main(int argc, char **argv)
 		child_wait_step(&children[i]);
 		usleep(20000);
 	}
-	after = standing();
+	after = ksm_standing();
 	ksft_print_msg("%ld pages scanned\n", after - before);
 	ksft_test_result(after == before, "nor do %d processes that opt in\n", CHILDREN / 2);
 	ksm_set("sleep_millisecs", MSECS + 1);
-	after = standing();
+	after = ksm_standing();
 	ksft_test_result(after > before && after - before <= 100,
 			 "a new sleep_millisecs begins one batch\n");
 	for (size_t i = CHILDREN / 2; i < CHILDREN; i++)

@@ -68,11 +68,9 @@ static long scan_count(void)
 	ksm_set("pages_to_scan", 1 << 30);
 	ksm_set("sleep_millisecs", 3600000);
 	ksm_set("run", 1);
-	ksm_scans(1);
-	scanned = ksm_get("pages_scanned");
+	scanned = ksm_standing();
 	ksm_set("sleep_millisecs", 3600001);
-	ksm_scans(1);
-	return ksm_get("pages_scanned") - scanned;
+	return ksm_standing() - scanned;
 }
 
 static void merges_with(unsigned int threads)

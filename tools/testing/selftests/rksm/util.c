@@ -211,6 +211,17 @@ void ksm_scans(int n)
 		usleep(1000);
 }
 
+long ksm_standing(void)
+{
+	long scanned;
+
+	do {
+		scanned = ksm_get("pages_scanned");
+		sleep(1);
+	} while (ksm_get("pages_scanned") != scanned);
+	return scanned;
+}
+
 bool ksm_until_true(bool (*cond)(void *arg), void *arg, int scans)
 {
 	long end = ksm_get("full_scans") + scans;

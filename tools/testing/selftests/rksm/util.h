@@ -2,8 +2,8 @@
 /*
  * What the rksm selftests share. They judge any KSM: the built-in one and rksm.
  *
- * Nothing here waits for a time: progress is counted in full scans, and only a
- * watchdog ends a test that hangs.
+ * Nothing here but ksm_standing() waits for a time: progress is counted in full scans, and
+ * only a watchdog ends a test that hangs.
  */
 #ifndef RKSM_UTIL_H
 #define RKSM_UTIL_H
@@ -85,6 +85,8 @@ void ksm_reset(void);
 void ksm_start(void);
 /* Lets n more full scans pass */
 void ksm_scans(int n);
+/* Lets the scanner come to its pause, which must be a long one; pages_scanned then */
+long ksm_standing(void);
 /* Until file has the value with run=1, for at most scans full scans; false where it never had */
 bool ksm_until(const char *file, long value, int scans);
 /* The same for any condition */
