@@ -10,10 +10,10 @@
 //! accessed. So a page that is read then is read at its next look, too
 //! ([`Tracked::settled`](super::page_state::Tracked::settled)).
 //!
-//! Devices write without leaving a trace in page tables, and reclaim clears bits. A stale hint delays a merge, or has one tried in vain. It never merges what differs: contents
-//! are compared with the page table entry cleared and flushed. And it ends: one *look* of
-//! [`REREAD_INTERVAL`] reads the page in any case. A look is a full scan that does not skip the
-//! page.
+//! Devices write without leaving a trace in page tables, and reclaim clears bits. A stale hint
+//! delays a merge, or has one tried in vain. It never merges what differs: contents are compared
+//! with the page table entry cleared and flushed. And it ends: one *look* of [`REREAD_INTERVAL`]
+//! reads the page in any case. A look is a full scan that does not skip the page.
 
 use super::{
     policy::Policy,

@@ -105,8 +105,9 @@ impl PageState {
             }) => {
                 let age = u64::from(history.age.min(MAX_AGE));
                 let skips = u64::from(history.skips.min(MAX_AGE));
-                let flags =
-                    if settled { SETTLED } else { 0 } | if indexed { INDEXED } else { 0 };
+                let settled = if settled { SETTLED } else { 0 };
+                let indexed = if indexed { INDEXED } else { 0 };
+                let flags = settled | indexed;
                 fingerprint.to_bits() | age << AGE_SHIFT | skips << SKIPS_SHIFT | flags
             }
             Self::Merged(item) => MERGED | u64::from(item.0),

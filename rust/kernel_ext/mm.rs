@@ -11,6 +11,7 @@
 //! [`include/linux/mmap_lock.h`](srctree/include/linux/mmap_lock.h)
 
 use crate::bindings::raw;
+use core::ops::Range;
 use kernel::{
     error::to_result,
     mm::{
@@ -214,6 +215,24 @@ impl<'g> LiveMm<'g> {
         let vma = unsafe { raw::find_vma(self.mm.0.as_raw(), addr) };
         // SAFETY: A vma found under the mmap lock stays as long as the lock is held.
         (!vma.is_null()).then(|| unsafe { VmaRef::from_raw(vma) })
+    }
+
+    /// The vmas that overlap these addresses, each with what it has of them.
+    ///
+    /// # Context
+    ///
+    /// As for [`LiveMm::find_vma`].
+    pub(crate) fn vmas(
+        self,
+        within: Range<usize>,
+    ) -> impl Iterator<Item = (&'g VmaRef, Range<usize>)> {
+        let Range { mut start, end } = within;
+        core::iter::from_fn(move || {
+            let vma = (start < end).then(|| self.find_vma(start)).flatten()?;
+            let part = start.max(vma.start())..vma.end().min(end);
+            start = part.end;
+            (part.start < part.end).then_some((vma, part))
+        })
     }
 }
 

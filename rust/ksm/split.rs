@@ -20,7 +20,10 @@ use crate::{
     kernel_ext::mm::LiveMm,
     ksm::page::mergeable, //
 };
-use core::ptr::NonNull;
+use core::{
+    ops::Range,
+    ptr::NonNull, //
+};
 use kernel::page::PAGE_SIZE;
 
 const WORDS: usize = (raw::RKSM_PMD_SIZE / PAGE_SIZE).div_ceil(u64::BITS as usize);
@@ -71,26 +74,19 @@ impl<'g> HugeMappings<'g> {
             use_zero_pages,
         };
         let mut mappings = 0;
-        let (mm, end) = (huge.mm, huge.end);
-        let mut at = start;
-        while let Some(vma) = mm.find_vma(at).filter(|vma| vma.start() < end) {
-            let from = at.max(vma.start());
-            at = vma.end().min(end);
+        for (vma, part) in mm.vmas(start..huge.end) {
             // SAFETY: The vma is valid, its mm's lock is held, and the range lies in it and in the
             // huge page, for each page of which there is a bit.
             mappings += unsafe {
                 raw::rksm_find_mappings(
                     vma.as_ptr().cast(),
-                    from,
-                    at,
+                    part.start,
+                    part.end,
                     first,
                     start,
                     huge.pages.as_mut_ptr(),
                 )
             };
-            if at == end {
-                break;
-            }
         }
         // SAFETY: The folio is referenced, and so are its pages.
         let refuse = unsafe {
@@ -116,11 +112,9 @@ impl<'g> HugeMappings<'g> {
     ///
     /// May sleep. The mmap lock is held, no folio lock.
     pub(super) fn take_back_zero_pages(self) {
-        let mut at = self.start;
         let mut user = None;
-        while let Some(vma) = self.mm.find_vma(at).filter(|vma| vma.start() < self.end) {
-            let end = vma.end().min(self.end);
-            at = at.max(vma.start());
+        for (vma, part) in self.mm.vmas(self.start..self.end) {
+            let Range { start: mut at, end } = part;
             let mut mark = self.use_zero_pages && mergeable(vma);
             while at < end {
                 // SAFETY: The vma is valid, its mm's lock is held, and the range lies in it and in
@@ -157,10 +151,6 @@ impl<'g> HugeMappings<'g> {
                 } else {
                     at += PAGE_SIZE;
                 }
-            }
-            at = end;
-            if at == self.end {
-                break;
             }
         }
     }

@@ -466,7 +466,8 @@ fn fingerprints_depend_on_every_bit_of_hash_and_domain() {
             "bit {bit} of the domain"
         );
     }
-    assert_eq!(Fingerprint::from_bits(u64::MAX).to_bits(), (1 << Fingerprint::BITS) - 1);
+    let all = (1 << Fingerprint::BITS) - 1;
+    assert_eq!(Fingerprint::from_bits(u64::MAX).to_bits(), all);
 }
 
 #[test]
