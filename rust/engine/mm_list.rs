@@ -10,7 +10,6 @@
 use super::{
     registry::{
         Claim,
-        Dead,
         Enter,
         Exit,
         Next,
@@ -210,15 +209,30 @@ pub trait MmList {
         sum
     }
 
-    /// Drops the mms that have left. `forget` drops their page state.
+    /// Drops the mms that have left, until `pause` returns true. `forget` drops their page state,
+    /// or some of it, and returns whether that was all.
+    ///
+    /// Returns false if more may be left: this is still due.
     ///
     /// # Context
     ///
     /// May sleep. The caller holds the lock that protects the page state. Takes `mmlist_lock`.
-    fn reap(&self, mut forget: impl FnMut(SlotId, &Self::Mm)) {
+    fn reap(
+        &self,
+        mut forget: impl FnMut(SlotId, &Self::Mm) -> bool,
+        pause: impl Fn() -> bool,
+    ) -> bool {
         while let Some(dead) = self.locked(|registry| registry.pop_dead()) {
-            self.forget(dead, &mut forget);
+            if !forget(dead.id(), dead.mm()) {
+                self.locked(|registry| registry.put_back(dead));
+                return false;
+            }
+            drop(self.locked(|registry| registry.free(dead)));
+            if pause() {
+                return false;
+            }
         }
+        true
     }
 
     /// Drops all mms, for the end of the module. `forget` drops their page state.
@@ -229,17 +243,8 @@ pub trait MmList {
     /// lock that protects the page state. Takes `mmlist_lock`.
     fn clear(&self, mut forget: impl FnMut(SlotId, &Self::Mm)) {
         while let Some(dead) = self.locked(|registry| registry.drain()) {
-            self.forget(dead, &mut forget);
+            forget(dead.id(), dead.mm());
+            drop(self.locked(|registry| registry.free(dead)));
         }
-    }
-
-    /// Drops the page state of one mm that has left, and then the mm.
-    ///
-    /// # Context
-    ///
-    /// As [`MmList::reap`].
-    fn forget(&self, dead: Dead<Self::Mm>, forget: &mut impl FnMut(SlotId, &Self::Mm)) {
-        forget(dead.id(), dead.mm());
-        drop(self.locked(|registry| registry.free(dead)));
     }
 }

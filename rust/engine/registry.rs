@@ -299,7 +299,7 @@ pub struct Released<M> {
 /// # Invariants
 ///
 /// The slot `id` is [`State::Reaping`], and `mm` is the pin that it had.
-#[must_use = "the slot is lost unless it is passed to `Registry::free`"]
+#[must_use = "the slot is lost unless it is passed to `Registry::free` or `Registry::put_back`"]
 #[derive(Debug)]
 pub struct Dead<M> {
     id: SlotId,
@@ -650,6 +650,16 @@ impl<M: MmPin> Registry<M> {
             self.push_free(id.0);
         }
         mm
+    }
+
+    /// Puts an mm back that [`Registry::pop_dead`] has taken, with some of its page state left.
+    pub fn put_back(&mut self, dead: Dead<M>) {
+        let Dead { id, mm } = dead;
+        if let Some(slot) = self.slot_mut(id.0) {
+            slot.mm = Some(mm);
+            self.nr_reaping -= 1;
+            self.queue_dead(id.0);
+        }
     }
 
     /// Takes any mm, dead or live, as [`Registry::pop_dead`] does.

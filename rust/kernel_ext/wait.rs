@@ -26,6 +26,16 @@ macro_rules! new_wait_queue {
 }
 pub(crate) use new_wait_queue;
 
+/// Whether a signal waits for the current task to return to user space.
+///
+/// # Context
+///
+/// Any task.
+pub(crate) fn signal_pending() -> bool {
+    // SAFETY: Reads the current task's state.
+    unsafe { raw::rksm_signal_pending() }
+}
+
 /// A `struct wait_queue_head`.
 ///
 /// A wait ends when its condition is true; the condition is evaluated again at each wake-up. The

@@ -8,10 +8,13 @@ use crate::engine::{
 };
 use crate::{
     bindings::raw,
-    kernel_ext::mm::{
-        anon_vma,
-        LiveMm,
-        PinnedMm, //
+    kernel_ext::{
+        mm::{
+            anon_vma,
+            LiveMm,
+            PinnedMm, //
+        },
+        wait::signal_pending, //
     }, //
 };
 use core::ptr::NonNull;
@@ -217,8 +220,7 @@ impl Finder<'_> {
     fn enter(&mut self, addr: usize) -> c_int {
         // SAFETY: May sleep: a walk under the mmap lock holds no spinlock.
         unsafe { raw::rksm_cond_resched() };
-        // SAFETY: Reads the current task's state.
-        if unsafe { raw::rksm_signal_pending() } {
+        if signal_pending() {
             return -(raw::ERESTARTSYS as c_int);
         }
         if *self.tables == 0 {

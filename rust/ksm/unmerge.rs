@@ -3,10 +3,10 @@
 //! Unmerging: giving every mapping of a merged page a page of its own.
 
 use crate::{
-    bindings::raw,
     kernel_ext::{
         mm::PinnedMm,
-        race_window, //
+        race_window,
+        wait::signal_pending, //
     },
     ksm::{
         page::{
@@ -36,8 +36,7 @@ pub(crate) fn unmerge_mm(mm: &PinnedMm) -> Result {
     let mut at = 0;
     while let Some(_user) = mm.mmget_not_zero() {
         race_window::sleep();
-        // SAFETY: Reads the current task's state.
-        if unsafe { raw::rksm_signal_pending() } {
+        if signal_pending() {
             return Err(ERESTARTSYS);
         }
         let guard = mm.mmap_read_lock_interruptible()?;

@@ -19,7 +19,8 @@ use crate::{
     },
     kernel_ext::{
         gfp::GFP_METADATA,
-        oom::OomOrigin, //
+        oom::OomOrigin,
+        wait::signal_pending, //
     },
     ksm::unmerge,
     service::{
@@ -94,7 +95,12 @@ impl Ksm {
             }
         }
         drop(origin);
-        self.reap(|slot, mm| state.engine.metadata.forget_mm(slot, mm));
+        let metadata = &mut state.engine.metadata;
+        let forget = |slot, mm: &_| metadata.forget_some(slot, mm, signal_pending);
+        if !self.reap(forget, signal_pending) {
+            self.kick_housekeeping();
+            result = result.and(Err(ERESTARTSYS));
+        }
         result?;
         // Nodes of pages that are just going, with their last process, are left to `prune`.
         state.engine.metadata.remove_all_nodes();
@@ -106,7 +112,10 @@ impl Ksm {
     fn unmerge_registered(&self, state: &mut ScanState) -> Result {
         MmList::unmerge(self, |claim| {
             unmerge::unmerge_mm(claim.mm())?;
-            state.engine.metadata.forget_mm(claim.id(), claim.mm());
+            let metadata = &mut state.engine.metadata;
+            if !metadata.forget_some(claim.id(), claim.mm(), signal_pending) {
+                return Err(ERESTARTSYS);
+            }
             self.publish(state);
             self.refill(GFP_METADATA)?;
             Ok(Visited {

@@ -112,7 +112,7 @@ impl Ksm {
         let mut drained = false;
         while !current.should_stop() {
             let (next, settled) = self.hold_scan_state(|state, hold| {
-                let settled = self.housekeeping(state);
+                let settled = self.housekeeping(state, hold);
                 // A wake-up for housekeeping buys no batch: rksmd waits for what is left of the
                 // pause. A scanner that was stopped begins with a batch.
                 pause = pause.filter(|pause| {
@@ -195,9 +195,14 @@ impl Ksm {
 
     /// Does what must not wait for `run`: frees the slots of mms that have left, allocates slots
     /// for new ones, registers mms that found no slot. Returns whether all of it is done.
-    fn housekeeping(&self, state: &mut ScanState) -> bool {
+    fn housekeeping(&self, state: &mut ScanState, hold: Hold) -> bool {
         self.housekeeping_due.store(false, Relaxed);
-        self.reap(|slot, mm| state.engine.metadata.forget_mm(slot, mm));
+        let metadata = &mut state.engine.metadata;
+        let pause = || self.is_over(hold);
+        if !self.reap(|slot, mm| metadata.forget_some(slot, mm, pause), pause) {
+            self.housekeeping_due.store(true, Relaxed);
+            return false;
+        }
         if self.refill(GFP_METADATA).is_err() {
             return false;
         }

@@ -112,6 +112,23 @@ impl<B: Backend> Metadata<B> {
         self.backend.account_tracked(mm, -(tracked as isize));
     }
 
+    /// As [`Metadata::forget_mm`], until `pause` returns true, which is called after each
+    /// [`MAX_FORGOTTEN`] pages. Returns whether nothing is left.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub fn forget_some(&mut self, slot: SlotId, mm: &B::Mm, pause: impl Fn() -> bool) -> bool {
+        while self.states.tracked(slot) > MAX_FORGOTTEN {
+            self.forget(slot, mm, 0..usize::MAX);
+            if pause() {
+                return false;
+            }
+        }
+        self.forget_mm(slot, mm);
+        true
+    }
+
     /// Forgets the tracked pages of a range of addresses, [`MAX_FORGOTTEN`] at most. Returns
     /// whether none is left.
     pub(super) fn forget(&mut self, slot: SlotId, mm: &B::Mm, range: Range<usize>) -> bool {

@@ -195,7 +195,6 @@ impl<B: Backend> Engine<B> {
                 }
                 Collected::Exiting => {
                     clear(pool, buffers);
-                    self.metadata.forget_mm(ctx.slot, ctx.mm);
                     return Progress::Exiting;
                 }
             }

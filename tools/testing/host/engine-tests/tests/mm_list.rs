@@ -102,6 +102,14 @@ impl List {
         });
         (seen, step)
     }
+
+    fn reap_all(&self, mut forget: impl FnMut(&Pin)) {
+        let forget_all = |_, mm: &Pin| {
+            forget(mm);
+            true
+        };
+        assert!(self.reap(forget_all, || false));
+    }
 }
 
 const DONE: Visited = Visited {
@@ -160,7 +168,7 @@ fn exit_reports_when_the_reaper_is_due() {
     assert!(!list.exit(1));
     assert!(!list.exit(2));
     let mut forgotten = Vec::new();
-    list.reap(|_, mm| forgotten.push(mm.key()));
+    list.reap_all(|mm| forgotten.push(mm.key()));
     assert_eq!(forgotten, [1]);
     assert_eq!(list.locked(|registry| registry.nr_left()), 0);
 }
@@ -181,7 +189,7 @@ fn visits_go_on_where_the_last_one_ended() {
     assert_eq!(next(Progress::Done), (Some((3, 0)), visited));
     assert_eq!(next(Progress::Done), (None, Step::End));
     assert_eq!(next(Progress::Done), (None, Step::Idle));
-    list.reap(|_, mm| assert_eq!(mm.key(), 2));
+    list.reap_all(|mm| assert_eq!(mm.key(), 2));
     assert_eq!(list.len(), 2);
 }
 
@@ -191,13 +199,43 @@ fn an_exit_during_the_visit_is_reaped_after_it() {
     assert!(list.locked(|registry| registry.begin()));
     let step = list.visit(|_| {
         assert!(!list.exit(1));
-        list.reap(|_, _| panic!("reaped while it is visited"));
+        list.reap_all(|_| panic!("reaped while it is visited"));
         DONE
     });
     assert_eq!(step, Step::Visited { reap: true });
     let mut reaped = 0;
-    list.reap(|_, _| reaped += 1);
+    list.reap_all(|_| reaped += 1);
     assert_eq!((reaped, list.len()), (1, 0));
+}
+
+#[test]
+fn reaping_ends_early_and_goes_on() {
+    let list = List::with(&[1, 2, 3]);
+    assert!(list.locked(|registry| registry.begin()));
+    for key in [1, 2, 3] {
+        assert_eq!(list.next(Progress::Done, true).0, Some((key, 0)));
+    }
+    for key in [1, 2, 3] {
+        assert!(list.exit(key));
+    }
+    // The first takes three steps; after each mm that is gone a pause is due.
+    let steps = Cell::new(0);
+    let reap = || {
+        let forget = |_, mm: &Pin| {
+            steps.set(steps.get() + 1);
+            mm.key() != 1 || steps.get() > 4
+        };
+        let all = list.reap(forget, || true);
+        let left = list.locked(|registry| registry.nr_left());
+        (all, left)
+    };
+    assert_eq!(reap(), (false, 3));
+    assert_eq!(reap(), (false, 2));
+    assert_eq!(reap(), (false, 1));
+    assert_eq!(reap(), (false, 1));
+    assert_eq!(reap(), (false, 0));
+    assert_eq!(reap(), (true, 0));
+    assert_eq!(steps.get(), 5);
 }
 
 #[test]

@@ -535,6 +535,7 @@ enum Step {
     Release { who: usize, tracked: bool },
     PopDead,
     Free { who: usize },
+    PutBack { who: usize },
     UnmergeBegin,
     UnmergeEnd,
     Pin { who: usize },
@@ -555,6 +556,7 @@ fn step() -> impl Strategy<Value = Step> {
         5 => (who.clone(), any::<bool>()).prop_map(|(who, tracked)| Step::Release { who, tracked }),
         3 => Just(Step::PopDead),
         3 => who.clone().prop_map(|who| Step::Free { who }),
+        1 => who.clone().prop_map(|who| Step::PutBack { who }),
         1 => Just(Step::UnmergeBegin),
         1 => Just(Step::UnmergeEnd),
         1 => who.prop_map(|who| Step::Pin { who }),
@@ -727,6 +729,11 @@ fn run(steps: &[Step]) {
             Step::Free { who } if !reaping.is_empty() => {
                 let dead = reaping.swap_remove(who % reaping.len());
                 drop(registry.with(|registry| registry.free(dead)));
+            }
+            Step::PutBack { who } if !reaping.is_empty() => {
+                let dead = reaping.swap_remove(who % reaping.len());
+                model.dead.push(dead.mm().key());
+                registry.with(|registry| registry.put_back(dead));
             }
             Step::UnmergeBegin => {
                 registry.with(|registry| registry.unmerge_begin());

@@ -168,7 +168,11 @@ impl Module {
     /// What the scanner does when it is woken, whether it may scan or not.
     fn reap_dead(&self) {
         let mut engine = self.engine.lock().unwrap();
-        self.reap(|slot, pin| engine.forget(slot, pin.mm()));
+        let forget = |slot, pin: &Pin| {
+            engine.forget(slot, pin.mm());
+            true
+        };
+        self.reap(forget, || false);
     }
 
     /// `run` = 2.

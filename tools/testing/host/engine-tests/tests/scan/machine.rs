@@ -288,8 +288,10 @@ impl Machine {
     /// that were missed.
     pub(crate) fn housekeeping(&mut self) {
         let engine = &mut self.engine;
-        self.list
-            .reap(|slot, mm| engine.metadata.forget_mm(slot, mm));
+        self.list.reap(
+            |slot, mm| engine.metadata.forget_some(slot, mm, || false),
+            || false,
+        );
         if self.list.refill(GFP_KERNEL).is_ok()
             && self.list.locked(|registry| registry.take_missed())
         {
@@ -348,9 +350,7 @@ impl Machine {
                     paid <= scanned + passes.get() + steps * 4,
                     "{paid} of the budget for {scanned} pages, {steps} steps",
                 );
-                if progress == Progress::Exiting {
-                    assert!(mm.exiting() && !engine.metadata.tracks(id));
-                }
+                assert!(progress != Progress::Exiting || mm.exiting());
                 Visited {
                     progress,
                     tracked: engine.metadata.tracks(id),
@@ -391,8 +391,10 @@ impl Machine {
                 tracked: false,
             })
         });
-        self.list
-            .reap(|slot, mm| engine.metadata.forget_mm(slot, mm));
+        self.list.reap(
+            |slot, mm| engine.metadata.forget_some(slot, mm, || false),
+            || false,
+        );
         if result.is_err() {
             return;
         }
