@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Every way back: MADV_UNMERGEABLE of a part, prctl, and run=2, also when a signal stops
- * it half-way.
+ * it half-way, or somebody who waits for it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,6 +17,8 @@
 
 #define PAGES	256
 #define MANY	8192
+#define TRIES	20
+#define ENOUGH	3
 
 static volatile sig_atomic_t alarms;
 
@@ -90,6 +92,45 @@ static int prctl_child(void *arg)
 	return KSFT_PASS;
 }
 
+static int writer(void *run)
+{
+	child_step();
+	return ksm_try("run", run) != 0;
+}
+
+/* Somebody else's run=2 takes its time, and a second writer waits for it */
+static void while_it_waits(char *area)
+{
+	int killed = 0;
+
+	if (!module_loaded()) {
+		ksft_test_result_skip("the built-in KSM lets nobody be killed who waits\n");
+		return;
+	}
+	/* The area is not to be merged in the children, too */
+	if (madvise(area, MANY * PAGE, MADV_DONTFORK))
+		die("MADV_DONTFORK: %s", strerror(errno));
+	for (int n = 0; n < TRIES && killed < ENOUGH; n++) {
+		struct child first = child_start(writer, "2"), second = child_start(writer, "0");
+
+		ksm_start();
+		if (!ksm_until("pages_sharing", MANY - 64, 12))
+			ksft_print_msg("it was not merged\n");
+		child_wait_step(&first);
+		child_wait_step(&second);
+		child_go(&first);
+		while (ksm_get("run") != 2)
+			usleep(100);
+		child_go(&second);
+		usleep(10000);
+		child_kill(&second);
+		/* What is still merged shows that the first has not ended */
+		killed += ksm_mappings(getpid(), area, MANY) > 0;
+		child_end(&first);
+	}
+	ksft_test_result(killed == ENOUGH, "who waits for a run=2 can be killed\n");
+}
+
 /* The sysfs write is interrupted again and again, and goes on where it was written again */
 static void with_signals(void)
 {
@@ -123,6 +164,7 @@ static void with_signals(void)
 	ksm_start();
 	ksft_test_result(ksm_until("pages_sharing", MANY - 64, 12),
 			 "everything merges again\n");
+	while_it_waits(area);
 	ksm_set("run", 2);
 	munmap(area, MANY * PAGE);
 }
@@ -132,7 +174,7 @@ int main(int argc, char **argv)
 	struct child child;
 
 	test_init(argc, argv);
-	test_plan(11);
+	test_plan(12);
 	ksm_reset();
 	/* Something to scan always, as no scan is counted otherwise */
 	mergeable(map_pages(1), 1);
