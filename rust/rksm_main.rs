@@ -39,7 +39,11 @@ use kernel_ext::{
     symbols::Symbols,
     tracepoint::Probes, //
 };
-use ksm::worker_pool::NICE;
+use ksm::{
+    stable_nodes::StableNodes,
+    trace::Trace,
+    worker_pool::NICE, //
+};
 use service::{
     attributes::{
         builtin,
@@ -109,9 +113,13 @@ impl kernel::Module for Rksm {
 impl Rksm {
     fn start(symbols: Symbols, takeover: Takeover<&'static Attribute, Ksm>) -> Result<Self> {
         let knobs = initial_knobs(&takeover)?;
+        // SAFETY: The engine, which keeps the contract, is given it, and nobody else. The layouts
+        // have been checked, and the built-in has been drained.
+        let nodes = unsafe { StableNodes::new(Trace::new(symbols)) }?;
         let ksm = Ksm::new(
             symbols,
             takeover.builtin(),
+            nodes,
             knobs,
             module_parameters::check.value(),
         )?;

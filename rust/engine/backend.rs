@@ -470,6 +470,21 @@ pub trait StableNodes {
 }
 
 /// The memory that is scanned and merged.
+///
+/// # Contract
+///
+/// Its users have no `unsafe`, and yet the soundness of an implementation may rest on what they do.
+/// They keep this:
+///
+/// - A merge is finished before the batch that its page belongs to drops its reference to that page
+///   (other than for the split of [`HugeFolioRefs::release`], which leaves one), and before the
+///   backend is dropped.
+/// - From [`Backend::prepare`] until [`Backend::finish`] no rmap item is released from the node
+///   that is merged with, and the node is not removed. Merges that run at the same time have
+///   different contents.
+/// - [`StableNodes::forget`] is called for nodes whose page frames have gone offline, and
+///   no function that looks at page frames between their going offline and that.
+/// - Numbers of items and nodes are those that these functions have given out.
 pub trait Backend: StableNodes + Sync {
     /// A pinned mm (`mmgrab`).
     type Mm: MmPin + Send + Sync;
@@ -572,6 +587,8 @@ pub trait Backend: StableNodes + Sync {
 
     /// Records the result of a merge, and frees the objects that it has not used.
     ///
+    /// Takes the merge, so that it ends once.
+    ///
     /// # Context
     ///
     /// May sleep. Takes mmap lock and folio lock of the first page if its merge has to be undone.
@@ -580,7 +597,7 @@ pub trait Backend: StableNodes + Sync {
     ///
     /// Why the page was not merged, and whose fault that is. Every process reads the same contents
     /// as before.
-    fn finish(&mut self, merge: &mut Self::Merge) -> Result<Merged, Refused>;
+    fn finish(&mut self, merge: Self::Merge) -> Result<Merged, Refused>;
 
     /// Creates the rmap item of a page that maps the KSM page of `node` without one, as after a
     /// fork; compare `stable_tree_append()`.

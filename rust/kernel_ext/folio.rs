@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! References to folios, their lock, and their `mapping` word.
+//! References to folios and their pages, their lock, and their `mapping` word.
 //!
 //! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
 //! [`include/linux/pagemap.h`](srctree/include/linux/pagemap.h)
@@ -9,7 +9,10 @@ use crate::{
     bindings::raw,
     kernel_ext::symbols::Symbols, //
 };
-use core::ptr::NonNull;
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
 
 const FOLIO_MAPPING_ANON: usize = raw::FOLIO_MAPPING_ANON as usize;
 
@@ -51,6 +54,100 @@ impl FolioMapping {
     }
 }
 
+/// A page whose folio somebody holds a reference to.
+///
+/// # Invariants
+///
+/// For `'a` there is a reference to the folio that the page is part of, or the page is reserved.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PageRef<'a>(NonNull<raw::page>, PhantomData<&'a FolioRef>);
+
+impl PageRef<'_> {
+    /// Borrows somebody's reference.
+    ///
+    /// # Safety
+    ///
+    /// For as long as the result is used there is a reference to the folio that the page is part
+    /// of, also if that is split meanwhile; or the page is reserved.
+    #[inline]
+    pub(crate) unsafe fn new(page: NonNull<raw::page>) -> Self {
+        // INVARIANT: By the contract.
+        Self(page, PhantomData)
+    }
+
+    /// The page.
+    #[inline]
+    pub(crate) fn as_non_null(self) -> NonNull<raw::page> {
+        self.0
+    }
+
+    /// The page.
+    #[inline]
+    pub(crate) fn as_ptr(self) -> *mut raw::page {
+        self.0.as_ptr()
+    }
+
+    /// The folio that the page is part of, which changes when a huge folio is split.
+    #[inline]
+    pub(crate) fn folio(self) -> *mut raw::folio {
+        // SAFETY: By the invariant the folio is there.
+        unsafe { raw::rksm_page_folio(self.as_ptr()) }
+    }
+
+    /// The page frame number.
+    pub(crate) fn pfn(self) -> usize {
+        // SAFETY: By the invariant the page is there.
+        unsafe { raw::rksm_page_to_pfn(self.as_ptr()) }
+    }
+
+    /// The NUMA node.
+    pub(crate) fn nid(self) -> u32 {
+        // SAFETY: By the invariant the page is there.
+        unsafe { raw::rksm_page_to_nid(self.as_ptr()) as u32 }
+    }
+
+    /// Whether the page is part of a large folio.
+    ///
+    /// # Context
+    ///
+    /// Any. Only the folio lock keeps a large folio from being split.
+    pub(crate) fn is_large(self) -> bool {
+        // SAFETY: By the invariant the folio is there.
+        unsafe { raw::rksm_folio_test_large(self.folio()) }
+    }
+
+    /// Whether the page is a merged page.
+    ///
+    /// # Context
+    ///
+    /// Any. Only the folio lock keeps the answer from changing.
+    pub(crate) fn is_ksm(self) -> bool {
+        // SAFETY: By the invariant the folio is there.
+        unsafe { raw::rksm_folio_test_ksm(self.folio()) }
+    }
+
+    /// The `mapping` word of the folio, as it is now.
+    pub(crate) fn mapping(self) -> FolioMapping {
+        // SAFETY: By the invariant the folio is there.
+        FolioMapping(unsafe { raw::rksm_folio_mapping(self.folio()) })
+    }
+
+    /// Takes a reference to the folio.
+    ///
+    /// # Context
+    ///
+    /// Any.
+    pub(crate) fn get(self) -> FolioRef {
+        let folio = self.folio();
+        // SAFETY: By the invariant there is a reference already; a page has a folio.
+        // INVARIANT: A reference has been taken.
+        unsafe {
+            raw::rksm_folio_get(folio);
+            FolioRef(NonNull::new_unchecked(folio))
+        }
+    }
+}
+
 /// A counted reference to a folio.
 ///
 /// # Invariants
@@ -59,20 +156,6 @@ impl FolioMapping {
 pub(crate) struct FolioRef(NonNull<raw::folio>);
 
 impl FolioRef {
-    /// Takes over a reference.
-    ///
-    /// # Context
-    ///
-    /// Any.
-    ///
-    /// # Safety
-    ///
-    /// The caller owns a reference to `folio`, which passes to the result.
-    pub(crate) unsafe fn from_raw(folio: NonNull<raw::folio>) -> Self {
-        // INVARIANT: By the contract.
-        Self(folio)
-    }
-
     /// Takes a reference to a folio unless it is being freed (`folio_try_get`).
     ///
     /// # Context
@@ -97,13 +180,15 @@ impl FolioRef {
 
     /// The first page.
     #[inline]
-    pub(crate) fn page(&self) -> NonNull<raw::page> {
-        self.0.cast()
+    pub(crate) fn page(&self) -> PageRef<'_> {
+        // INVARIANT: The result borrows this reference.
+        PageRef(self.0.cast(), PhantomData)
     }
 
     /// The `mapping` word, as it is now.
     pub(crate) fn mapping(&self) -> FolioMapping {
-        mapping(self.0)
+        // SAFETY: The folio is referenced.
+        unsafe { mapping(self.0) }
     }
 
     /// Whether a page table maps the folio.
@@ -173,9 +258,13 @@ impl Drop for FolioLock<'_> {
 /// # Context
 ///
 /// Any.
+///
+/// # Safety
+///
+/// `folio` is a `struct page` of the memory map.
 #[inline]
-pub(crate) fn mapping(folio: NonNull<raw::folio>) -> FolioMapping {
-    // SAFETY: The memory map is always readable; this is `READ_ONCE`.
+pub(crate) unsafe fn mapping(folio: NonNull<raw::folio>) -> FolioMapping {
+    // SAFETY: By the contract it is readable; this is `READ_ONCE`.
     FolioMapping(unsafe { raw::rksm_folio_mapping(folio.as_ptr()) })
 }
 

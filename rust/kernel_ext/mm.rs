@@ -154,6 +154,13 @@ impl PinnedMm {
 /// Owns one `mm_users` reference.
 pub(crate) struct MmUser<'a>(&'a PinnedMm);
 
+impl<'a> MmUser<'a> {
+    /// The mm.
+    pub(crate) fn mm(&self) -> &'a PinnedMm {
+        self.0
+    }
+}
+
 impl Drop for MmUser<'_> {
     fn drop(&mut self) {
         // SAFETY: By the invariant there is a reference to give up.

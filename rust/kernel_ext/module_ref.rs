@@ -4,23 +4,35 @@
 
 use crate::bindings::raw;
 
-/// Takes a reference. Returns false if the module is being unloaded.
+/// A reference to the module.
 ///
 /// # Context
 ///
-/// Any.
-pub(crate) fn get() -> bool {
-    // SAFETY: This code is running, so the module is there.
-    unsafe { raw::rksm_this_module_get() }
+/// Dropping: any, in a thread that the module's exit waits for, or in a function of a file that it
+/// drains.
+///
+/// # Invariants
+///
+/// Owns one reference.
+pub(crate) struct ModuleRef(());
+
+impl ModuleRef {
+    /// Takes a reference; `None` if the module is being unloaded.
+    ///
+    /// # Context
+    ///
+    /// Any.
+    pub(crate) fn get() -> Option<Self> {
+        // SAFETY: This code is running, so the module is there.
+        // INVARIANT: A reference has been taken.
+        unsafe { raw::rksm_this_module_get() }.then(|| Self(()))
+    }
 }
 
-/// Gives up a reference that [`get`] took.
-///
-/// # Context
-///
-/// Any, in a thread that the module's exit waits for, or in a function of a file that it drains.
-pub(crate) fn put() {
-    // SAFETY: This code is running, and the context that the caller is in keeps the module until
-    // it has returned.
-    unsafe { raw::rksm_this_module_put() };
+impl Drop for ModuleRef {
+    fn drop(&mut self) {
+        // SAFETY: By the invariant there is a reference to give up. The context that the caller is
+        // in keeps the module until it has returned.
+        unsafe { raw::rksm_this_module_put() };
+    }
 }

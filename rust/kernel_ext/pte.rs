@@ -69,9 +69,14 @@ impl<'v> PteGuard<'v> {
         unsafe { raw::rksm_ptep_clear_flush(self.vma(), self.addr, self.ptep) }
     }
 
-    /// Sets an entry that is clear, to a value that maps what its mm has a reference for.
-    pub(crate) fn set(&self, pte: raw::pte_t) {
-        // SAFETY: The entry is locked by the invariant.
+    /// Sets the entry.
+    ///
+    /// # Safety
+    ///
+    /// The entry is clear. `pte` is what it held before, or maps a page with a reference and a
+    /// mapping count for this entry.
+    pub(crate) unsafe fn set(&self, pte: raw::pte_t) {
+        // SAFETY: The entry is locked by the invariant; the rest is the contract.
         unsafe { raw::rksm_set_pte_at(self.vma(), self.addr, self.ptep, pte) };
     }
 }

@@ -26,13 +26,11 @@ use crate::engine::{
 use crate::{
     bindings::raw,
     kernel_ext::{
-        folio::{
-            self,
-            FolioMapping,
-            FolioRef, //
-        },
         gfp::GFP_METADATA,
-        mm::PinnedMm,
+        mm::{
+            LiveMm,
+            PinnedMm, //
+        },
         race_window,
         symbols::Symbols, //
     },
@@ -48,20 +46,17 @@ use crate::{
             NewNode,
             Prepared, //
         },
-        node::StableNode,
         page::{
             self,
-            page_nid, //
+            Mapped, //
         },
         stable_nodes::StableNodes, //
     }, //
 };
-use core::{
-    ops::Range,
-    ptr::NonNull, //
-};
+use core::ops::Range;
 use kernel::{
     alloc::Flags,
+    mm::virt::VmaRef,
     prelude::*,
     sync::Arc, //
 };
@@ -115,14 +110,15 @@ impl<F: WalkFilter> MappedFilter for KindFilter<'_, F> {
         self.filter.step(step)
     }
 
-    fn filter(&mut self, addr: usize, mapped: &raw::rksm_mapped) -> WalkAction {
-        if mapped.ksm_zero {
+    fn filter(&mut self, addr: usize, mapped: &Mapped<'_>) -> WalkAction {
+        if mapped.ksm_zero() {
             self.filter.ksm_zero_page();
             return WalkAction::Skip;
         }
-        let kind = self.nodes.kind_of(FolioMapping::from_raw(mapped.mapping));
+        // SAFETY: The folio is mapped, as `mapped` shows.
+        let kind = unsafe { self.nodes.kind_of(mapped.mapping()) };
         self.filter
-            .filter(addr, kind, mapped.nid as u32, mapped.accessed)
+            .filter(addr, kind, mapped.nid(), mapped.accessed())
     }
 }
 
@@ -170,9 +166,8 @@ impl Backend for StableNodes {
         let Some(page) = batch.page(i) else {
             return PageKind::Orphan;
         };
-        // SAFETY: The batch holds a reference to the page.
-        let folio = unsafe { NonNull::new_unchecked(raw::rksm_page_folio(page.as_ptr())) };
-        self.kind_of(folio::mapping(folio))
+        // SAFETY: The page is referenced.
+        unsafe { self.kind_of(page.mapping()) }
     }
 
     fn reacquire(&self, mm: &PinnedMm, batch: &mut Batch, i: usize) -> bool {
@@ -216,11 +211,11 @@ impl Backend for StableNodes {
                 let stale = Refused::Target(Refusal::Stale);
                 let node = self.node(node).ok_or(stale)?;
                 let kfolio = self.get_folio(node).ok_or(stale)?;
-                if nid.is_some_and(|nid| nid != page_nid(kfolio.page())) {
+                if nid.is_some_and(|nid| nid != kfolio.page().nid()) {
                     return Err(Refused::Target(Refusal::FarNode));
                 }
                 Prepared::Join {
-                    node,
+                    node: node.as_non_null(),
                     kfolio,
                     item: self.new_item(&page).map_err(Refused::Page)?,
                 }
@@ -228,19 +223,22 @@ impl Backend for StableNodes {
             MergeTarget::Candidate(other) => {
                 // Neither page is to blame for a lack of memory; another candidate would not help.
                 let first = self.new_item(&page).map_err(Refused::Page)?;
-                let second = self
-                    .new_item(&other)
-                    .inspect_err(|_| self.discard_item(&first))
-                    .map_err(Refused::Page)?;
-                let node = self
-                    .new_node(page_nid(own) as c_int)
-                    .inspect_err(|_| {
-                        self.discard_item(&first);
-                        self.discard_item(&second);
-                    })
-                    .map_err(Refused::Page)?;
-                // SAFETY: The node is ours alone until a folio names it. The page is referenced.
-                unsafe { (*node.as_ptr()).kpfn = raw::rksm_page_to_pfn(own.as_ptr()) };
+                let second = match self.new_item(&other) {
+                    Ok(second) => second,
+                    Err(refusal) => {
+                        self.discard_item(first);
+                        return Err(Refused::Page(refusal));
+                    }
+                };
+                let node = match self.new_node(own) {
+                    Ok(node) => node,
+                    Err(refusal) => {
+                        self.discard_item(first);
+                        self.discard_item(second);
+                        return Err(Refused::Page(refusal));
+                    }
+                };
+                // INVARIANT: They have just been put into their arenas.
                 Prepared::NewNode(NewNode {
                     node,
                     first,
@@ -252,40 +250,42 @@ impl Backend for StableNodes {
                 })
             }
         };
-        // INVARIANT: The engine keeps the batch's reference and its own lock until `finish`.
+        // INVARIANT: The batch references the page. Nothing has been linked.
         Ok(Merge {
             trace: self.trace,
-            page: own,
+            page: own.as_non_null(),
             use_zero_pages: self.use_zero_pages,
             prepared,
-            outcome: Err(Refused::Page(Refusal::Gone)),
+            outcome: None,
         })
     }
 
-    fn finish(&mut self, merge: &mut Merge) -> Result<Merged, Refused> {
-        match (&merge.prepared, merge.outcome) {
+    fn finish(&mut self, merge: Merge) -> Result<Merged, Refused> {
+        let outcome = merge.outcome.unwrap_or(Err(Refused::Page(Refusal::Gone)));
+        match (merge.prepared, outcome) {
             (Prepared::ZeroPage { .. }, outcome) => outcome.map(|()| Merged::ZeroPage),
-            (Prepared::Join { item, .. }, Ok(())) => Ok(Merged::Joined(self.added(item))),
+            (Prepared::Join { item, .. }, Ok(())) => Ok(Merged::Joined(self.added(&item))),
             (Prepared::Join { item, .. }, Err(refused)) => {
                 self.discard_item(item);
                 Err(refused)
             }
             (Prepared::NewNode(new), Ok(())) => Ok(Merged::NewNode {
-                // SAFETY: The node is in the arena.
-                node: unsafe { (*new.node.as_ptr()).id },
+                node: new.node().id(),
                 first: self.added(&new.first),
                 second: self.added(&new.second),
                 hash: new.hash,
             }),
             (Prepared::NewNode(new), Err(refused)) => {
-                self.discard_item(&new.second);
+                let node = new.node().id();
+                self.discard_item(new.second);
                 if new.converted {
                     self.added(&new.first);
                     self.unmerge_first(&new.first);
                 } else {
-                    self.discard_item(&new.first);
-                    // SAFETY: The node is in the arena.
-                    self.discard_node(unsafe { (*new.node.as_ptr()).id });
+                    self.discard_item(new.first);
+                    // SAFETY: By the invariant of `Merge` no item is on the node, and no folio
+                    // names it.
+                    unsafe { self.discard_node(node) };
                 }
                 Err(refused)
             }
@@ -300,27 +300,27 @@ impl Backend for StableNodes {
         node: NodeId,
     ) -> Result<ItemId, Refusal> {
         let own = batch.page(i).ok_or(Refusal::Gone)?;
-        let node = self.node(node).ok_or(Refusal::Stale)?;
-        // SAFETY: The batch holds a reference to the page.
-        let folio = unsafe { NonNull::new_unchecked(raw::rksm_page_folio(own.as_ptr())) };
-        // SAFETY: The folio is that of the batch's page, which stays valid while the batch holds
-        // its reference.
-        let folio = unsafe { FolioRef::try_get(folio) }.ok_or(Refusal::Stale)?;
+        self.node(node).ok_or(Refusal::Stale)?;
+        let folio = own.get();
         let item = self.new_item(&page)?;
-        let adopted = in_vma(page.mm, page.addr, |_, vma| item.set_anon_vma(vma)).and_then(|()| {
+        // SAFETY: The item has not been linked.
+        let set_anon_vma = |_: LiveMm<'_>, vma: &VmaRef| unsafe { item.set_anon_vma(vma) };
+        let adopted = in_vma(page.mm, page.addr, set_anon_vma).and_then(|()| {
             race_window::sleep();
             let lock = folio.lock();
-            if folio.mapping() != StableNode::mapping(node) {
+            let node = self.node(node).ok_or(Refusal::Stale)?;
+            if folio.mapping() != node.mapping() {
                 return Err(Refusal::Stale);
             }
-            // SAFETY: The node's folio is locked, and names it.
+            // SAFETY: The item has not been linked. The node's folio is locked, and names it. The
+            // item is freed here only where this was not reached.
             unsafe { item.link(node, Some(&lock)) };
             Ok(())
         });
         match adopted {
             Ok(()) => Ok(self.added(&item)),
             Err(refusal) => {
-                self.discard_item(&item);
+                self.discard_item(item);
                 Err(refusal)
             }
         }

@@ -11,10 +11,13 @@ use crate::engine::{
 };
 use crate::{
     bindings::raw,
-    kernel_ext::gfp::GFP_METADATA,
+    kernel_ext::{
+        folio::PageRef,
+        gfp::GFP_METADATA, //
+    },
     ksm::page::{
         self,
-        page_nid,
+        Mapped,
         PageGuard, //
     }, //
 };
@@ -115,8 +118,10 @@ impl Batch {
     /// # Context
     ///
     /// Any.
-    pub(crate) fn page(&self, i: usize) -> Option<NonNull<raw::page>> {
-        self.entry(i)?.page
+    pub(crate) fn page(&self, i: usize) -> Option<PageRef<'_>> {
+        let page = self.entry(i)?.page?;
+        // SAFETY: The page is referenced by the invariant, and the result borrows the batch.
+        Some(unsafe { PageRef::new(page) })
     }
 
     /// Returns the folio of page `i`, if it is a large folio.
@@ -126,25 +131,16 @@ impl Batch {
     /// Any.
     pub(crate) fn huge_folio(&self, i: usize) -> Option<*mut raw::folio> {
         let page = self.page(i)?;
-        // SAFETY: The page is referenced by the invariant.
-        unsafe {
-            let folio = raw::rksm_page_folio(page.as_ptr());
-            raw::rksm_folio_test_large(folio).then_some(folio)
-        }
+        page.is_large().then(|| page.folio())
     }
 
-    /// Adds a page that the caller holds the page table lock for.
+    /// Adds the page that is mapped at `addr`.
     ///
     /// # Context
     ///
-    /// Atomic. The page table lock is held.
-    ///
-    /// # Safety
-    ///
-    /// `mapped` is what a page table maps whose lock the caller holds.
-    pub(super) unsafe fn push(&mut self, addr: usize, mapped: &raw::rksm_mapped) {
-        let (Some(page), Some(folio)) = (NonNull::new(mapped.page), NonNull::new(mapped.folio))
-        else {
+    /// Atomic. The page table lock is held, as `mapped` shows.
+    pub(super) fn push(&mut self, addr: usize, mapped: &Mapped<'_>) {
+        let Some((page, folio)) = mapped.page() else {
             return;
         };
         let last = self.entries.last_mut();
@@ -161,7 +157,7 @@ impl Batch {
             _ => false,
         };
         if !shares {
-            // SAFETY: The folio is mapped by the contract, so its count is not zero.
+            // SAFETY: The folio is mapped, as `mapped` shows, so its count is not zero.
             unsafe { raw::rksm_folio_get(folio.as_ptr()) };
         }
         // INVARIANT: The new entry owns the reference just taken, or the one the entry before it
@@ -171,7 +167,7 @@ impl Batch {
             page: Some(page),
             holds_ref: true,
             released_for_split: false,
-            accessed: mapped.accessed,
+            accessed: mapped.accessed(),
         });
     }
 
@@ -179,9 +175,11 @@ impl Batch {
     /// cleared if it is the last one. Freeing many folios at a time takes the locks of LRU lists
     /// and of free lists once.
     ///
+    /// # Safety
+    ///
     /// The caller owns the reference.
-    fn put(&mut self, page: NonNull<raw::page>) {
-        // SAFETY: The page is referenced, so its folio does not change meanwhile.
+    unsafe fn put(&mut self, page: NonNull<raw::page>) {
+        // SAFETY: By the contract the page is referenced, so its folio does not change meanwhile.
         let (folio, last) = unsafe {
             let folio = raw::rksm_page_folio(page.as_ptr());
             (folio, raw::rksm_folio_last_ref(folio))
@@ -207,7 +205,8 @@ impl Batch {
     ///
     /// Any.
     pub(crate) fn reacquire(&mut self, i: usize, held: PageGuard) {
-        if let Some(entry) = self.entries.get_mut(i) {
+        let released = |entry: &&mut Collected| entry.page.is_none();
+        if let Some(entry) = self.entries.get_mut(i).filter(released) {
             // INVARIANT: The entry takes over the reference.
             (entry.page, entry.holds_ref, entry.released_for_split) =
                 (Some(held.into_page()), true, false);
@@ -236,7 +235,7 @@ impl backend::Batch for Batch {
     }
 
     fn nid(&self, i: usize) -> u32 {
-        self.page(i).map_or(0, page_nid)
+        self.page(i).map_or(0, PageRef::nid)
     }
 
     fn huge(&self, i: usize) -> Option<HugeId> {
@@ -244,10 +243,7 @@ impl backend::Batch for Batch {
     }
 
     fn hash(&self, i: usize, key: &Arc<ContentKey>) -> u64 {
-        self.page(i).map_or(0, |page| {
-            // SAFETY: The batch holds a reference to the page.
-            unsafe { page::content_hash(key, page) }
-        })
+        self.page(i).map_or(0, |page| page::content_hash(key, page))
     }
 
     fn huge_refs(&self, huge: HugeId) -> usize {
@@ -270,7 +266,8 @@ impl backend::Batch for Batch {
             match before.find(|entry| entry.page.is_some()) {
                 // INVARIANT: It relied on this entry's reference, and is of the same folio.
                 Some(before) if !before.holds_ref => before.holds_ref = true,
-                _ => self.put(page),
+                // SAFETY: The entry owned the reference, and has given it up.
+                _ => unsafe { self.put(page) },
             }
         }
         if self.released == i {

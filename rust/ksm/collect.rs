@@ -20,6 +20,7 @@ use crate::{
         page::{
             candidate_folio,
             mergeable_from,
+            Mapped,
             NextVma, //
         }, //
     }, //
@@ -49,7 +50,7 @@ pub(crate) trait MappedFilter {
     /// # Context
     ///
     /// Atomic: called with a page table lock held.
-    fn filter(&mut self, addr: usize, mapped: &raw::rksm_mapped) -> WalkAction;
+    fn filter(&mut self, addr: usize, mapped: &Mapped<'_>) -> WalkAction;
 }
 
 /// What an entry of a page upper directory maps, in bytes.
@@ -70,16 +71,13 @@ struct Walk<'a, F> {
 
 impl<F: MappedFilter> Walk<'_, F> {
     /// Collects the page if the filter wants it. Returns whether its accessed bit is to be cleared.
-    ///
-    /// # Safety
-    ///
-    /// `mapped` is what a page table maps whose lock the caller holds.
-    unsafe fn offer(&mut self, addr: usize, mapped: &mut raw::rksm_mapped) -> bool {
-        mapped.accessed |= self.batch.huge.contains(&addr);
-        match self.filter.filter(addr, mapped) {
+    fn offer(&mut self, addr: usize, mut mapped: Mapped<'_>) -> bool {
+        if self.batch.huge.contains(&addr) {
+            mapped.set_accessed();
+        }
+        match self.filter.filter(addr, &mapped) {
             WalkAction::Collect => {
-                // SAFETY: By the contract.
-                unsafe { self.batch.push(addr, mapped) };
+                self.batch.push(addr, &mapped);
                 return true;
             }
             WalkAction::SkipClearAccessed => return true,
@@ -166,9 +164,9 @@ fn collect_vma<F: MappedFilter>(
     start: usize,
     end: usize,
 ) -> Option<usize> {
-    // SAFETY: The vma is valid and its mm's lock is held for reading; `start..end` lies within it;
-    // the callbacks get `walk`, which outlives the call, as their private data, and expect its
-    // type.
+    // SAFETY: The vma is valid and its mm's lock is held for reading; a range that does not lie in
+    // it is refused. The callbacks get `walk`, which outlives the call, as their private data, and
+    // expect its type.
     let stopped = unsafe {
         raw::rksm_walk_page_range_vma(
             vma.as_ptr().cast(),
@@ -256,7 +254,7 @@ unsafe extern "C" fn collect_pmd<F: MappedFilter>(
         // so what is mapped stays mapped.
         unsafe {
             if raw::rksm_pte_mapped(vma, addr, ptep, &mut mapped) {
-                if walk.offer(addr, &mut mapped) && mapped.accessed {
+                if walk.offer(addr, Mapped::new(&mut mapped)) && mapped.accessed {
                     raw::rksm_pte_mkold(vma, addr, ptep, mapped.folio);
                     if old.end != addr {
                         raw::rksm_secondary_mkold(vma, old.start, old.end);
@@ -268,7 +266,7 @@ unsafe extern "C" fn collect_pmd<F: MappedFilter>(
                     break;
                 }
             } else if mapped.ksm_zero {
-                walk.filter.filter(addr, &mapped);
+                walk.filter.filter(addr, &Mapped::new(&mut mapped));
             } else {
                 // As many calls as there are pages, not entries.
                 let none = raw::rksm_none_ptes(ptep, ((end - addr) / PAGE_SIZE) as c_ulong);
@@ -327,8 +325,8 @@ unsafe fn collect_huge<F: MappedFilter>(
             accessed: young || !own,
             ksm_zero: false,
         };
-        // SAFETY: By the contract.
-        if unsafe { walk.offer(addr, &mut mapped) } && !old {
+        // SAFETY: By the contract `pmd` maps the page and its folio, and its lock is held.
+        if walk.offer(addr, unsafe { Mapped::new(&mut mapped) }) && !old {
             // SAFETY: By the contract `pmd` maps `folio` around `addr`, and its lock is held.
             unsafe { raw::rksm_pmd_mkold(vma, addr, pmd, folio.as_ptr()) };
             walk.batch.huge = all.clone();

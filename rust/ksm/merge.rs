@@ -17,7 +17,10 @@ use crate::engine::{
 use crate::{
     bindings::raw,
     kernel_ext::{
-        folio::FolioRef,
+        folio::{
+            FolioRef,
+            PageRef, //
+        },
         mm::{
             LiveMm,
             MmapReadGuard,
@@ -27,13 +30,13 @@ use crate::{
     },
     ksm::{
         node::{
-            StableNode, //
-            UnlinkedItem,
+            NodeRef,
+            StableNode,
+            UnlinkedItem, //
         },
         page::{
             self,
-            mergeable_at,
-            page_nid, //
+            mergeable_at, //
         },
         replace_pte::{
             self,
@@ -72,14 +75,18 @@ pub(super) fn in_vma<R>(
 ///
 /// # Invariants
 ///
-/// Until the merge is finished, the batch that `page` belongs to keeps its reference, and the
-/// engine's lock is held. So neither the items nor the node are freed before.
+/// - There is a reference to the folio of `page`, and items and node are in their arenas: the
+///   contract of [`Backend`](backend::Backend) has the merge finished before they go.
+/// - Without an `outcome` no item has been linked, and no folio names a new node. With a good one
+///   all items are on the node; else none is, but for the first one of a new node if that is
+///   `converted`.
 pub(crate) struct Merge {
     pub(super) trace: Trace,
     pub(super) page: NonNull<raw::page>,
     pub(super) use_zero_pages: bool,
     pub(super) prepared: Prepared,
-    pub(super) outcome: Result<(), Refused>,
+    /// `None` until it has been run.
+    pub(super) outcome: Option<Result<(), Refused>>,
 }
 
 // SAFETY: All pointers are to objects of the kernel that any thread may use.
@@ -136,7 +143,12 @@ impl Merge {
 
     /// Runs a merge that needs only the mmap lock of one mm, which is held.
     fn run_in(&mut self, vmas: &mut Vmas<'_>, huge: &mut impl HugeFolioRefs) {
-        let (trace, page) = (self.trace, self.page);
+        if self.outcome.is_some() {
+            return;
+        }
+        let trace = self.trace;
+        // SAFETY: By the invariant the page is referenced.
+        let page = unsafe { PageRef::new(self.page) };
         let mut split = Split {
             huge,
             guards: 0,
@@ -150,19 +162,20 @@ impl Merge {
                 // SAFETY: The zero page is always there.
                 let pfn = unsafe { raw::rksm_zero_pfn() };
                 trace.merge_one_page(pfn, 0, mm.as_mm(), outcome(&result));
-                self.outcome = result.map_err(charge);
+                self.outcome = Some(result.map_err(charge));
             }
             Prepared::Join { node, kfolio, item } => {
                 let merged = MergedPage {
-                    node: *node,
+                    // SAFETY: By the invariant the node is in its arena.
+                    node: unsafe { NodeRef::new(*node) },
                     kfolio,
                 };
-                let result = vmas
-                    .at(item.addr())
-                    .and_then(|place| share_with(place, page, merged, item, &mut split));
-                let kpage = kfolio.page().as_ptr();
-                trace_merge(trace, page, kpage, item, &result);
-                self.outcome = result.map_err(charge);
+                let result = vmas.at(item.addr()).and_then(|place| {
+                    // SAFETY: By the invariant the item has not been linked.
+                    unsafe { share_with(place, page, merged, item, &mut split) }
+                });
+                trace_merge(trace, page, Some(kfolio.page()), item, &result);
+                self.outcome = Some(result.map_err(charge));
             }
             Prepared::NewNode(_) => {}
         }
@@ -170,7 +183,12 @@ impl Merge {
 
     /// Merges two pages, neither of which is a merged page yet.
     fn run_new_node(&mut self, huge: &mut impl HugeFolioRefs) {
-        let (trace, page) = (self.trace, self.page);
+        if self.outcome.is_some() {
+            return;
+        }
+        let trace = self.trace;
+        // SAFETY: By the invariant the page is referenced.
+        let page = unsafe { PageRef::new(self.page) };
         let mut split = Split {
             huge,
             guards: 0,
@@ -182,24 +200,20 @@ impl Merge {
         let first = new
             .check_both(page, &mut split)
             // This splits a huge page; the first page keeps its frame.
-            .and_then(|()| new.share_first(page, &mut split).map_err(Refused::Page));
-        let kpage = core::ptr::null_mut();
+            // SAFETY: By the invariant the first item has not been linked.
+            .and_then(|()| unsafe { new.share_first(page, &mut split) }.map_err(Refused::Page));
         let traced = first.map_err(Refused::reason);
-        trace_merge(trace, page, kpage, &new.first, &traced);
-        self.outcome = first.and_then(|()| {
-            // SAFETY: The batch's reference keeps the page; it is a small folio now.
-            let kfolio = unsafe {
-                let folio = raw::rksm_page_folio(page.as_ptr());
-                raw::rksm_folio_get(folio);
-                FolioRef::from_raw(NonNull::new_unchecked(folio))
-            };
+        trace_merge(trace, page, None, &new.first, &traced);
+        self.outcome = Some(first.and_then(|()| {
+            // It is a small folio now.
+            let kfolio = page.get();
             race_window::sleep();
-            let second = new.share_second(&kfolio, trace, &mut split.guarded());
+            // SAFETY: By the invariant the second item has not been linked.
+            let second = unsafe { new.share_second(&kfolio, trace, &mut split.guarded()) };
             second.map_err(Refused::Target)?;
-            // SAFETY: The page is referenced.
-            new.hash = unsafe { page::content_hash(&new.key, page) };
+            new.hash = page::content_hash(&new.key, page);
             Ok(())
-        });
+        }));
     }
 }
 
@@ -239,6 +253,10 @@ impl backend::Merge for Merge {
 }
 
 /// Two pages that are to become the merged page of a node that no folio names yet.
+///
+/// # Invariants
+///
+/// Items and node are in their arenas.
 pub(super) struct NewNode {
     pub(super) node: NonNull<StableNode>,
     pub(super) first: UnlinkedItem,
@@ -260,63 +278,55 @@ fn charge(refusal: Refusal) -> Refused {
 }
 
 /// Checks the page of the batch for all that shows without a look at its entry.
-fn check_first(
-    page: NonNull<raw::page>,
-    split: &Split<'_, impl HugeFolioRefs>,
-) -> Result<(), Refusal> {
-    // SAFETY: The batch's reference keeps the page.
-    unsafe {
-        let folio = raw::rksm_page_folio(page.as_ptr());
-        if !raw::rksm_folio_mergeable(folio) || raw::rksm_folio_test_ksm(folio) {
-            return Err(Refusal::Gone);
-        }
-        if !raw::rksm_folio_test_large(folio) && !raw::rksm_page_anon_exclusive(page.as_ptr()) {
-            // Who holds a page that is read-only does not matter.
-            return Ok(());
-        }
-        check_holders(page, split)
+fn check_first(page: PageRef<'_>, split: &Split<'_, impl HugeFolioRefs>) -> Result<(), Refusal> {
+    // SAFETY: The page is referenced.
+    let mergeable = unsafe { raw::rksm_folio_mergeable(page.folio()) };
+    if !mergeable || page.is_ksm() {
+        return Err(Refusal::Gone);
     }
+    // SAFETY: The page is referenced.
+    if !page.is_large() && !unsafe { raw::rksm_page_anon_exclusive(page.as_ptr()) } {
+        // Who holds a page that is read-only does not matter.
+        return Ok(());
+    }
+    check_holders(page, split)
 }
 
 /// Checks that nobody holds a page who would keep it from being merged.
-///
-/// # Safety
-///
-/// The page is referenced.
-unsafe fn check_holders(
-    page: NonNull<raw::page>,
-    split: &Split<'_, impl HugeFolioRefs>,
-) -> Result<(), Refusal> {
-    // SAFETY: By the contract.
-    unsafe {
-        let folio = raw::rksm_page_folio(page.as_ptr());
-        if raw::rksm_folio_test_locked(folio) {
-            return Err(Refusal::Locked);
-        }
-        if !raw::rksm_folio_test_large(folio) {
-            return match raw::rksm_folio_pinned_beyond(folio, 1) {
-                true => Err(Refusal::Pinned),
-                false => Ok(()),
-            };
-        }
-        match split.is_blocked(folio) {
+fn check_holders(page: PageRef<'_>, split: &Split<'_, impl HugeFolioRefs>) -> Result<(), Refusal> {
+    let folio = page.folio();
+    // SAFETY: The page is referenced.
+    if unsafe { raw::rksm_folio_test_locked(folio) } {
+        return Err(Refusal::Locked);
+    }
+    if page.is_large() {
+        return match split.is_blocked(page) {
             true => Err(Refusal::Unsplit),
             false => Ok(()),
-        }
+        };
+    }
+    // SAFETY: The page is referenced.
+    match unsafe { raw::rksm_folio_pinned_beyond(folio, 1) } {
+        true => Err(Refusal::Pinned),
+        false => Ok(()),
     }
 }
 
 /// A merged page: its node and its folio.
 #[derive(Clone, Copy)]
 struct MergedPage<'a> {
-    node: NonNull<StableNode>,
+    node: NodeRef<'a>,
     kfolio: &'a FolioRef,
 }
 
 /// Replaces the page at an address by a merged page.
-fn share_with(
+///
+/// # Safety
+///
+/// The item has not been linked.
+unsafe fn share_with(
     place: MappedVma<'_>,
-    page: NonNull<raw::page>,
+    page: PageRef<'_>,
     merged: MergedPage<'_>,
     item: &UnlinkedItem,
     split: &mut Split<'_, impl HugeFolioRefs>,
@@ -328,27 +338,34 @@ fn share_with(
     // Both folios are locked at once, but neither is waited for.
     let lock = kfolio.trylock().ok_or(Refusal::Busy)?;
     // Until it was locked, the page may have been migrated.
-    if kfolio.mapping() != StableNode::mapping(node) {
+    if kfolio.mapping() != node.mapping() {
         return Err(Refusal::Busy);
     }
-    item.set_anon_vma(place.vma)?;
+    // SAFETY: By the contract.
+    unsafe { item.set_anon_vma(place.vma) }?;
     race_window::sleep();
     let target = PteReplacement::KsmPage(kfolio);
     replace_pte::share(place, item.addr(), page, &target, split)?;
     race_window::sleep();
-    // SAFETY: The node's folio is locked, and names it, so that the node is there.
+    // SAFETY: The node's folio is locked, and names it. The engine gets the item, or what has come
+    // to its place, back from the node alone.
     unsafe { item.link(node, Some(&lock)) };
     Ok(())
 }
 
 impl NewNode {
+    pub(super) fn node(&self) -> NodeRef<'_> {
+        // SAFETY: By the invariant the node is in its arena.
+        unsafe { NodeRef::new(self.node) }
+    }
+
     /// Checks both pages, and splits the huge page that the second is part of: all that can be
     /// known shows here, before either page has been changed.
     ///
     /// The entry of the first page is looked at here only if its page does not go first.
     fn check_both(
         &self,
-        page: NonNull<raw::page>,
+        page: PageRef<'_>,
         split: &mut Split<'_, impl HugeFolioRefs>,
     ) -> Result<(), Refused> {
         check_first(page, split).map_err(Refused::Page)?;
@@ -369,7 +386,7 @@ impl NewNode {
     }
 
     /// Checks the entry of the first page.
-    fn check_first_entry(&self, page: NonNull<raw::page>) -> Result<(), Refusal> {
+    fn check_first_entry(&self, page: PageRef<'_>) -> Result<(), Refusal> {
         let addr = self.first.addr();
         in_vma(self.first.mm(), addr, |_, vma| {
             match page::page_at(vma, addr) {
@@ -398,7 +415,7 @@ impl NewNode {
     /// part of.
     fn check_second(
         &self,
-        page: NonNull<raw::page>,
+        page: PageRef<'_>,
         held: &page::PageGuard,
         split: &Split<'_, impl HugeFolioRefs>,
     ) -> Result<bool, Refusal> {
@@ -406,47 +423,47 @@ impl NewNode {
         if second == page {
             return Err(Refusal::Same);
         }
-        if held.is_ksm() {
+        if second.is_ksm() {
             return Err(Refusal::Gone);
         }
-        if self.nid.is_some_and(|nid| nid != page_nid(second)) {
+        if self.nid.is_some_and(|nid| nid != second.nid()) {
             return Err(Refusal::FarNode);
         }
         if held.uffd() {
             return Err(Refusal::Userfault);
         }
-        // SAFETY: `held` references the page.
-        unsafe { check_holders(second, split) }?;
+        check_holders(second, split)?;
         if !replace_pte::pages_identical(page, second) {
             return Err(Refusal::Differs);
         }
-        // SAFETY: Both pages are referenced.
-        Ok(unsafe {
-            let folio = raw::rksm_page_folio(second.as_ptr());
-            // If both are of one huge page, it is split for the first.
-            raw::rksm_folio_test_large(folio) && folio != raw::rksm_page_folio(page.as_ptr())
-        })
+        // If both are of one huge page, it is split for the first.
+        Ok(second.is_large() && second.folio() != page.folio())
     }
 
     /// Turns the first page into the merged page.
-    fn share_first(
+    ///
+    /// # Safety
+    ///
+    /// The first item has not been linked, and no folio names the node.
+    unsafe fn share_first(
         &mut self,
-        page: NonNull<raw::page>,
+        page: PageRef<'_>,
         split: &mut Split<'_, impl HugeFolioRefs>,
     ) -> Result<(), Refusal> {
-        let (node, addr) = (self.node, self.first.addr());
+        let (node, addr) = (self.node(), self.first.addr());
         in_vma(self.first.mm(), addr, |live, vma| {
-            self.first.set_anon_vma(vma)?;
+            // SAFETY: By the contract.
+            unsafe { self.first.set_anon_vma(vma) }?;
             race_window::sleep();
             // The item must be on the node before a folio names the node: rmap walks follow it
             // then.
-            // SAFETY: The node is in its arena, and no folio names it.
+            // SAFETY: By the contract.
             unsafe { self.first.link(node, None) };
-            let target = PteReplacement::InPlace(StableNode::mapping(node));
+            let target = PteReplacement::InPlace(node);
             let place = MappedVma { live, vma };
             replace_pte::share(place, addr, page, &target, split).inspect_err(|_| {
-                // SAFETY: Both are in their arenas, and no folio names the node.
-                let _ = unsafe { StableNode::pop(node) };
+                // SAFETY: No folio names the node.
+                let _ = unsafe { node.pop() };
             })
         })?;
         self.converted = true;
@@ -454,27 +471,31 @@ impl NewNode {
     }
 
     /// Replaces the second page by the merged page `kfolio`.
-    fn share_second(
+    ///
+    /// # Safety
+    ///
+    /// The second item has not been linked.
+    unsafe fn share_second(
         &self,
         kfolio: &FolioRef,
         trace: Trace,
         split: &mut Split<'_, impl HugeFolioRefs>,
     ) -> Result<(), Refusal> {
-        let (node, addr) = (self.node, self.second.addr());
+        let (node, addr) = (self.node(), self.second.addr());
         in_vma(self.second.mm(), addr, |live, vma| {
             // Referenced only now: a reference would have kept a huge page that holds both pages
             // from being split for the first.
             let held = page::page_at(vma, addr).ok_or(Refusal::Gone)?;
             let page = held.page();
             // The page may have been migrated since it was checked.
-            if self.nid.is_some_and(|nid| nid != page_nid(page)) {
+            if self.nid.is_some_and(|nid| nid != page.nid()) {
                 return Err(Refusal::FarNode);
             }
             let place = MappedVma { live, vma };
             let merged = MergedPage { node, kfolio };
-            let result = share_with(place, page, merged, &self.second, split);
-            let kpage = kfolio.page().as_ptr();
-            trace_merge(trace, page, kpage, &self.second, &result);
+            // SAFETY: By the contract.
+            let result = unsafe { share_with(place, page, merged, &self.second, split) };
+            trace_merge(trace, page, Some(kfolio.page()), &self.second, &result);
             result
         })
     }
@@ -482,22 +503,16 @@ impl NewNode {
 
 fn trace_merge(
     trace: Trace,
-    page: NonNull<raw::page>,
-    kpage: *mut raw::page,
+    page: PageRef<'_>,
+    kpage: Option<PageRef<'_>>,
     item: &UnlinkedItem,
     result: &Result<(), Refusal>,
 ) {
-    // SAFETY: Both pages are referenced.
-    let pfn = unsafe {
-        raw::rksm_page_to_pfn(if kpage.is_null() {
-            page.as_ptr()
-        } else {
-            kpage
-        })
-    };
-    let (mm, item) = (item.mm().as_mm(), item.0.as_ptr() as usize);
+    let pfn = kpage.unwrap_or(page).pfn();
+    let kpage = kpage.map_or(0, |kpage| kpage.as_ptr() as usize);
+    let (mm, item) = (item.mm().as_mm(), item.address());
     let item = result.map_or(0, |()| item);
-    trace.merge_with_ksm_page(kpage as usize, pfn, item, mm, outcome(result));
+    trace.merge_with_ksm_page(kpage, pfn, item, mm, outcome(result));
 }
 
 /// Returns what the trace events show as `err`.
@@ -515,9 +530,9 @@ impl StableNodes {
     pub(super) fn unmerge_first(&mut self, first: &UnlinkedItem) {
         let (mm, addr, first) = (first.mm(), first.addr(), first.id());
         let node = self.node_of(first);
-        if let Some(_user) = mm.mmget_not_zero() {
+        if let Some(user) = mm.mmget_not_zero() {
             race_window::sleep();
-            replace_pte::unmerge_one(&mm.mmap_read_lock(), addr);
+            replace_pte::unmerge_one(&user, addr);
         }
         let _ = self.release_item(first);
         if let Some(node) = node {

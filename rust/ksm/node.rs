@@ -43,11 +43,18 @@ use crate::{
     },
     ksm::arena::ObjectArena, //
 };
-use core::ptr::NonNull;
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
 use kernel::{
     mm::virt::VmaRef,
     page::PAGE_SIZE,
-    prelude::*, //
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
 };
 
 /// A merged page: `struct ksm_stable_node` from [`NODE_SKIP`] on.
@@ -64,7 +71,8 @@ pub(super) struct StableNode {
     pub(super) hlist: raw::hlist_head,
     /// Changed by `folio_migrate_ksm`, under the folio's lock.
     pub(super) kpfn: c_ulong,
-    pub(super) rmap_hlist_len: c_int,
+    /// Changed under the folio's lock, and read without it.
+    pub(super) rmap_hlist_len: Atomic<c_int>,
     pub(super) nid: c_int,
 }
 
@@ -133,15 +141,69 @@ const _: () = {
 };
 
 impl StableNode {
-    /// Returns the `mapping` word of the node's folio.
-    pub(super) fn mapping(node: NonNull<Self>) -> FolioMapping {
-        FolioMapping::ksm(node.as_ptr() as usize - NODE_SKIP)
-    }
-
-    /// Returns the node that a `mapping` word names.
+    /// Returns where a `mapping` word says that a node is.
     pub(super) fn of_mapping(mapping: FolioMapping) -> Option<NonNull<Self>> {
         let base = mapping.stable_node().filter(|base| *base != 0)?;
         NonNull::new((base + NODE_SKIP) as *mut Self)
+    }
+}
+
+/// A stable node in its arena. Others may hold pointers to it, so it is accessed by raw pointers,
+/// and only what no one else changes.
+///
+/// # Invariants
+///
+/// The node stays in its arena for `'a`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct NodeRef<'a>(NonNull<StableNode>, PhantomData<&'a StableNode>);
+
+impl NodeRef<'_> {
+    /// Makes a reference of a pointer.
+    ///
+    /// # Safety
+    ///
+    /// The node stays in its arena for as long as the result is used.
+    pub(super) unsafe fn new(node: NonNull<StableNode>) -> Self {
+        // INVARIANT: By the contract.
+        Self(node, PhantomData)
+    }
+
+    /// The node.
+    pub(super) fn as_non_null(self) -> NonNull<StableNode> {
+        self.0
+    }
+
+    /// The node.
+    pub(super) fn as_ptr(self) -> *mut StableNode {
+        self.0.as_ptr()
+    }
+
+    /// The node's number.
+    pub(super) fn id(self) -> NodeId {
+        // SAFETY: By the invariant the node is there. Nobody changes the number of one.
+        unsafe { (*self.as_ptr()).id }
+    }
+
+    /// The `mapping` word of the node's folio.
+    pub(super) fn mapping(self) -> FolioMapping {
+        FolioMapping::ksm(self.as_ptr() as usize - NODE_SKIP)
+    }
+
+    /// The frame of the node's folio. `folio_migrate_ksm` may change it at any time.
+    pub(super) fn kpfn(self) -> usize {
+        // SAFETY: By the invariant the node is there; this is `READ_ONCE`.
+        unsafe { raw::rksm_read_once(&raw const (*self.as_ptr()).kpfn) }
+    }
+
+    /// How many items are on the node.
+    fn len(&self) -> &Atomic<c_int> {
+        // SAFETY: By the invariant the node is there. The field is an atomic, and may be shared.
+        unsafe { &(*self.as_ptr()).rmap_hlist_len }
+    }
+
+    /// How many items are on the node. Only the folio lock keeps the answer from changing.
+    pub(super) fn items(self) -> u32 {
+        self.len().load(Relaxed) as u32
     }
 
     /// Adds an item to the node.
@@ -152,16 +214,16 @@ impl StableNode {
     ///
     /// # Safety
     ///
-    /// Both are in their arenas, and the item is on no node. The node's folio is locked, or no
-    /// folio names the node.
-    pub(super) unsafe fn push(node: NonNull<Self>, item: NonNull<RmapItem>) {
+    /// The item is in its arena, on no node, and stays there while it is on this one. The node's
+    /// folio is locked, or no folio names the node.
+    unsafe fn push(self, item: NonNull<RmapItem>) {
         // SAFETY: By the contract both are valid, and nothing else accesses the list or the item.
         unsafe {
-            (*item.as_ptr()).node = (*node.as_ptr()).id;
-            (*item.as_ptr()).next = (*node.as_ptr()).hlist.first;
-            (*node.as_ptr()).hlist.first = (&raw mut (*item.as_ptr()).next).cast();
-            (*node.as_ptr()).rmap_hlist_len += 1;
+            (*item.as_ptr()).node = self.id();
+            (*item.as_ptr()).next = (*self.as_ptr()).hlist.first;
+            (*self.as_ptr()).hlist.first = (&raw mut (*item.as_ptr()).next).cast();
         }
+        self.len().store(self.len().load(Relaxed) + 1, Relaxed);
     }
 
     /// Removes the first item from the node.
@@ -172,20 +234,20 @@ impl StableNode {
     ///
     /// # Safety
     ///
-    /// The node is in its arena, as are the items on it. Its folio is locked, or no folio names the
-    /// node.
-    pub(super) unsafe fn pop(node: NonNull<Self>) -> Option<NonNull<RmapItem>> {
-        // SAFETY: By the contract the node is valid, and nothing else changes its list.
-        let link = NonNull::new(unsafe { (*node.as_ptr()).hlist.first })?;
-        // SAFETY: The list links `RmapItem`s by their `next`; by the contract they are in their
-        // arena, and nothing else changes the list.
-        unsafe {
+    /// The node's folio is locked, or no folio names the node.
+    pub(super) unsafe fn pop(self) -> Option<NonNull<RmapItem>> {
+        // SAFETY: By the contract nothing else changes the node's list.
+        let link = NonNull::new(unsafe { (*self.as_ptr()).hlist.first })?;
+        // SAFETY: The list links `RmapItem`s by their `next`, which stay in their arena while they
+        // are on it, as `push` demands; by the contract nothing else changes the list.
+        let item = unsafe {
             let item =
                 kernel::container_of!(link.as_ptr().cast::<*mut raw::hlist_node>(), RmapItem, next);
-            (*node.as_ptr()).hlist.first = (*item).next;
-            (*node.as_ptr()).rmap_hlist_len -= 1;
-            NonNull::new(item)
-        }
+            (*self.as_ptr()).hlist.first = (*item).next;
+            item
+        };
+        self.len().store(self.len().load(Relaxed) - 1, Relaxed);
+        NonNull::new(item)
     }
 
     /// Removes an item from the node. Unless it was the first, the first item moves to its place.
@@ -197,11 +259,11 @@ impl StableNode {
     ///
     /// # Safety
     ///
-    /// The node is in its arena, as are the items on it, of which `item` is one. Its folio is
-    /// locked, or no folio names the node.
-    pub(super) unsafe fn unlink(node: NonNull<Self>, item: NonNull<RmapItem>) -> NonNull<RmapItem> {
+    /// `item` is on the node. The node's folio is locked, or no folio names the node. Nothing else
+    /// uses items of the node.
+    pub(super) unsafe fn unlink(self, item: NonNull<RmapItem>) -> NonNull<RmapItem> {
         // SAFETY: The contract of `pop` is part of this function's.
-        let Some(first) = (unsafe { Self::pop(node) }) else {
+        let Some(first) = (unsafe { self.pop() }) else {
             return item;
         };
         if first != item {
@@ -231,14 +293,31 @@ impl Drop for RmapItem {
     }
 }
 
-/// An rmap item that is on no node yet.
+/// An rmap item that is not the engine's yet.
 ///
 /// # Invariants
 ///
-/// The item is in the arena, and nothing else uses it.
-pub(super) struct UnlinkedItem(pub(super) NonNull<RmapItem>);
+/// The item is in its arena. Until [`UnlinkedItem::link`] it is on no node, and nothing else uses
+/// it.
+pub(super) struct UnlinkedItem(NonNull<RmapItem>);
 
 impl UnlinkedItem {
+    /// Makes one of a pointer.
+    ///
+    /// # Safety
+    ///
+    /// The item is in its arena, and stays there for as long as the result is used. It is on no
+    /// node, and nothing else uses it.
+    pub(super) unsafe fn new(item: NonNull<RmapItem>) -> Self {
+        // INVARIANT: By the contract.
+        Self(item)
+    }
+
+    /// Where the item is.
+    pub(super) fn address(&self) -> usize {
+        self.0.as_ptr() as usize
+    }
+
     pub(super) fn id(&self) -> ItemId {
         // SAFETY: By the invariant.
         ItemId(unsafe { ObjectArena::number_of(self.0) })
@@ -266,10 +345,15 @@ impl UnlinkedItem {
     /// # Context
     ///
     /// Any. The mmap lock of the vma is held.
-    pub(super) fn set_anon_vma(&self, vma: &VmaRef) -> Result<(), Refusal> {
+    ///
+    /// # Safety
+    ///
+    /// The item has not been linked.
+    pub(super) unsafe fn set_anon_vma(&self, vma: &VmaRef) -> Result<(), Refusal> {
         let anon_vma = NonNull::new(mm::anon_vma(vma)).ok_or(Refusal::Gone)?;
-        // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the address lies in the
-        // vma. The item is ours by the invariant.
+        // SAFETY: The vma, whose mm's lock is held, has this `anon_vma`; the page index is that of
+        // an address, whatever that is. By the contract and the invariant nothing else uses the
+        // item.
         unsafe {
             let item = &mut *self.0.as_ptr();
             if item.anon_vma.is_none() {
@@ -290,16 +374,10 @@ impl UnlinkedItem {
     ///
     /// # Safety
     ///
-    /// The node is in its arena. `lock` is the lock of the node's folio, or no folio names the node
-    /// yet. From now on the item is used as one of the node's only.
-    pub(super) unsafe fn link(&self, node: NonNull<StableNode>, _lock: Option<&FolioLock<'_>>) {
-        // SAFETY: The item is in its arena; the rest is the contract.
-        unsafe { StableNode::push(node, self.0) };
+    /// The item has not been linked. `lock` is the lock of the node's folio, or no folio names the
+    /// node yet. From now on the item is freed only after it has left the node.
+    pub(super) unsafe fn link(&self, node: NodeRef<'_>, _lock: Option<&FolioLock<'_>>) {
+        // SAFETY: By the invariant the item is in its arena, on no node; the rest is the contract.
+        unsafe { node.push(self.0) };
     }
-}
-
-/// Returns the frame of a node of the arena. `folio_migrate_ksm` may change it at any time.
-pub(super) fn kpfn(node: NonNull<StableNode>) -> usize {
-    // SAFETY: The caller has the node from the arena.
-    unsafe { raw::rksm_read_once(&raw const (*node.as_ptr()).kpfn) }
 }

@@ -9,6 +9,10 @@ use crate::engine::{
 use crate::{
     bindings::raw,
     kernel_ext::{
+        folio::{
+            FolioMapping,
+            PageRef, //
+        },
         mm::{
             anon_vma,
             LiveMm,
@@ -117,6 +121,57 @@ pub(super) unsafe fn candidate_folio(page: NonNull<raw::page>) -> Option<NonNull
     unsafe { raw::rksm_folio_mergeable(folio.as_ptr()) }.then_some(folio)
 }
 
+/// What an entry of a page table maps.
+///
+/// # Invariants
+///
+/// If there is a page, a page table maps it, which is locked for `'l`; `mapping` is the word of its
+/// folio.
+pub(crate) struct Mapped<'l>(&'l mut raw::rksm_mapped);
+
+impl<'l> Mapped<'l> {
+    /// Wraps what has been read of an entry.
+    ///
+    /// # Safety
+    ///
+    /// If `raw` has a page and a folio, they are what a page table maps that is locked for as long
+    /// as the result is used, and `mapping` is the word of the folio.
+    pub(super) unsafe fn new(raw: &'l mut raw::rksm_mapped) -> Self {
+        // INVARIANT: By the contract.
+        Self(raw)
+    }
+
+    /// The page, and the folio that it is part of.
+    pub(super) fn page(&self) -> Option<(NonNull<raw::page>, NonNull<raw::folio>)> {
+        Some((NonNull::new(self.0.page)?, NonNull::new(self.0.folio)?))
+    }
+
+    /// The `mapping` word of the folio.
+    pub(super) fn mapping(&self) -> FolioMapping {
+        FolioMapping::from_raw(self.0.mapping)
+    }
+
+    /// The NUMA node of the page.
+    pub(super) fn nid(&self) -> u32 {
+        self.0.nid as u32
+    }
+
+    /// Whether the page may have been accessed since a walk last cleared its accessed bit.
+    pub(super) fn accessed(&self) -> bool {
+        self.0.accessed
+    }
+
+    /// Counts the page as accessed.
+    pub(super) fn set_accessed(&mut self) {
+        self.0.accessed = true;
+    }
+
+    /// Whether it is a zero page that KSM has placed, instead of a page.
+    pub(super) fn ksm_zero(&self) -> bool {
+        self.0.ksm_zero
+    }
+}
+
 /// A page with a reference to the folio that it is part of.
 ///
 /// The guard follows the page: when a huge folio is split, its reference passes to the small folio
@@ -136,8 +191,9 @@ impl PageGuard {
     /// # Context
     ///
     /// Any.
-    pub(crate) fn page(&self) -> NonNull<raw::page> {
-        self.page
+    pub(crate) fn page(&self) -> PageRef<'_> {
+        // SAFETY: By the invariant, and the result borrows the guard.
+        unsafe { PageRef::new(self.page) }
     }
 
     /// Returns the page, and passes its reference to the caller.
@@ -157,34 +213,24 @@ impl PageGuard {
     pub(crate) fn uffd(&self) -> bool {
         self.uffd
     }
-
-    /// Returns whether the page is a merged page.
-    ///
-    /// # Context
-    ///
-    /// Any. Only the folio lock keeps the answer from changing.
-    pub(crate) fn is_ksm(&self) -> bool {
-        // SAFETY: By the invariant the page's folio is referenced.
-        unsafe { raw::rksm_folio_test_ksm(raw::rksm_page_folio(self.page.as_ptr())) }
-    }
 }
 
 impl Drop for PageGuard {
     fn drop(&mut self) {
         // SAFETY: The page is referenced, so its folio does not change meanwhile; the guard owns
         // the reference.
-        unsafe { raw::rksm_folio_put(raw::rksm_page_folio(self.page.as_ptr())) };
+        unsafe { raw::rksm_folio_put(self.page().folio()) };
     }
 }
 
-/// Returns the page that is mapped at `addr`, if its kind can be merged.
+/// Returns the page that is mapped at `addr` of `vma`, if its kind can be merged.
 ///
 /// # Context
 ///
 /// May sleep. The mmap lock is held. Takes the page table lock, and releases it.
 pub(crate) fn page_at(vma: &VmaRef, addr: usize) -> Option<PageGuard> {
     let (mut page, mut uffd) = (core::ptr::null_mut(), false);
-    // SAFETY: The vma is valid, its mm's lock is held, and `addr` lies in it.
+    // SAFETY: The vma is valid, and its mm's lock is held. An address outside of it is refused.
     let folio =
         unsafe { raw::rksm_folio_walk_get(vma.as_ptr().cast(), addr, &mut page, &mut uffd) };
     if folio.is_null() {
@@ -252,9 +298,9 @@ pub(crate) fn find_merged(
         tables,
         result: Search::End,
     };
-    // SAFETY: The vma is valid, as its mm's lock is held for reading, and `start..end` lies within
-    // it. The callbacks get `finder`, which outlives the call, as their private data, and expect
-    // that type.
+    // SAFETY: The vma is valid, as its mm's lock is held for reading; a range that does not lie in
+    // it is refused. The callbacks get `finder`, which outlives the call, as their private data,
+    // and expect that type.
     let ret = unsafe {
         raw::rksm_walk_page_range_vma(
             vma.as_ptr().cast(),
@@ -340,17 +386,13 @@ unsafe extern "C" fn find_pmd(
     c_int::from(hit)
 }
 
-/// Returns the hash of the current contents of a page.
+/// Returns the hash of the current contents of a page, which may change during the call.
 ///
 /// # Context
 ///
 /// Any.
-///
-/// # Safety
-///
-/// The page is referenced, or reserved. Its contents may change during the call.
-pub(super) unsafe fn content_hash(key: &ContentKey, page: NonNull<raw::page>) -> u64 {
-    // SAFETY: By the contract the page is there.
+pub(super) fn content_hash(key: &ContentKey, page: PageRef<'_>) -> u64 {
+    // SAFETY: A `PageRef` is of a page that is there.
     let words = unsafe { raw::rksm_kmap_local_page(page.as_ptr()) }.cast::<u64>();
     // SAFETY: The page is mapped until below, and `hash` asks for words that lie in it. A
     // concurrent write can only make the hash useless.
@@ -358,14 +400,4 @@ pub(super) unsafe fn content_hash(key: &ContentKey, page: NonNull<raw::page>) ->
     // SAFETY: Mapped above.
     unsafe { raw::rksm_kunmap_local(words.cast()) };
     hash
-}
-
-/// Returns the NUMA node of a page, which need not be referenced.
-///
-/// # Context
-///
-/// Any.
-pub(super) fn page_nid(page: NonNull<raw::page>) -> u32 {
-    // SAFETY: The memory map is readable; a page does not change its node.
-    unsafe { raw::rksm_page_to_nid(page.as_ptr()) as u32 }
 }

@@ -25,12 +25,12 @@ use crate::{
     bindings::raw,
     kernel_ext::{
         folio::{
-            FolioMapping,
-            FolioRef, //
+            FolioRef,
+            PageRef, //
         },
         mm::{
             LiveMm,
-            MmapReadGuard, //
+            MmUser, //
         },
         pte::{
             Invalidate,
@@ -39,6 +39,7 @@ use crate::{
         race_window, //
     },
     ksm::{
+        node::NodeRef,
         page::{
             self,
             Search,
@@ -47,7 +48,6 @@ use crate::{
         split::HugeMappings, //
     },
 };
-use core::ptr::NonNull;
 use kernel::{
     mm::virt::VmaRef,
     page::PAGE_SIZE,
@@ -83,14 +83,12 @@ impl<H: HugeFolioRefs> Split<'_, H> {
         }
     }
 
-    /// Returns whether a reference that cannot be given up keeps a large folio from being split.
-    ///
-    /// # Safety
-    ///
-    /// The folio is referenced.
-    pub(super) unsafe fn is_blocked(&self, folio: *mut raw::folio) -> bool {
+    /// Returns whether a reference that cannot be given up keeps the large folio of a page from
+    /// being split.
+    pub(super) fn is_blocked(&self, page: PageRef<'_>) -> bool {
+        let folio = page.folio();
         let ours = self.huge.count(HugeId(folio as usize)) + self.guards;
-        // SAFETY: By the contract.
+        // SAFETY: The page is referenced.
         unsafe { raw::rksm_folio_held_beyond(folio, ours as c_int) }
     }
 }
@@ -101,19 +99,19 @@ pub(crate) enum PteReplacement<'a> {
     KsmPage(&'a FolioRef),
     /// The zero page.
     ZeroPage,
-    /// Itself, as a merged page with this `mapping`.
-    InPlace(FolioMapping),
+    /// Itself, as the merged page of a node that no folio names yet.
+    InPlace(NodeRef<'a>),
 }
 
-/// Returns whether two referenced pages have the same contents, now.
-pub(crate) fn pages_identical(a: NonNull<raw::page>, b: NonNull<raw::page>) -> bool {
+/// Returns whether two pages have the same contents, now.
+pub(super) fn pages_identical(a: PageRef<'_>, b: PageRef<'_>) -> bool {
     // SAFETY: Both pages are referenced. They may change meanwhile, which the shim's `memcmp`
     // allows for.
     unsafe { raw::rksm_pages_identical(a.as_ptr(), b.as_ptr()) }
 }
 
-/// Returns whether a referenced page has the contents that it is to be replaced by, now.
-fn matches_target(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
+/// Returns whether a page has the contents that it is to be replaced by, now.
+fn matches_target(page: PageRef<'_>, target: &PteReplacement<'_>) -> bool {
     match target {
         PteReplacement::InPlace(_) => true,
         PteReplacement::KsmPage(kfolio) => pages_identical(page, kfolio.page()),
@@ -122,14 +120,38 @@ fn matches_target(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool
     }
 }
 
-/// Returns whether memory has failed under a referenced page, or under its replacement.
-fn is_poisoned(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
+/// Returns whether memory has failed under a page, or under its replacement.
+fn is_poisoned(page: PageRef<'_>, target: &PteReplacement<'_>) -> bool {
     // SAFETY: The page is referenced, and so is its folio.
-    let own = unsafe { raw::rksm_folio_poisoned(raw::rksm_page_folio(page.as_ptr())) };
+    let own = unsafe { raw::rksm_folio_poisoned(page.folio()) };
     own || match target {
         // SAFETY: The replacement holds a reference.
         PteReplacement::KsmPage(kfolio) => unsafe { raw::rksm_folio_poisoned(kfolio.as_ptr()) },
         PteReplacement::ZeroPage | PteReplacement::InPlace(_) => false,
+    }
+}
+
+/// A page whose folio this holds the lock of. Dropping it unlocks the folio that the page is part
+/// of then: where a huge folio is split, the lock passes to the small folio of the page.
+///
+/// # Invariants
+///
+/// This holds the lock of the page's folio.
+struct LockedPage<'a>(PageRef<'a>);
+
+impl<'a> LockedPage<'a> {
+    /// Locks the folio of a page if it is not locked.
+    fn trylock(page: PageRef<'a>) -> Option<Self> {
+        // SAFETY: The page is referenced, and so is its folio.
+        // INVARIANT: The lock has been taken.
+        unsafe { raw::rksm_folio_trylock(page.folio()) }.then(|| Self(page))
+    }
+}
+
+impl Drop for LockedPage<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the invariant the lock is held here.
+        unsafe { raw::rksm_folio_unlock(self.0.folio()) };
     }
 }
 
@@ -151,20 +173,20 @@ fn is_poisoned(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
 pub(super) fn share(
     place: MappedVma<'_>,
     addr: usize,
-    page: NonNull<raw::page>,
+    page: PageRef<'_>,
     target: &PteReplacement<'_>,
     split: &mut Split<'_, impl HugeFolioRefs>,
 ) -> Result<(), Refusal> {
-    with_folio_locked(page, target, |mappings| {
-        // SAFETY: The page is referenced, and its folio locked.
-        if unsafe { raw::rksm_folio_test_large(raw::rksm_page_folio(page.as_ptr())) } {
+    with_folio_locked(page, target, |locked, mappings| {
+        if page.is_large() {
             // A huge page is worth more whole: split it only for contents that match.
             if !matches_target(page, target) {
                 return Err(Refusal::Differs);
             }
-            *mappings = Some(split_locked(place, addr, page, split)?);
+            *mappings = Some(split_locked(place, addr, locked, split)?);
         }
-        share_locked(place.live, place.vma, addr, page, target)
+        // SAFETY: The folio is small, or has been split, and locked meanwhile.
+        unsafe { share_locked(place.live, place.vma, addr, locked, target) }
     })
 }
 
@@ -180,12 +202,12 @@ pub(super) fn share(
 pub(super) fn split(
     place: MappedVma<'_>,
     addr: usize,
-    page: NonNull<raw::page>,
+    page: PageRef<'_>,
     split: &mut Split<'_, impl HugeFolioRefs>,
 ) -> Result<(), Refusal> {
     let any = PteReplacement::ZeroPage;
-    with_folio_locked(page, &any, |mappings| {
-        *mappings = Some(split_locked(place, addr, page, split)?);
+    with_folio_locked(page, &any, |locked, mappings| {
+        *mappings = Some(split_locked(place, addr, locked, split)?);
         Ok(())
     })?;
     // A split replaces pages of zeroes.
@@ -195,44 +217,33 @@ pub(super) fn split(
     }
 }
 
-/// Calls `f` with the folio of a referenced page locked. `f` may split the folio, and then says
-/// where that was mapped: the lock passes to the small folio of the page, and the pages of zeroes
-/// are taken back.
+/// Calls `f` with the folio of a page locked. `f` may split the folio, and then says where that was
+/// mapped: the pages of zeroes are taken back.
 fn with_folio_locked<'g>(
-    page: NonNull<raw::page>,
+    page: PageRef<'_>,
     target: &PteReplacement<'_>,
-    f: impl FnOnce(&mut Option<HugeMappings<'g>>) -> Result<(), Refusal>,
+    f: impl FnOnce(&LockedPage<'_>, &mut Option<HugeMappings<'g>>) -> Result<(), Refusal>,
 ) -> Result<(), Refusal> {
-    // SAFETY: The page is referenced.
-    let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
     // SAFETY: The folio is referenced through its page.
-    if !unsafe { raw::rksm_folio_mergeable(folio) } || is_merged(page, target) {
+    if !unsafe { raw::rksm_folio_mergeable(page.folio()) } || is_merged(page, target) {
         return Err(Refusal::Gone);
     }
-    // SAFETY: The folio is referenced through its page.
-    if !unsafe { raw::rksm_folio_trylock(folio) } {
-        return Err(Refusal::Locked);
-    }
+    let locked = LockedPage::trylock(page).ok_or(Refusal::Locked)?;
     if is_poisoned(page, target) {
-        // SAFETY: Locked above.
-        unsafe { raw::rksm_folio_unlock(folio) };
         return Err(Refusal::Busy);
     }
     let mut mappings = None;
-    let result = f(&mut mappings);
-    // SAFETY: The folio of `page` is locked by us, before and after a split.
-    unsafe { raw::rksm_folio_unlock(raw::rksm_page_folio(page.as_ptr())) };
+    let result = f(&locked, &mut mappings);
+    drop(locked);
     if let Some(mappings) = mappings {
         mappings.take_back_zero_pages();
     }
     result
 }
 
-/// Returns whether a referenced page is a merged page that cannot be replaced by `target`.
-fn is_merged(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
-    // SAFETY: The page is referenced.
-    let ksm = unsafe { raw::rksm_folio_test_ksm(raw::rksm_page_folio(page.as_ptr())) };
-    ksm && !matches!(target, PteReplacement::KsmPage(_))
+/// Returns whether a page is a merged page that cannot be replaced by `target`.
+fn is_merged(page: PageRef<'_>, target: &PteReplacement<'_>) -> bool {
+    page.is_ksm() && !matches!(target, PteReplacement::KsmPage(_))
 }
 
 /// [`split`] for a folio that is locked.
@@ -241,7 +252,7 @@ fn is_merged(page: NonNull<raw::page>, target: &PteReplacement<'_>) -> bool {
 fn split_locked<'g>(
     place: MappedVma<'g>,
     addr: usize,
-    page: NonNull<raw::page>,
+    &LockedPage(page): &LockedPage<'_>,
     split: &mut Split<'_, impl HugeFolioRefs>,
 ) -> Result<HugeMappings<'g>, Refusal> {
     let held = page::page_at(place.vma, addr).ok_or(Refusal::Gone)?;
@@ -252,14 +263,11 @@ fn split_locked<'g>(
         return Err(Refusal::Userfault);
     }
     drop(held);
-    // SAFETY: The page is referenced.
-    let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
-    // SAFETY: The folio is referenced through its page.
-    if unsafe { split.is_blocked(folio) } {
+    if split.is_blocked(page) {
         return Err(Refusal::Unsplit);
     }
     let mappings = HugeMappings::find(place.live, addr, page, split.use_zero_pages)?;
-    split.huge.release(HugeId(folio as usize));
+    split.huge.release(HugeId(page.folio() as usize));
     // SAFETY: The folio of `page` is referenced and locked. On success the lock and the reference
     // pass to the small folio of `page`.
     match unsafe { raw::rksm_split_huge_page(page.as_ptr()) } {
@@ -268,16 +276,19 @@ fn split_locked<'g>(
     }
 }
 
-/// [`share`] for a small folio that is locked.
-fn share_locked(
+/// [`share`] for a folio that is locked.
+///
+/// # Safety
+///
+/// The folio is a small one.
+unsafe fn share_locked(
     mm: LiveMm<'_>,
     vma: &VmaRef,
     addr: usize,
-    page: NonNull<raw::page>,
+    &LockedPage(page): &LockedPage<'_>,
     target: &PteReplacement<'_>,
 ) -> Result<(), Refusal> {
-    // SAFETY: The page is referenced, and small.
-    let folio = unsafe { raw::rksm_page_folio(page.as_ptr()) };
+    let folio = page.folio();
     // It may have become a merged page while it was not locked.
     if is_merged(page, target) {
         return Err(Refusal::Gone);
@@ -317,27 +328,32 @@ fn share_locked(
     // From here on nobody can reach the page through this entry: undo by setting it again.
     // SAFETY: The folio is referenced and locked.
     if writable && unsafe { raw::rksm_folio_pinned_beyond(folio, 1) } {
-        pte.set(entry);
+        // SAFETY: What has been cleared.
+        unsafe { pte.set(entry) };
         return Err(Refusal::Pinned);
     }
     if !matches_target(page, target) {
-        pte.set(entry);
+        // SAFETY: What has been cleared.
+        unsafe { pte.set(entry) };
         return Err(Refusal::Differs);
     }
     // SAFETY: The page table lock is held, the entry cleared and flushed, as the function demands.
     if exclusive && unsafe { raw::rksm_folio_try_share_anon_rmap_pte(folio, page.as_ptr()) } != 0 {
-        pte.set(entry);
+        // SAFETY: What has been cleared.
+        unsafe { pte.set(entry) };
         return Err(Refusal::Pinned);
     }
-    // SAFETY: The folio is referenced and locked; the entry is clear.
+    // SAFETY: The folio is referenced, locked and by the contract small; the entry is clear. It
+    // gets the page that it had, or one that a reference and a mapping count have been taken for. A
+    // node is freed only when no folio names it.
     unsafe {
         if raw::rksm_pte_dirty(entry) {
             raw::rksm_folio_mark_dirty(folio);
         }
         match target {
-            PteReplacement::InPlace(mapping) => {
+            PteReplacement::InPlace(node) => {
                 pte.set(raw::rksm_pte_wrprotect_clean(entry));
-                raw::rksm_folio_set_mapping(folio, mapping.as_raw());
+                raw::rksm_folio_set_mapping(folio, node.mapping().as_raw());
                 raw::rksm_folio_mark_accessed(folio);
                 raw::rksm_folio_keep(folio);
             }
@@ -360,13 +376,14 @@ fn share_locked(
 
 /// Unshares merged pages in `start..end` of a vma, at most `faults` of them.
 ///
-/// Returns where to go on, or `None` when nothing merged is left. The caller pins the mm by
-/// `mm_users`: a fault can put a page back into an address space that is being torn down.
+/// Returns where to go on, or `None` when nothing merged is left. `_user` pins the vma's mm: a
+/// fault can put a page back into an address space that is being torn down.
 ///
 /// # Errors
 ///
 /// `ENOMEM` where a fault could not be served; `ERESTARTSYS` where a signal is pending.
 pub(crate) fn break_ksm(
+    _user: &MmUser<'_>,
     vma: &VmaRef,
     start: usize,
     end: usize,
@@ -404,13 +421,14 @@ pub(crate) fn break_ksm(
 /// Takes back the sharing of a page whose partner could not be merged: unshares what is at `addr`.
 ///
 /// Best effort: what cannot be unshared now stays a merged page with one mapping.
-pub(crate) fn unmerge_one(guard: &MmapReadGuard<'_>, addr: usize) {
+pub(crate) fn unmerge_one(user: &MmUser<'_>, addr: usize) {
+    let guard = user.mm().mmap_read_lock();
     let Some(vma) = guard.live().and_then(|live| page::mergeable_at(live, addr)) else {
         return;
     };
     let end = addr + PAGE_SIZE;
     let mut at = addr;
-    while let Ok(Some(next)) = break_ksm(vma, at, end, 4) {
+    while let Ok(Some(next)) = break_ksm(user, vma, at, end, 4) {
         if next >= end {
             break;
         }

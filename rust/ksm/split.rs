@@ -17,7 +17,10 @@
 use crate::engine::types::Refusal;
 use crate::{
     bindings::raw,
-    kernel_ext::mm::LiveMm,
+    kernel_ext::{
+        folio::PageRef,
+        mm::LiveMm, //
+    },
     ksm::page::mergeable, //
 };
 use core::{
@@ -53,15 +56,15 @@ impl<'g> HugeMappings<'g> {
     pub(super) fn find(
         mm: LiveMm<'g>,
         addr: usize,
-        page: NonNull<raw::page>,
+        page: PageRef<'_>,
         use_zero_pages: bool,
     ) -> Result<Self, Refusal> {
+        let folio = page.folio();
         // SAFETY: The page is referenced.
-        let (folio, first, before, pages) = unsafe {
-            let folio = raw::rksm_page_folio(page.as_ptr());
+        let (first, before, pages) = unsafe {
             let first = raw::rksm_folio_page(folio);
-            let before = raw::rksm_page_to_pfn(page.as_ptr()) - raw::rksm_page_to_pfn(first);
-            (folio, first, before, raw::rksm_folio_nr_pages(folio))
+            let before = page.pfn() - raw::rksm_page_to_pfn(first);
+            (first, before, raw::rksm_folio_nr_pages(folio))
         };
         let start = addr.checked_sub(before * PAGE_SIZE);
         let start = start.filter(|_| pages <= WORDS * u64::BITS as usize);

@@ -27,20 +27,21 @@ use crate::{
             self,
             FolioLock,
             FolioMapping,
-            FolioRef, //
+            FolioRef,
+            PageRef, //
         },
         gfp::{
             GFP_METADATA,
             GFP_NODE, //
         },
         mm::PinnedMm,
-        module_ref,
+        module_ref::ModuleRef,
         race_window, //
     },
     ksm::{
         arena::ObjectArena,
         node::{
-            kpfn,
+            NodeRef,
             RmapItem,
             StableNode,
             UnlinkedItem,
@@ -58,6 +59,7 @@ use core::{
 use kernel::{
     prelude::*,
     sync::{
+        atomic::Atomic,
         Arc,
         UniqueArc, //
     },
@@ -68,11 +70,13 @@ use kernel::{
 /// # Invariants
 ///
 /// - Every node in `nodes` has its own number in `id`. A node's `hlist` holds `rmap_hlist_len`
-///   items of `items`, all of which name it as their `node`.
-/// - While there are nodes, the module holds a reference to itself.
+///   items of `items`, all of which name it as their `node`. An item on no node names [`NO_NODE`].
+/// - While there are nodes, `module` holds a reference to the module.
+/// - Its users keep the contract of [`backend::Backend`].
 pub(crate) struct StableNodes {
-    pub(super) nodes: ObjectArena<StableNode>,
-    pub(super) items: ObjectArena<RmapItem>,
+    nodes: ObjectArena<StableNode>,
+    items: ObjectArena<RmapItem>,
+    module: Option<ModuleRef>,
     pub(super) key: Arc<ContentKey>,
     pub(super) zero_hash: u64,
     pub(super) use_zero_pages: bool,
@@ -82,9 +86,14 @@ pub(crate) struct StableNodes {
 // SAFETY: All pointers in it are to kernel objects that any thread may use under the locks that the
 // documentation of `node` names.
 unsafe impl Send for StableNodes {}
-// SAFETY: A shared reference gives only read access to nodes and items, with two exceptions: each
-// merge writes to items and a node of its own, and the lock of a node's folio protects its list.
+// SAFETY: A shared reference gives only read access to nodes and items. Beside that a merge writes
+// to items of its own, which the engine does not know before it is finished, and to lists of nodes,
+// which the locks of their folios protect. Of what it writes to nodes only the length of a list is
+// read without the lock, which is an atomic.
 unsafe impl Sync for StableNodes {}
+
+/// The number of no node, as those of arenas are smaller.
+const NO_NODE: NodeId = NodeId(u32::MAX);
 
 impl StableNodes {
     /// Creates the set without any node, with a random key.
@@ -96,7 +105,13 @@ impl StableNodes {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(trace: Trace) -> Result<Self> {
+    ///
+    /// # Safety
+    ///
+    /// Whoever uses it keeps the contract of [`backend::Backend`]. The private structs of the
+    /// running kernel are as this module has been compiled for, and no folio is a merged page of
+    /// the built-in KSM.
+    pub(crate) unsafe fn new(trace: Trace) -> Result<Self> {
         let mut key = UniqueArc::new(ContentKey::new([0; ContentKey::WORDS]), GFP_KERNEL)?;
         let words = key.words_mut();
         // SAFETY: The words are ours, and any bytes make words.
@@ -104,10 +119,12 @@ impl StableNodes {
         // SAFETY: The zero page is always there.
         let zero = unsafe { NonNull::new(raw::rksm_zero_page()) }.ok_or(EINVAL)?;
         // SAFETY: The zero page is reserved, and never freed.
-        let zero_hash = unsafe { page::content_hash(&key, zero) };
+        let zero_hash = page::content_hash(&key, unsafe { PageRef::new(zero) });
+        // INVARIANT: There are no nodes; the rest is the contract.
         Ok(Self {
             nodes: ObjectArena::new(GFP_NODE),
             items: ObjectArena::new(GFP_METADATA),
+            module: None,
             key: key.into(),
             zero_hash,
             use_zero_pages: false,
@@ -115,31 +132,41 @@ impl StableNodes {
         })
     }
 
-    pub(super) fn node(&self, id: NodeId) -> Option<NonNull<StableNode>> {
-        self.nodes.get(id.0)
+    pub(super) fn node(&self, id: NodeId) -> Option<NodeRef<'_>> {
+        let node = self.nodes.get(id.0)?;
+        // SAFETY: The node is in the arena, which the result borrows.
+        Some(unsafe { NodeRef::new(node) })
     }
 
-    pub(super) fn item(&self, id: ItemId) -> Option<NonNull<RmapItem>> {
+    fn item(&self, id: ItemId) -> Option<NonNull<RmapItem>> {
         self.items.get(id.0)
     }
 
     /// Returns the node of ours that a `mapping` word names.
-    pub(super) fn node_of_mapping(&self, mapping: FolioMapping) -> Option<NodeId> {
+    ///
+    /// # Safety
+    ///
+    /// The word is that of a folio which is mapped or referenced.
+    unsafe fn node_of_mapping(&self, mapping: FolioMapping) -> Option<NodeId> {
         let node = StableNode::of_mapping(mapping)?;
-        // SAFETY: The built-in KSM had no page left when we took over, so every node that a folio
-        // names is ours, and a node is freed only after its folio has been freed or has ceased to
-        // name it.
-        let id = unsafe { (*node.as_ptr()).id };
-        (self.node(id) == Some(node)).then_some(id)
+        // SAFETY: By the contract of `new` every node that a folio names is ours. A node is freed,
+        // for which it takes a unique reference, only after its folio has been freed or has ceased
+        // to name it.
+        let node = unsafe { NodeRef::new(node) };
+        (self.node(node.id()) == Some(node)).then_some(node.id())
     }
 
-    /// Returns the kind of a page whose folio has this `mapping` word and is mapped or referenced.
-    pub(super) fn kind_of(&self, mapping: FolioMapping) -> PageKind {
+    /// Returns the kind of a page whose folio has this `mapping` word.
+    ///
+    /// # Safety
+    ///
+    /// The word is that of a folio which is mapped or referenced.
+    pub(super) unsafe fn kind_of(&self, mapping: FolioMapping) -> PageKind {
         if mapping.is_plain_anon() {
             PageKind::Plain
         } else {
-            self.node_of_mapping(mapping)
-                .map_or(PageKind::Orphan, PageKind::Ksm)
+            // SAFETY: By the contract.
+            unsafe { self.node_of_mapping(mapping) }.map_or(PageKind::Orphan, PageKind::Ksm)
         }
     }
 
@@ -154,14 +181,15 @@ impl StableNodes {
     /// # Context
     ///
     /// Any. Takes no lock.
-    pub(super) fn get_folio(&self, node: NonNull<StableNode>) -> Option<FolioRef> {
-        let expected = StableNode::mapping(node);
+    pub(super) fn get_folio(&self, node: NodeRef<'_>) -> Option<FolioRef> {
+        let expected = node.mapping();
         loop {
-            let frame = kpfn(node);
+            let frame = node.kpfn();
             // SAFETY: `frame` is one that held our page; frames that are taken offline are pruned
             // before.
             let folio = unsafe { NonNull::new_unchecked(raw::rksm_pfn_folio(frame)) };
-            if folio::mapping(folio) == expected {
+            // SAFETY: As above.
+            if unsafe { folio::mapping(folio) } == expected {
                 race_window::spin();
                 let reference = loop {
                     // SAFETY: `folio` is the memory map's entry of a frame that is not taken
@@ -184,7 +212,7 @@ impl StableNodes {
             }
             // SAFETY: A barrier.
             unsafe { raw::rksm_smp_rmb() };
-            if kpfn(node) == frame {
+            if node.kpfn() == frame {
                 return None;
             }
         }
@@ -197,10 +225,10 @@ impl StableNodes {
     /// May sleep. Takes the folio lock. `f` runs under it.
     pub(super) fn with_locked<R>(
         &self,
-        node: NonNull<StableNode>,
+        node: NodeRef<'_>,
         f: impl FnOnce(&FolioLock<'_>) -> R,
     ) -> Option<R> {
-        let expected = StableNode::mapping(node);
+        let expected = node.mapping();
         loop {
             let folio = self.get_folio(node)?;
             race_window::sleep();
@@ -228,13 +256,14 @@ impl StableNodes {
             mm: page.mm.clone(),
             address: page.addr,
             linear_page_index: 0,
-            node: NodeId(0),
+            node: NO_NODE,
             range: page.page.range(),
             next: core::ptr::null_mut(),
         };
         let (_, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
-        // INVARIANT: Nothing else has a pointer to it.
-        Ok(UnlinkedItem(item))
+        // SAFETY: It has just been inserted, so nothing else has a pointer to it. It stays until it
+        // is discarded, or has been on a node.
+        Ok(unsafe { UnlinkedItem::new(item) })
     }
 
     /// Accounts for an item that has been added to a node.
@@ -249,7 +278,11 @@ impl StableNodes {
     /// # Context
     ///
     /// May sleep. The engine's lock is held.
-    pub(super) fn free_item(&mut self, id: ItemId) {
+    ///
+    /// # Safety
+    ///
+    /// The item is on no node any more.
+    unsafe fn free_item(&mut self, id: ItemId) {
         if let Some(item) = self.items.remove(id.0) {
             // SAFETY: The item pins its mm.
             unsafe { raw::rksm_mm_add_merging(item.mm.as_ptr(), -1) };
@@ -257,18 +290,19 @@ impl StableNodes {
     }
 
     /// Frees an item that was never on a node.
-    pub(super) fn discard_item(&mut self, item: &UnlinkedItem) {
+    pub(super) fn discard_item(&mut self, item: UnlinkedItem) {
         drop(self.items.remove(item.id().0));
     }
 
-    /// Adds a node without items and without a page. Takes a module reference for the first one.
+    /// Adds a node without items for a page, whose folio does not name it yet. Takes a module
+    /// reference for the first one. The node stays in its arena until it is discarded or freed.
     ///
     /// # Context
     ///
     /// May sleep. The engine's lock is held; the mmap lock is not.
-    pub(super) fn new_node(&mut self, nid: c_int) -> Result<NonNull<StableNode>, Refusal> {
-        if self.nodes.len() == 0 && !module_ref::get() {
-            return Err(Refusal::Unloading);
+    pub(super) fn new_node(&mut self, page: PageRef<'_>) -> Result<NonNull<StableNode>, Refusal> {
+        if self.module.is_none() {
+            self.module = Some(ModuleRef::get().ok_or(Refusal::Unloading)?);
         }
         let node = StableNode {
             content: Fingerprint::NONE.to_bits(),
@@ -277,9 +311,9 @@ impl StableNodes {
             id: NodeId(0),
             _unused: 0,
             hlist: raw::hlist_head::default(),
-            kpfn: 0,
-            rmap_hlist_len: 0,
-            nid,
+            kpfn: page.pfn(),
+            rmap_hlist_len: Atomic::new(0),
+            nid: page.nid() as c_int,
         };
         match self.nodes.insert(node) {
             Ok((id, node)) => {
@@ -300,43 +334,49 @@ impl StableNodes {
         }
     }
 
-    fn put_module(&self) {
+    fn put_module(&mut self) {
         if self.nodes.len() == 0 {
-            module_ref::put();
+            self.module = None;
         }
     }
 
-    /// Frees a node that no folio names.
+    /// Frees a node.
     ///
     /// # Context
     ///
     /// May sleep. The engine's lock is held.
-    pub(super) fn free_node(&mut self, node: NonNull<StableNode>, orphan: &mut dyn FnMut(PageId)) {
-        // SAFETY: The node is in the arena.
-        let (id, kpfn) = unsafe { ((*node.as_ptr()).id, (*node.as_ptr()).kpfn) };
-        // SAFETY: No folio names the node, so no rmap walk follows its list; items are freed after
-        // they have left it.
-        while let Some(item) = unsafe { StableNode::pop(node) } {
+    ///
+    /// # Safety
+    ///
+    /// No folio names the node.
+    unsafe fn free_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) {
+        let kpfn = self.node(node).map_or(0, NodeRef::kpfn);
+        // SAFETY: By the contract no folio names the node, so no rmap walk follows its list.
+        let pop = |node: NodeRef<'_>| unsafe { node.pop() }.map(|item| (item, node.items() > 0));
+        while let Some((item, more)) = self.node(node).and_then(pop) {
             // SAFETY: The item is still in the arena.
-            let (id, page, more) = unsafe {
-                let more = !(*node.as_ptr()).hlist.first.is_null();
-                (ObjectArena::number_of(item), (*item.as_ptr()).page(), more)
-            };
+            let (id, page) = unsafe { (ObjectArena::number_of(item), (*item.as_ptr()).page()) };
             if more {
                 // SAFETY: The item is still in the arena, and pins its mm.
                 let mm = unsafe { (*item.as_ptr()).mm.as_mm() };
                 self.trace
                     .remove_rmap_item(kpfn, item.as_ptr() as usize, mm);
             }
-            self.free_item(ItemId(id));
+            // SAFETY: It has left the node above.
+            unsafe { self.free_item(ItemId(id)) };
             orphan(page);
         }
         self.trace.remove_ksm_page(kpfn);
-        self.discard_node(id);
+        // SAFETY: The node has no items; the rest is the contract.
+        unsafe { self.discard_node(node) };
     }
 
-    /// Frees a node without items that no folio names.
-    pub(super) fn discard_node(&mut self, id: NodeId) {
+    /// Frees a node without items.
+    ///
+    /// # Safety
+    ///
+    /// No folio names the node, and it has no items.
+    pub(super) unsafe fn discard_node(&mut self, id: NodeId) {
         let _ = self.nodes.remove(id.0);
         self.put_module();
     }
@@ -352,8 +392,9 @@ impl backend::StableNodes for StableNodes {
         let item = self.item(id)?;
         let node_id = self.node_of(id)?;
         let node = self.node(node_id)?;
-        // SAFETY: Both are in their arenas; the folio is locked, or names the node no more.
-        let unlink = || unsafe { StableNode::unlink(node, item) };
+        // SAFETY: By the invariant the item is on the node that it names, and by the contract of
+        // `Backend` no merge uses either. The folio is locked, or names the node no more.
+        let unlink = || unsafe { node.unlink(item) };
         let locked = self.with_locked(node, |lock| (unlink(), lock.folio().mapped()));
         let (gone, mapped) = match locked {
             Some((gone, mapped)) => (gone, Some(mapped)),
@@ -362,10 +403,14 @@ impl backend::StableNodes for StableNodes {
         // SAFETY: The item is in the arena still, and pins its mm.
         let mm = unsafe { (*gone.as_ptr()).mm.as_mm() };
         self.trace
-            .remove_rmap_item(kpfn(node), item.as_ptr() as usize, mm);
-        // SAFETY: `gone` is in the arena until it is freed here.
-        self.free_item(ItemId(unsafe { ObjectArena::number_of(gone) }));
-        let remaining = self.mappings(node_id);
+            .remove_rmap_item(node.kpfn(), item.as_ptr() as usize, mm);
+        let remaining = node.items();
+        let moved = (gone != item).then(|| {
+            // SAFETY: Another item has come to this place, which is in the arena.
+            (unsafe { (*item.as_ptr()).page() }, id)
+        });
+        // SAFETY: `gone` is in the arena until it is freed here, and on no node any more.
+        unsafe { self.free_item(ItemId(ObjectArena::number_of(gone))) };
         Some(Released {
             node: node_id,
             remaining,
@@ -373,10 +418,7 @@ impl backend::StableNodes for StableNodes {
                 None => true,
                 Some(mapped) => remaining == 0 && !mapped,
             },
-            moved: (gone != item).then(|| {
-                // SAFETY: Another item has come to this place, which is in the arena.
-                (unsafe { (*item.as_ptr()).page() }, id)
-            }),
+            moved,
         })
     }
 
@@ -422,21 +464,15 @@ impl backend::StableNodes for StableNodes {
     }
 
     fn mappings(&self, node: NodeId) -> u32 {
-        self.node(node).map_or(0, |node| {
-            // SAFETY: The node is in the arena; only the engine, whose lock is held, changes the
-            // length.
-            unsafe { (*node.as_ptr()).rmap_hlist_len as u32 }
-        })
+        self.node(node).map_or(0, NodeRef::items)
     }
 
     fn content_hash(&self, node: NodeId) -> Option<u64> {
         let folio = self.get_folio(self.node(node)?)?;
-        // SAFETY: The folio is referenced. The contents of a merged page do not change; poison must
-        // not be read.
-        unsafe {
-            (!raw::rksm_folio_poisoned(folio.as_ptr()))
-                .then(|| page::content_hash(&self.key, folio.page()))
-        }
+        // SAFETY: The folio is referenced.
+        let poisoned = unsafe { raw::rksm_folio_poisoned(folio.as_ptr()) };
+        // The contents of a merged page do not change; poison must not be read.
+        (!poisoned).then(|| page::content_hash(&self.key, folio.page()))
     }
 
     fn state(&self, node: NodeId) -> NodeState {
@@ -446,8 +482,8 @@ impl backend::StableNodes for StableNodes {
         }
     }
 
-    fn remove(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool {
-        let Some(node) = self.node(node) else {
+    fn remove(&mut self, id: NodeId, orphan: &mut dyn FnMut(PageId)) -> bool {
+        let Some(node) = self.node(id) else {
             return true;
         };
         let mapped = self.with_locked(node, |lock| {
@@ -466,13 +502,15 @@ impl backend::StableNodes for StableNodes {
         if mapped == Some(true) {
             return false;
         }
-        self.free_node(node, orphan);
+        // SAFETY: The node's folio has been freed, or has ceased to name it above.
+        unsafe { self.free_node(id, orphan) };
         true
     }
 
-    fn forget(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) {
-        if let Some(node) = self.node(node) {
-            self.free_node(node, orphan);
+    fn forget(&mut self, id: NodeId, orphan: &mut dyn FnMut(PageId)) {
+        if self.node(id).is_some() {
+            // SAFETY: By the contract of `Backend` the node's folio is gone with its frame.
+            unsafe { self.free_node(id, orphan) };
         }
     }
 
@@ -483,7 +521,7 @@ impl backend::StableNodes for StableNodes {
     fn next_in(&self, after: Option<NodeId>, frames: Range<usize>) -> Option<NodeId> {
         let mut at = after;
         while let Some(id) = self.next(at) {
-            let kpfn = self.node(id).map(kpfn);
+            let kpfn = self.node(id).map(NodeRef::kpfn);
             if kpfn.is_some_and(|kpfn| frames.contains(&kpfn)) {
                 return Some(id);
             }

@@ -34,7 +34,7 @@ const VMAS: usize = 4096;
 /// `ENOMEM`, `ERESTARTSYS` where a signal is pending. Pages that have been unshared stay so.
 pub(crate) fn unmerge_mm(mm: &PinnedMm) -> Result {
     let mut at = 0;
-    while let Some(_user) = mm.mmget_not_zero() {
+    while let Some(user) = mm.mmget_not_zero() {
         race_window::sleep();
         if signal_pending() {
             return Err(ERESTARTSYS);
@@ -57,7 +57,7 @@ pub(crate) fn unmerge_mm(mm: &PinnedMm) -> Result {
             NextVma::End => break,
         };
         let start = at.max(vma.start());
-        at = replace_pte::break_ksm(vma, start, vma.end(), FAULTS)?.unwrap_or(vma.end());
+        at = replace_pte::break_ksm(&user, vma, start, vma.end(), FAULTS)?.unwrap_or(vma.end());
         race_window::sleep();
     }
     Ok(())

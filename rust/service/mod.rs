@@ -171,12 +171,13 @@ impl Ksm {
     pub(crate) fn new(
         symbols: Symbols,
         builtin: Builtin,
+        nodes: StableNodes,
         knobs: Knobs,
         check: bool,
     ) -> Result<Arc<Self>> {
         let trace = Trace::new(symbols);
         let state = ScanState {
-            engine: Engine::new(StableNodes::new(trace)?),
+            engine: Engine::new(nodes),
             pool: KthreadPool::new()?,
             buffers: pass_buffers(1)?,
             threads: 1,

@@ -207,7 +207,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
             partitions: self.partitions.first(self.used),
             keep: prepared.pos,
         });
-        self.record(&mut prepared);
+        self.record(prepared);
     }
 
     /// Decides what to do with the page at `pos`, as `cmp_and_merge_page()`: tries the zero page,
@@ -465,9 +465,9 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
     }
 
     /// Records the result of a merge.
-    fn record(&mut self, prepared: &mut PreparedMerge<B>) {
+    fn record(&mut self, prepared: PreparedMerge<B>) {
         let metadata = &mut *self.metadata;
-        let result = metadata.backend.finish(&mut prepared.merge);
+        let result = metadata.backend.finish(prepared.merge);
         self.buffers.in_flight.remove(prepared.fingerprint);
         let Some((partition, mut page)) = self.partitions.page(prepared.pos) else {
             return;
@@ -675,10 +675,9 @@ impl<B: Backend, P: Pins<B::Mm>> Stage<MergeJob<B>> for MergeStage<'_, '_, B, P>
     }
 
     fn complete(&mut self, mut job: MergeJob<B>) {
-        for prepared in job.iter_mut() {
+        for prepared in job.drain_all() {
             self.record(prepared);
         }
-        job.clear();
         self.jobs_in_flight -= 1;
         // There is room: the job was popped from `spare`.
         let _ = self.buffers.spare.push_within_capacity(job);

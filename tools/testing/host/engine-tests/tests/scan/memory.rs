@@ -410,7 +410,7 @@ impl Backend for SimMemory {
         })
     }
 
-    fn finish(&mut self, merge: &mut Merge) -> Result<Merged, Refused> {
+    fn finish(&mut self, merge: Merge) -> Result<Merged, Refused> {
         if let Some((item, node)) = merge.undo {
             self.sleep().undo_first(merge.addr, item, node);
         }
