@@ -101,8 +101,9 @@ impl kernel::Module for Rksm {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         kernel_ext::race_window::widen(module_parameters::delay.value());
         let symbols = Symbols::resolve()?;
-        takeover::btf::check_layouts(symbols)?;
-        let takeover = Takeover::new(symbols, builtin().map(|file| (file.name, file)))?;
+        let layouts = takeover::btf::check_layouts(symbols)?;
+        let ours = builtin().map(|file| (file.name, file));
+        let takeover = Takeover::new(symbols, layouts, ours)?;
         let rksm = Self::start(symbols, takeover)
             .inspect_err(|error| pr_err!("cannot load: {error:?}; the built-in KSM goes on\n"))?;
         pr_info!("KSM of the kernel taken over; rmmod rksm hands it back\n");
@@ -113,8 +114,8 @@ impl kernel::Module for Rksm {
 impl Rksm {
     fn start(symbols: Symbols, takeover: Takeover<&'static Attribute, Ksm>) -> Result<Self> {
         let knobs = initial_knobs(&takeover)?;
-        // SAFETY: The engine, which keeps the contract, is given it, and nobody else. The layouts
-        // have been checked, and the built-in has been drained.
+        // SAFETY: The engine, which keeps the contract, is given it, and nobody else. There is a
+        // `Takeover`: the layouts have been checked, and the built-in has been drained.
         let nodes = unsafe { StableNodes::new(Trace::new(symbols)) }?;
         let ksm = Ksm::new(
             symbols,

@@ -22,19 +22,21 @@ struct Matches {
 }
 
 /// The names that are not there exactly once, for one line of the log.
+///
+/// # Invariants
+///
+/// There is one entry for each symbol of the list, in its order.
 struct Unusable<'a>(&'a [Matches]);
 
 impl fmt::Display for Unusable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, matches) in self.0.iter().enumerate() {
+            // SAFETY: By the invariant the list has a symbol `i`.
+            let name = unsafe { name(i) }.to_str().unwrap_or_default();
             match matches.count {
-                0 => write!(f, " {}", name(i).to_str().unwrap_or_default())?,
+                0 => write!(f, " {name}")?,
                 1 => (),
-                n => write!(
-                    f,
-                    " {} ({n} of that name)",
-                    name(i).to_str().unwrap_or_default()
-                )?,
+                n => write!(f, " {name} ({n} of that name)")?,
             }
         }
         Ok(())
@@ -72,9 +74,11 @@ impl Symbols {
         let count = unsafe { raw::rksm_symbol_count() };
         let mut found = KVec::with_capacity(count, GFP_KERNEL)?;
         for i in 0..count {
-            found.push(matches(name(i)), GFP_KERNEL)?;
+            // SAFETY: `i` is below the count; the function has been set above.
+            found.push(unsafe { matches(name(i)) }, GFP_KERNEL)?;
         }
         if found.iter().any(|matches| matches.count != 1) {
+            // INVARIANT: One has been pushed for each symbol.
             pr_err!(
                 "cannot load: symbols missing in this kernel:{}\n",
                 Unusable(&found)
@@ -161,14 +165,22 @@ impl Symbols {
 }
 
 /// The name of symbol `i` of the list.
-fn name(i: usize) -> &'static CStr {
-    // SAFETY: Every entry of the list has a name, which is a string constant. The callers' `i` are
-    // below `rksm_symbol_count()`.
+///
+/// # Safety
+///
+/// `i` is below `rksm_symbol_count()`.
+unsafe fn name(i: usize) -> &'static CStr {
+    // SAFETY: Every entry of the list has a name, which is a string constant; by the contract there
+    // is such an entry.
     unsafe { CStr::from_char_ptr(raw::rksm_symbol_name(i)) }
 }
 
 /// Looks up all symbols of vmlinux with the name `name`.
-fn matches(name: &CStr) -> Matches {
+///
+/// # Safety
+///
+/// `rksm_kallsyms_set()` has set the function that looks them up.
+unsafe fn matches(name: &CStr) -> Matches {
     /// Counts a match.
     ///
     /// # Safety
@@ -183,8 +195,8 @@ fn matches(name: &CStr) -> Matches {
     }
 
     let mut found = Matches::default();
-    // SAFETY: `resolve()`, the only way here, has set the function that this calls. `count` gets
-    // nothing but `found`, which outlives the call.
+    // SAFETY: By the contract the function that this calls has been set. `count` gets nothing but
+    // `found`, which outlives the call.
     unsafe {
         raw::rksm_kallsyms_on_each_match_symbol(
             Some(count),

@@ -125,8 +125,8 @@ pub(super) unsafe fn candidate_folio(page: NonNull<raw::page>) -> Option<NonNull
 ///
 /// # Invariants
 ///
-/// If there is a page, a page table maps it, which is locked for `'l`; `mapping` is the word of its
-/// folio.
+/// Where there is a page, a page table that is locked for `'l` maps it and its folio, and so the
+/// folio whose word `mapping` is.
 pub(crate) struct Mapped<'l>(&'l mut raw::rksm_mapped);
 
 impl<'l> Mapped<'l> {
@@ -134,8 +134,8 @@ impl<'l> Mapped<'l> {
     ///
     /// # Safety
     ///
-    /// If `raw` has a page and a folio, they are what a page table maps that is locked for as long
-    /// as the result is used, and `mapping` is the word of the folio.
+    /// If `raw` has a page, a page table that is locked for as long as the result is used maps it
+    /// and its folio, and so the folio whose word `mapping` is.
     pub(super) unsafe fn new(raw: &'l mut raw::rksm_mapped) -> Self {
         // INVARIANT: By the contract.
         Self(raw)

@@ -38,7 +38,10 @@ use crate::{
 };
 use core::{
     ops::Deref,
-    ptr,
+    ptr::{
+        self,
+        NonNull, //
+    },
     slice, //
 };
 use kernel::{
@@ -68,6 +71,43 @@ const FORWARD: Phase = 2;
 /// The one [`Inner`] that `show` and `store` use, or null.
 static INSTANCE: Atomic<*mut c_void> = Atomic::new(ptr::null_mut());
 
+/// A node of sysfs. Dropping it gives up its reference.
+///
+/// # Invariants
+///
+/// Owns one reference.
+struct KernfsNode(NonNull<raw::kernfs_node>);
+
+impl KernfsNode {
+    /// Finds a node by its name.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Safety
+    ///
+    /// `parent` is a directory that is there during the call, and `name` a C string.
+    unsafe fn find(parent: *mut raw::kernfs_node, name: *const c_char) -> Option<Self> {
+        // SAFETY: By the contract.
+        // INVARIANT: It comes with a reference.
+        NonNull::new(unsafe { raw::rksm_kernfs_find_and_get(parent, name) }).map(Self)
+    }
+
+    /// How many threads are in functions of the file.
+    fn active(&self) -> c_int {
+        // SAFETY: By the invariant the node is there.
+        unsafe { raw::rksm_kernfs_active(self.0.as_ptr()) }
+    }
+}
+
+impl Drop for KernfsNode {
+    fn drop(&mut self) {
+        // SAFETY: By the invariant there is a reference to give up.
+        unsafe { raw::kernfs_put(self.0.as_ptr()) };
+    }
+}
+
 /// A built-in attribute, and its original functions.
 struct BuiltinAttribute<A> {
     /// The handler's name for it.
@@ -76,17 +116,9 @@ struct BuiltinAttribute<A> {
     attr: *mut raw::kobj_attribute,
     show: raw::rksm_show_t,
     store: raw::rksm_store_t,
-    /// The file's node, with a reference.
-    node: *mut raw::kernfs_node,
+    node: KernfsNode,
     /// Threads in our functions for this file.
     inside: Atomic<i32>,
-}
-
-impl<A> Drop for BuiltinAttribute<A> {
-    fn drop(&mut self) {
-        // SAFETY: The reference is ours.
-        unsafe { raw::kernfs_put(self.node) };
-    }
 }
 
 #[pin_data]
@@ -189,7 +221,7 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<
         ours: impl Iterator<Item = (&'static CStr, A)>,
     ) -> Result<Self> {
         let kobj = symbols.mm_kobj();
-        let attributes = find(symbols, kobj, ours)?;
+        let attributes = find(symbols, ours)?;
         let inner = KBox::pin_init(
             pin_init!(Inner::<A, H> {
                 kobj,
@@ -233,9 +265,7 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<
                 // active ones than those, no active one is elsewhere. `inside` must be read first:
                 // a thread that comes in between is then counted in `active` only.
                 let inside = file.inside.load(Acquire);
-                // SAFETY: `file` has a reference to the node.
-                let active = unsafe { raw::rksm_kernfs_active(file.node) };
-                if active == inside {
+                if file.node.active() == inside {
                     break;
                 }
                 // SAFETY: May sleep here. Returns what is left when a signal came.
@@ -285,7 +315,8 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<
     pub(crate) fn builtin_show(&self, name: &CStr) -> Result<AttributeText> {
         let mut page = PageBuffer::new()?;
         let file = self.inner.named(name)?;
-        let len = self.inner.forward_show(file, page.0.as_mut_ptr().cast());
+        // SAFETY: The text is a zeroed page, which is ours.
+        let len = unsafe { self.inner.forward_show(file, page.0.as_mut_ptr().cast()) };
         to_result(len as c_int)?;
         Ok(AttributeText {
             page,
@@ -311,9 +342,9 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<
         head.get_mut(..data.len())
             .ok_or(EINVAL)?
             .copy_from_slice(data);
-        let written = self
-            .inner
-            .forward_store(file, text.as_ptr().cast(), data.len());
+        let text = text.as_ptr().cast();
+        // SAFETY: A NUL follows the data in `text`, which is longer.
+        let written = unsafe { self.inner.forward_store(file, text, data.len()) };
         to_result(written as c_int)
     }
 }
@@ -423,17 +454,32 @@ impl<A: Copy, H: AttributeHandler<A>> Inner<A, H> {
         }
     }
 
-    fn forward_show(&self, file: &BuiltinAttribute<A>, text: *mut c_char) -> isize {
+    /// Has the built-in fill `text`.
+    ///
+    /// # Safety
+    ///
+    /// `text` is a zeroed page, which nobody else uses during the call.
+    unsafe fn forward_show(&self, file: &BuiltinAttribute<A>, text: *mut c_char) -> isize {
         match file.show {
-            // SAFETY: The built-in's own function with its own arguments; `text` has a page.
+            // SAFETY: The built-in's own function with its own arguments; the rest is the contract.
             Some(show) => unsafe { show(self.kobj, file.attr, text) },
             None => to_errno(EIO),
         }
     }
 
-    fn forward_store(&self, file: &BuiltinAttribute<A>, data: *const c_char, len: usize) -> isize {
+    /// Has the built-in read `data`.
+    ///
+    /// # Safety
+    ///
+    /// `data` has `len` bytes and a NUL, which nobody changes during the call.
+    unsafe fn forward_store(
+        &self,
+        file: &BuiltinAttribute<A>,
+        data: *const c_char,
+        len: usize,
+    ) -> isize {
         match file.store {
-            // SAFETY: The built-in's own function with its own arguments; a NUL follows the data.
+            // SAFETY: The built-in's own function with its own arguments; the rest is the contract.
             Some(store) => unsafe { store(self.kobj, file.attr, data, len) },
             None => to_errno(EIO),
         }
@@ -443,79 +489,68 @@ impl<A: Copy, H: AttributeHandler<A>> Inner<A, H> {
 /// Finds the built-in's attributes of the names in `ours`, in that order.
 fn find<A>(
     symbols: Symbols,
-    kobj: *mut raw::kobject,
     ours: impl Iterator<Item = (&'static CStr, A)>,
 ) -> Result<KVec<BuiltinAttribute<A>>> {
-    let group = symbols.ksm_attr_group();
+    let (kobj, group) = (symbols.mm_kobj(), symbols.ksm_attr_group());
     // SAFETY: The group and the kobject are the kernel's and constant; the name is a string.
-    let dir = unsafe { raw::rksm_kernfs_find_and_get((*kobj).sd, (*group).name) };
-    if dir.is_null() {
+    let Some(dir) = (unsafe { KernfsNode::find((*kobj).sd, (*group).name) }) else {
         pr_err!("cannot load: no /sys/kernel/mm/ksm\n");
         return Err(ENODEV);
-    }
-    let found = find_in(group, dir, ours);
-    // SAFETY: The reference is ours.
-    unsafe { raw::kernfs_put(dir) };
-    found
-}
-
-fn find_in<A>(
-    group: *const raw::attribute_group,
-    dir: *mut raw::kernfs_node,
-    ours: impl Iterator<Item = (&'static CStr, A)>,
-) -> Result<KVec<BuiltinAttribute<A>>> {
+    };
     let mut found: KVec<BuiltinAttribute<A>> = KVec::new();
     for (name, id) in ours {
-        let Some(attr) = attributes(group).find(|&(_, there)| there == name) else {
+        let Some(attr) = attributes(symbols).find(|&(_, there)| there == name) else {
             pr_err!(
                 "cannot load: this kernel has no /sys/kernel/mm/ksm/{}\n",
                 name
             );
             return Err(ENODEV);
         };
-        // SAFETY: `dir` has a reference, and the name is a string.
-        let node = unsafe { raw::rksm_kernfs_find_and_get(dir, name.as_char_ptr()) };
         // SAFETY: Every attribute of this group is in a `kobj_attribute`.
-        let file = unsafe {
+        let (attr, show, store) = unsafe {
             let attr = raw::rksm_kobj_attribute(attr.0);
-            BuiltinAttribute {
-                id,
-                name,
+            (
                 attr,
-                show: raw::rksm_kobj_attribute_show(attr),
-                store: raw::rksm_kobj_attribute_store(attr),
-                node,
-                inside: Atomic::new(0),
-            }
+                raw::rksm_kobj_attribute_show(attr),
+                raw::rksm_kobj_attribute_store(attr),
+            )
         };
-        let show = file.show.map_or(0, |show| show as usize);
-        let store = file.store.map_or(show, |store| store as usize);
+        let shown = show.map_or(0, |show| show as usize);
+        let stored = store.map_or(shown, |store| store as usize);
         // SAFETY: The function only compares the address.
         let foreign = |&text: &usize| unsafe { raw::core_kernel_text(text) } == 0;
-        if [show, store].iter().any(foreign) {
+        if [shown, stored].iter().any(foreign) {
             pr_err!("cannot load: another module has taken over /sys/kernel/mm/ksm\n");
             return Err(EBUSY);
         }
-        if file.node.is_null() {
+        // SAFETY: `dir` has a reference, and the name is a string.
+        let Some(node) = (unsafe { KernfsNode::find(dir.0.as_ptr(), name.as_char_ptr()) }) else {
             pr_err!("cannot load: no /sys/kernel/mm/ksm/{}\n", name);
             return Err(ENODEV);
-        }
+        };
+        let file = BuiltinAttribute {
+            id,
+            name,
+            attr,
+            show,
+            store,
+            node,
+            inside: Atomic::new(0),
+        };
         found.push(file, GFP_KERNEL)?;
     }
     let known = |there: &CStr| found.iter().any(|file| file.name == there);
-    if let Some((_, name)) = attributes(group).find(|&(_, there)| !known(there)) {
+    if let Some((_, name)) = attributes(symbols).find(|&(_, there)| !known(there)) {
         pr_err!("cannot load: /sys/kernel/mm/ksm/{} is unknown here\n", name);
         return Err(ENODEV);
     }
     Ok(found)
 }
 
-/// The attributes of the group, with their names.
-fn attributes(
-    group: *const raw::attribute_group,
-) -> impl Iterator<Item = (*mut raw::attribute, &'static CStr)> {
+/// The attributes of the built-in, with their names.
+fn attributes(symbols: Symbols) -> impl Iterator<Item = (*mut raw::attribute, &'static CStr)> {
     // SAFETY: The kernel's group is constant; of the union this is the member it was made with.
-    let mut next = unsafe { (*group).__bindgen_anon_2.attrs };
+    let mut next = unsafe { (*symbols.ksm_attr_group()).__bindgen_anon_2.attrs };
     core::iter::from_fn(move || {
         // SAFETY: The array ends with a null pointer, after which this does not go on. Each
         // attribute has a name, which is constant.
@@ -564,7 +599,8 @@ unsafe extern "C" fn show<A: Copy, H: AttributeHandler<A>>(
                 .show(id, page)
                 .map_or_else(to_errno, |len| len as isize)
         },
-        |file| inner.forward_show(file, text),
+        // SAFETY: As above.
+        |file| unsafe { inner.forward_show(file, text) },
     )
 }
 
@@ -591,6 +627,7 @@ unsafe extern "C" fn store<A: Copy, H: AttributeHandler<A>>(
                 .store(id, data)
                 .map_or_else(to_errno, |()| len as isize)
         },
-        |file| inner.forward_store(file, data, len),
+        // SAFETY: As above; sysfs adds a NUL.
+        |file| unsafe { inner.forward_store(file, data, len) },
     )
 }

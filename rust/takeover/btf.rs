@@ -98,15 +98,24 @@ impl Struct {
 
     /// The offset in bytes of the member `name`, also within anonymous members.
     fn offset_of(&self, name: &CStr) -> Option<usize> {
-        let bits = self.bit_offset_of(self.ty, name, MAX_DEPTH)?;
+        // SAFETY: By the type invariant.
+        let bits = unsafe { self.bit_offset_of(self.ty, name, MAX_DEPTH) }?;
         (bits % 8 == 0).then_some(bits / 8)
     }
 
-    fn bit_offset_of(&self, ty: *const raw::btf_type, name: &CStr, depth: u32) -> Option<usize> {
+    /// # Safety
+    ///
+    /// `ty` is null, or a type of `self.btf`.
+    unsafe fn bit_offset_of(
+        &self,
+        ty: *const raw::btf_type,
+        name: &CStr,
+        depth: u32,
+    ) -> Option<usize> {
         if ty.is_null() || depth == 0 {
             return None;
         }
-        // SAFETY: `ty` is a type of `self.btf`.
+        // SAFETY: By the contract.
         let kind = unsafe { raw::rksm_btf_kind(ty) };
         if kind != raw::BTF_KIND_STRUCT && kind != raw::BTF_KIND_UNION {
             return None;
@@ -128,9 +137,12 @@ impl Struct {
                 .name(member.name_off)
                 .is_none_or(|name| name.is_empty())
             {
-                // SAFETY: `self` holds a reference to the BTF.
-                let inner = unsafe { raw::btf_type_by_id(self.btf, member.type_) };
-                if let Some(rest) = self.bit_offset_of(inner, name, depth - 1) {
+                // SAFETY: `self` holds a reference to the BTF, and this is null or a type of it.
+                let rest = unsafe {
+                    let inner = raw::btf_type_by_id(self.btf, member.type_);
+                    self.bit_offset_of(inner, name, depth - 1)
+                };
+                if let Some(rest) = rest {
                     return Some(offset + rest);
                 }
             }
@@ -154,6 +166,10 @@ impl Drop for Struct {
     }
 }
 
+/// Proof that the layouts that this module was compiled with are those of the running kernel.
+#[derive(Clone, Copy)]
+pub(crate) struct Layouts(());
+
 /// Compares the layouts that this module was compiled with to those of the running kernel.
 ///
 /// # Context
@@ -163,7 +179,7 @@ impl Drop for Struct {
 /// # Errors
 ///
 /// `EINVAL`, after one line in the log that says what differs.
-pub(crate) fn check_layouts(symbols: Symbols) -> Result {
+pub(crate) fn check_layouts(symbols: Symbols) -> Result<Layouts> {
     for layout in LAYOUTS {
         let Some(found) = Struct::find(symbols, layout.name) else {
             pr_err!(
@@ -196,5 +212,5 @@ pub(crate) fn check_layouts(symbols: Symbols) -> Result {
             }
         }
     }
-    Ok(())
+    Ok(Layouts(()))
 }

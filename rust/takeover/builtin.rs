@@ -9,13 +9,15 @@ use crate::{
         gfp::GFP_METADATA,
         symbols::Symbols, //
     },
+    takeover::btf::Layouts, //
 };
 use core::ptr;
 use kernel::{
     mm::Mm,
     prelude::*,
     sync::aref::ARef,
-    task::might_sleep, //
+    task::might_sleep,
+    types::NotThreadSafe, //
 };
 
 /// `KSM_RUN_STOP`, `KSM_RUN_MERGE`, `KSM_RUN_UNMERGE` and `KSM_RUN_OFFLINE`: values of `run`.
@@ -28,10 +30,13 @@ const BATCH: usize = 128;
 
 /// The parts of the built-in KSM that can be used beside its files, from anywhere.
 #[derive(Clone, Copy)]
-pub(crate) struct Builtin(Symbols);
+pub(crate) struct Builtin {
+    symbols: Symbols,
+    _layouts: Layouts,
+}
 
 /// `ksm_thread_mutex`, held.
-pub(crate) struct ThreadMutex(Symbols);
+pub(crate) struct ThreadMutex(Symbols, NotThreadSafe);
 
 impl ThreadMutex {
     /// Takes the mutex.
@@ -42,7 +47,7 @@ impl ThreadMutex {
     pub(crate) fn lock(symbols: Symbols) -> Self {
         // SAFETY: The kernel's own mutex; may sleep here.
         unsafe { raw::mutex_lock(symbols.ksm_thread_mutex()) };
-        Self(symbols)
+        Self(symbols, NotThreadSafe)
     }
 }
 
@@ -54,19 +59,19 @@ impl Drop for ThreadMutex {
 }
 
 /// `ksm_mmlist_lock`, held.
-struct MmlistLock(Symbols);
+struct MmlistLock(Builtin, NotThreadSafe);
 
 impl MmlistLock {
-    fn lock(symbols: Symbols) -> Self {
+    fn lock(builtin: Builtin) -> Self {
         // SAFETY: The kernel's own spinlock, initialised at build time.
-        unsafe { raw::spin_lock(symbols.ksm_mmlist_lock()) };
-        Self(symbols)
+        unsafe { raw::spin_lock(builtin.symbols.ksm_mmlist_lock()) };
+        Self(builtin, NotThreadSafe)
     }
 
     /// Iterates over the mms on the built-in's list, in its order.
     fn mms(&self) -> impl Iterator<Item = &Mm> {
-        let head = self.0.ksm_mm_head();
-        // SAFETY: `head` is the built-in's, whose layout has been checked.
+        let head = self.0.symbols.ksm_mm_head();
+        // SAFETY: `head` is the built-in's, whose layout has been checked, as `Builtin` shows.
         let head = unsafe { &raw mut (*head).slot.mm_node };
         // SAFETY: The list does not change while the lock is held, and its end is the head.
         let mut node = unsafe { (*head).next };
@@ -88,18 +93,21 @@ impl MmlistLock {
 impl Drop for MmlistLock {
     fn drop(&mut self) {
         // SAFETY: Taken in `lock()`.
-        unsafe { raw::spin_unlock(self.0.ksm_mmlist_lock()) };
+        unsafe { raw::spin_unlock(self.0.symbols.ksm_mmlist_lock()) };
     }
 }
 
 impl Builtin {
-    /// Creates it. [`check_layouts`](super::btf::check_layouts) must have succeeded.
+    /// Creates it.
     ///
     /// # Context
     ///
     /// Any.
-    pub(crate) fn new(symbols: Symbols) -> Self {
-        Self(symbols)
+    pub(crate) fn new(symbols: Symbols, layouts: Layouts) -> Self {
+        Self {
+            symbols,
+            _layouts: layouts,
+        }
     }
 
     /// Calls `visit` for every mm on the built-in's list; those that come or go meanwhile may be
@@ -140,7 +148,7 @@ impl Builtin {
     ///
     /// Atomic while it holds `ksm_mmlist_lock`, which it takes.
     fn pin_batch(self, last: Option<&Mm>, batch: &mut KVec<ARef<Mm>>) {
-        let list = MmlistLock::lock(self.0);
+        let list = MmlistLock::lock(self);
         let known = last.is_some_and(|last| list.mms().any(|mm| ptr::eq(mm, last)));
         let mut mms = list.mms();
         if known {
@@ -164,9 +172,9 @@ impl Builtin {
     ///
     /// Sleeps. Takes `ksm_thread_mutex`.
     pub(crate) fn set_unmerging(self, unmerging: bool) {
-        let _mutex = ThreadMutex::lock(self.0);
+        let _mutex = ThreadMutex::lock(self.symbols);
         let run = if unmerging { RUN_UNMERGE } else { RUN_STOP };
-        let ksm_run = self.0.ksm_run();
+        let ksm_run = self.symbols.ksm_run();
         // Its memory notifier keeps a bit there, which stays. The bit that lets its scanner run is
         // never set.
         // SAFETY: Only written under the mutex. Others read it with no lock, so whole.
@@ -185,8 +193,8 @@ impl Builtin {
     ///
     /// Sleeps. Takes `ksm_thread_mutex`.
     pub(super) fn is_drained(self) -> bool {
-        let _mutex = ThreadMutex::lock(self.0);
-        let symbols = self.0;
+        let symbols = self.symbols;
+        let _mutex = ThreadMutex::lock(symbols);
         // SAFETY: The objects do not change while the mutex is held, and are initialised.
         unsafe {
             let nodes = symbols.migrate_nodes();

@@ -21,6 +21,7 @@ use crate::{
             AttributeText,
             BuiltinAttributes, //
         },
+        btf::Layouts,
         builtin::{
             Builtin,
             RUN_OFFLINE,
@@ -77,6 +78,7 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
     /// `EBUSY` if merged memory remains, `ENOMEM` or `EINTR` if unmerging failed with that.
     pub(crate) fn new(
         symbols: Symbols,
+        layouts: Layouts,
         ours: impl Iterator<Item = (&'static CStr, A)>,
     ) -> Result<Self> {
         let attributes = BuiltinAttributes::hold(symbols, ours)?;
@@ -86,7 +88,7 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
             .and_then(|text| text.trim_end().parse::<u8>().ok())
             .ok_or(EINVAL)?;
         let takeover = Self {
-            builtin: Builtin::new(symbols),
+            builtin: Builtin::new(symbols, layouts),
             final_run: Atomic::new(i32::from(before & !RUN_OFFLINE)),
             attributes,
         };
