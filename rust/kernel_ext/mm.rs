@@ -20,8 +20,18 @@ use kernel::{
     },
     prelude::*,
     sync::aref::ARef,
+    time::{
+        delay::fsleep,
+        Delta, //
+    },
     types::NotThreadSafe,
 };
+
+/// How often the mmap lock is tried before it is given up.
+const LOCK_TRIES: u32 = 5;
+
+/// Microseconds between two tries.
+const LOCK_USECS: i64 = 50;
 
 /// An mm pinned by `mm_count`. A clone is another pin; dropping it is `mmdrop`.
 ///
@@ -63,18 +73,21 @@ impl PinnedMm {
         unsafe { raw::rksm_mm_users(self.as_ptr()) == 0 }
     }
 
-    /// Takes the mmap lock for reading.
+    /// Takes the mmap lock for reading, if it can be had within [`LOCK_TRIES`] tries: a process can
+    /// keep its lock for as long as it likes.
     ///
     /// # Context
     ///
-    /// May sleep. Takes the mmap lock.
-    pub(crate) fn mmap_read_lock(&self) -> MmapReadGuard<'_> {
-        // SAFETY: The mm is pinned.
-        unsafe { raw::mmap_read_lock(self.0.as_raw()) };
-        MmapReadGuard {
-            mm: self,
-            _nts: NotThreadSafe,
+    /// May sleep, about [`LOCK_TRIES`] times [`LOCK_USECS`]. Takes the mmap lock.
+    pub(crate) fn mmap_read_lock_briefly(&self) -> Option<MmapReadGuard<'_>> {
+        for _ in 0..LOCK_TRIES {
+            let guard = self.mmap_read_trylock();
+            if guard.is_some() {
+                return guard;
+            }
+            fsleep(Delta::from_micros(LOCK_USECS));
         }
+        self.mmap_read_trylock()
     }
 
     /// Takes the mmap lock for reading, unless a signal comes first.

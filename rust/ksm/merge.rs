@@ -60,12 +60,16 @@ use kernel::{
 /// # Context
 ///
 /// May sleep. Takes the mmap lock for reading; `f` runs under it.
+///
+/// # Errors
+///
+/// That of `f`, `Gone` without such a vma, `Locked` if the mmap lock cannot be had.
 pub(super) fn in_vma<R>(
     mm: &PinnedMm,
     addr: usize,
     f: impl FnOnce(LiveMm<'_>, &VmaRef) -> Result<R, Refusal>,
 ) -> Result<R, Refusal> {
-    let guard = mm.mmap_read_lock();
+    let guard = mm.mmap_read_lock_briefly().ok_or(Refusal::Locked)?;
     let live = guard.live().ok_or(Refusal::Gone)?;
     let vma = mergeable_at(live, addr).ok_or(Refusal::Gone)?;
     f(live, vma)
@@ -181,6 +185,11 @@ impl Merge {
         }
     }
 
+    /// Does not run a merge, since the mmap lock cannot be had.
+    fn refuse_locked(&mut self) {
+        self.outcome = Some(Err(Refused::Page(Refusal::Locked)));
+    }
+
     /// Merges two pages, neither of which is a merged page yet.
     fn run_new_node(&mut self, huge: &mut impl HugeFolioRefs) {
         if self.outcome.is_some() {
@@ -220,10 +229,10 @@ impl Merge {
 impl backend::Merge for Merge {
     fn run(&mut self, huge: &mut impl HugeFolioRefs) {
         match self.only_mm().cloned() {
-            Some(mm) => {
-                let guard = mm.mmap_read_lock();
-                self.run_in(&mut Vmas::new(&guard), huge);
-            }
+            Some(mm) => match mm.mmap_read_lock_briefly() {
+                Some(guard) => self.run_in(&mut Vmas::new(&guard), huge),
+                None => self.refuse_locked(),
+            },
             None => self.run_new_node(huge),
         }
     }
@@ -236,14 +245,19 @@ impl backend::Merge for Merge {
                 first.run_new_node(&mut ());
                 continue;
             };
-            let guard = mm.mmap_read_lock();
+            let same =
+                |merge: &&'a mut Self| merge.only_mm().map(PinnedMm::as_ptr) == Some(mm.as_ptr());
+            let Some(guard) = mm.mmap_read_lock_briefly() else {
+                first.refuse_locked();
+                while let Some(next) = merges.next_if(same) {
+                    next.refuse_locked();
+                }
+                continue;
+            };
             let mut vmas = Vmas::new(&guard);
             first.run_in(&mut vmas, &mut ());
-            let same = |merge: &&'a mut Self| {
-                let other = merge.only_mm().map(PinnedMm::as_ptr);
-                other == Some(mm.as_ptr()) && !mm.mmap_lock_is_contended()
-            };
-            while let Some(next) = merges.next_if(same) {
+            let uncontended = |merge: &&'a mut Self| same(merge) && !mm.mmap_lock_is_contended();
+            while let Some(next) = merges.next_if(uncontended) {
                 // SAFETY: May sleep: no spinlock is held.
                 unsafe { raw::rksm_cond_resched() };
                 next.run_in(&mut vmas, &mut ());

@@ -30,7 +30,8 @@ use crate::{
         },
         mm::{
             LiveMm,
-            MmUser, //
+            MmUser,
+            MmapReadGuard, //
         },
         pte::{
             Invalidate,
@@ -422,8 +423,9 @@ pub(crate) fn break_ksm(
 ///
 /// Best effort: what cannot be unshared now stays a merged page with one mapping.
 pub(crate) fn unmerge_one(user: &MmUser<'_>, addr: usize) {
-    let guard = user.mm().mmap_read_lock();
-    let Some(vma) = guard.live().and_then(|live| page::mergeable_at(live, addr)) else {
+    let guard = user.mm().mmap_read_lock_briefly();
+    let live = guard.as_ref().and_then(MmapReadGuard::live);
+    let Some(vma) = live.and_then(|live| page::mergeable_at(live, addr)) else {
         return;
     };
     let end = addr + PAGE_SIZE;

@@ -40,7 +40,7 @@ macro_rules! refusals {
 refusals! {
     /// The vma is gone or no longer mergeable, or its page table no longer maps the page there.
     Gone, c"gone", -1001;
-    /// Another task holds the lock of the folio.
+    /// Another task holds the lock of the folio, or the mmap lock of the process.
     Locked, c"locked", -1002;
     /// A reference is held through which the page could be written to (O_DIRECT, GUP).
     Pinned, c"pinned", -1003;
