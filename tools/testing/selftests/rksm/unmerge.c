@@ -122,7 +122,7 @@ static void while_it_waits(char *area)
 		while (ksm_get("run") != 2)
 			usleep(100);
 		child_go(&second);
-		usleep(10000);
+		usleep(rnd_below(10000));
 		child_kill(&second);
 		/* What is still merged shows that the first has not ended */
 		killed += ksm_mappings(getpid(), area, MANY) > 0;
