@@ -187,7 +187,9 @@ impl Merge {
 
     /// Does not run a merge, since the mmap lock cannot be had.
     fn refuse_locked(&mut self) {
-        self.outcome = Some(Err(Refused::Page(Refusal::Locked)));
+        // INVARIANT: The outcome of a merge that has been run stays.
+        self.outcome
+            .get_or_insert(Err(Refused::Page(Refusal::Locked)));
     }
 
     /// Merges two pages, neither of which is a merged page yet.
