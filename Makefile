@@ -17,8 +17,8 @@ setup: ## Install the host packages (root), or say how
 	@scripts/setup
 
 .PHONY: run
-run: ## Set everything up and show the main job
-	@scripts/run
+run: ## Set everything up and show the main job; VMS=3 with as many real VMs
+	@scripts/run $(if $(VMS),--vms $(VMS))
 
 .PHONY: modules
 modules: ## Build rksm.ko in build/KVER/
