@@ -127,6 +127,11 @@ class Vm:
     def alive(self):
         return self.process.poll() is None
 
+    def check_alive(self):
+        if not self.alive():
+            self.pump(0)
+            raise self.died(f"QEMU ended with status {self.process.returncode}")
+
     def pump(self, seconds):
         """Take in what the VM says within so many seconds."""
         select.select([self.process.stdout], [], [], seconds)
@@ -142,8 +147,7 @@ class Vm:
                 self.text = rest
                 words = line.split()
                 return dict(zip(words[::2], map(int, words[1::2])))
-            if not self.alive():
-                raise self.died(f"QEMU ended with status {self.process.returncode}")
+            self.check_alive()
             if time.monotonic() > until:
                 raise self.died(f"no answer within {limit} s")
             self.pump(1)
@@ -228,6 +232,10 @@ class Vms:
                     vms[n] = Vm(n)
         self.all = vms
 
+    def check_alive(self):
+        for vm in self.all:
+            vm.check_alive()
+
     def stop(self):
         for vm in self.all:
             vm.kill()
@@ -259,6 +267,7 @@ class Vms:
             table("  time   shared  sharing  scans  saved MiB  CPU s")
         while True:
             time.sleep(0.5)
+            self.check_alive()
             took = time.monotonic() - start
             sharing = read("pages_sharing")
             held = sharing >= level and all(self.merged(vm) >= COMMON for vm in self.all)
@@ -284,6 +293,7 @@ class Vms:
     def full_scans(self, number):
         until, last = read("full_scans") + number, time.monotonic() + MERGE_LIMIT
         while read("full_scans") < until and time.monotonic() < last:
+            self.check_alive()
             time.sleep(0.2)
 
     def speed(self, seconds=10):
