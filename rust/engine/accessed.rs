@@ -8,7 +8,7 @@
 //! accessed after that, its next look finds the bit set. Between its look and the flush it can be
 //! accessed without a trace, through a translation from before the look, if that look has found it
 //! accessed. So a page that is read then is read at its next look, too
-//! ([`Tracked::settled`](super::page_state::Tracked::settled)).
+//! ([`Tracked::is_settled`](super::page_state::Tracked::is_settled)).
 //!
 //! Devices write without leaving a trace in page tables, and reclaim clears bits. A stale hint
 //! delays a merge, or has one tried in vain. It never merges what differs: contents are compared

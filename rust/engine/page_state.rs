@@ -82,8 +82,10 @@ pub enum PageState {
     Merged(ItemId),
 }
 
+const FINGERPRINT_MASK: u64 = (1 << Fingerprint::BITS) - 1;
 const AGE_SHIFT: u32 = Fingerprint::BITS;
 const SKIPS_SHIFT: u32 = AGE_SHIFT + 4;
+const HISTORY_MASK: u64 = 0xff << AGE_SHIFT;
 const SETTLED: u64 = 1 << (SKIPS_SHIFT + 4);
 const INDEXED: u64 = SETTLED << 1;
 const MERGED: u64 = 1 << 63;
@@ -97,83 +99,82 @@ impl PageState {
     #[inline]
     fn to_bits(self) -> u64 {
         match self {
-            Self::Tracked(Tracked {
-                fingerprint,
-                history,
-                settled,
-                indexed,
-            }) => {
-                let age = u64::from(history.age.min(MAX_AGE));
-                let skips = u64::from(history.skips.min(MAX_AGE));
-                let settled = if settled { SETTLED } else { 0 };
-                let indexed = if indexed { INDEXED } else { 0 };
-                let flags = settled | indexed;
-                fingerprint.to_bits() | age << AGE_SHIFT | skips << SKIPS_SHIFT | flags
-            }
+            Self::Tracked(Tracked(bits)) => bits,
             Self::Merged(item) => MERGED | u64::from(item.0),
         }
     }
 
     #[inline]
     fn from_bits(bits: u64) -> Self {
-        if bits & MERGED != 0 {
-            return Self::Merged(ItemId(bits as u32));
+        match bits & MERGED {
+            0 => Self::Tracked(Tracked(bits)),
+            _ => Self::Merged(ItemId(bits as u32)),
         }
-        Self::Tracked(Tracked {
-            fingerprint: Fingerprint::from_bits(bits),
-            history: History {
-                age: (bits >> AGE_SHIFT) as u8 & MAX_AGE,
-                skips: (bits >> SKIPS_SHIFT) as u8 & MAX_AGE,
-            },
-            settled: bits & SETTLED != 0,
-            indexed: bits & INDEXED != 0,
-        })
     }
 }
 
-/// What is known of a page that is not merged.
+/// What is known of a page that is not merged, as it is stored.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Tracked {
-    /// Fingerprint of the content when it was last read.
-    pub fingerprint: Fingerprint,
-    /// What smart scan remembers; ages and skips above [`MAX_AGE`] are stored as that.
-    pub history: History,
-    /// Whether the accessed bit was clear when the content was read: an access since then has set
-    /// it.
-    pub settled: bool,
-    /// Whether the index has a candidate entry for the page, under `fingerprint`.
-    pub indexed: bool,
-}
+pub struct Tracked(u64);
 
 impl Tracked {
     /// A page that was never looked at.
-    pub const NEW: Self = Self {
-        fingerprint: Fingerprint::NONE,
-        history: History { age: 0, skips: 0 },
-        settled: false,
-        indexed: false,
-    };
+    pub const NEW: Self = Self(Fingerprint::NONE.to_bits());
+
+    /// Returns the fingerprint of the content when it was last read.
+    #[inline]
+    pub const fn fingerprint(self) -> Fingerprint {
+        Fingerprint::from_bits(self.0)
+    }
+
+    /// Returns what smart scan remembers.
+    #[inline]
+    pub const fn history(self) -> History {
+        History {
+            age: (self.0 >> AGE_SHIFT) as u8 & MAX_AGE,
+            skips: (self.0 >> SKIPS_SHIFT) as u8 & MAX_AGE,
+        }
+    }
+
+    /// Returns whether the accessed bit was clear when the content was read: an access since then
+    /// has set it.
+    #[inline]
+    pub const fn is_settled(self) -> bool {
+        self.0 & SETTLED != 0
+    }
+
+    /// Returns whether the index has a candidate entry for the page, under its fingerprint.
+    #[inline]
+    pub const fn is_indexed(self) -> bool {
+        self.0 & INDEXED != 0
+    }
 
     /// Returns the same page with another content, which is not in the index.
     #[inline]
-    pub const fn with_fingerprint(mut self, fingerprint: Fingerprint) -> Self {
-        self.fingerprint = fingerprint;
-        self.indexed = false;
-        self
+    pub const fn with_fingerprint(self, fingerprint: Fingerprint) -> Self {
+        let rest = self.0 & !(FINGERPRINT_MASK | INDEXED);
+        Self(rest | fingerprint.to_bits())
+    }
+
+    /// Returns the same page with another history. Ages and skips above [`MAX_AGE`] are stored as
+    /// that.
+    #[inline]
+    pub fn with_history(self, history: History) -> Self {
+        let age = u64::from(history.age.min(MAX_AGE)) << AGE_SHIFT;
+        let skips = u64::from(history.skips.min(MAX_AGE)) << SKIPS_SHIFT;
+        Self(self.0 & !HISTORY_MASK | age | skips)
     }
 
     /// Returns the same page with its content settled, or not.
     #[inline]
-    pub const fn with_settled(mut self, settled: bool) -> Self {
-        self.settled = settled;
-        self
+    pub const fn with_settled(self, settled: bool) -> Self {
+        Self(self.0 & !SETTLED | if settled { SETTLED } else { 0 })
     }
 
     /// Returns the same page in the index, or not.
     #[inline]
-    pub const fn with_indexed(mut self, indexed: bool) -> Self {
-        self.indexed = indexed;
-        self
+    pub const fn with_indexed(self, indexed: bool) -> Self {
+        Self(self.0 & !INDEXED | if indexed { INDEXED } else { 0 })
     }
 }
 
@@ -418,8 +419,6 @@ impl PageStates {
 
     /// Changes the state of a page. Returns the previous state; does nothing and returns `None` if
     /// the page is not tracked.
-    ///
-    /// Ages and skips above [`MAX_AGE`] are stored as that.
     #[inline]
     pub fn set(&mut self, page: PageId, state: PageState) -> Option<PageState> {
         let range = self.table.arena.get_mut(page.range())?;
@@ -433,7 +432,7 @@ impl PageStates {
     #[inline]
     pub fn fingerprint(&self, page: PageId) -> Option<Fingerprint> {
         match self.get(page)? {
-            PageState::Tracked(tracked) => Some(tracked.fingerprint),
+            PageState::Tracked(tracked) => Some(tracked.fingerprint()),
             PageState::Merged(_) => None,
         }
     }

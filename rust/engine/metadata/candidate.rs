@@ -28,7 +28,7 @@ impl<B: Backend> Metadata<B> {
             .find(fingerprint)
             .filter_map(|entry| match entry {
                 Entry::Candidate(other) if other != page => match self.states.get(other) {
-                    Some(PageState::Tracked(tracked)) if tracked.fingerprint == fingerprint => {
+                    Some(PageState::Tracked(tracked)) if tracked.fingerprint() == fingerprint => {
                         Some((other, tracked))
                     }
                     _ => None,
@@ -41,7 +41,7 @@ impl<B: Backend> Metadata<B> {
     /// Makes a page a candidate, unless there is no memory for it or it is one.
     pub(in super::super) fn become_candidate(&mut self, page: PageId, fingerprint: Fingerprint) {
         let tracked = match self.states.get(page) {
-            Some(PageState::Tracked(tracked)) if !tracked.indexed => tracked,
+            Some(PageState::Tracked(tracked)) if !tracked.is_indexed() => tracked,
             _ => return,
         };
         if self.insert(fingerprint, Entry::Candidate(page)) {
@@ -54,10 +54,10 @@ impl<B: Backend> Metadata<B> {
 
     /// Removes a page from the candidates, if it is one.
     pub(in super::super) fn unindex(&mut self, page: PageId, tracked: Tracked) {
-        if tracked.indexed {
+        if tracked.is_indexed() {
             // INVARIANT: 1. and 4. The page is removed from the index.
             self.index
-                .remove(tracked.fingerprint, Entry::Candidate(page));
+                .remove(tracked.fingerprint(), Entry::Candidate(page));
             self.counters.pages_unshared = self.counters.pages_unshared.wrapping_sub(1);
             let tracked = tracked.with_indexed(false);
             self.states.set(page, PageState::Tracked(tracked));

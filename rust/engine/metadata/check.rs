@@ -8,10 +8,7 @@ use super::super::{
         NodeMeta, //
     },
     index::Entry,
-    page_state::{
-        PageState,
-        Tracked, //
-    },
+    page_state::PageState,
     stats::Counters,
     types::{
         Fingerprint,
@@ -48,7 +45,8 @@ impl<B: Backend> Metadata<B> {
                 }
                 Entry::Candidate(page) => {
                     candidates.set(candidates.get() + 1);
-                    matches!(self.states.get(page)?, PageState::Tracked(tracked) if tracked.indexed)
+                    let state = self.states.get(page)?;
+                    matches!(state, PageState::Tracked(tracked) if tracked.is_indexed())
                 }
             };
             key_of(&self.states, &self.backend, entry).filter(|_| indexed)
@@ -188,18 +186,14 @@ impl<B: Backend> Metadata<B> {
                             .and_then(|n| self.backend.meta(n));
                         node.ok_or("engine: a merged page has an item that is none")?;
                     }
-                    PageState::Tracked(Tracked {
-                        fingerprint,
-                        indexed: true,
-                        ..
-                    }) => {
+                    PageState::Tracked(tracked) if tracked.is_indexed() => {
                         indexed += 1;
                         let own = |entry: &Entry| *entry == Entry::Candidate(page);
-                        if self.index.find(fingerprint).filter(own).count() != 1 {
+                        if self.index.find(tracked.fingerprint()).filter(own).count() != 1 {
                             return Err("engine: a candidate is not in the index once");
                         }
                         if self
-                            .candidate(fingerprint, page, CANDIDATE_TRIES - 1)
+                            .candidate(tracked.fingerprint(), page, CANDIDATE_TRIES - 1)
                             .is_some()
                         {
                             return Err("engine: more candidates for a content than are tried");

@@ -183,7 +183,7 @@ impl<B: Backend> Metadata<B> {
     pub(super) fn has_fingerprint(&self, page: PageId, fingerprint: Fingerprint) -> bool {
         matches!(
             self.states.get(page),
-            Some(PageState::Tracked(tracked)) if tracked.fingerprint == fingerprint
+            Some(PageState::Tracked(tracked)) if tracked.fingerprint() == fingerprint
         )
     }
 

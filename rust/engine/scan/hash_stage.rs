@@ -126,19 +126,19 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
             return false;
         };
         let now = page.fingerprint;
-        let changed = now != tracked.fingerprint;
+        let changed = now != tracked.fingerprint();
         // The page may have changed before its contents have been at rest for a full scan; after
         // that, whoever changed it set no accessed bit, and may do so again.
-        let at_rest = page.unaccessed && !tracked.settled;
+        let at_rest = page.unaccessed && !tracked.is_settled();
         if changed {
             metadata.unindex(id, tracked);
             tracked = tracked.with_fingerprint(now);
         }
         let settled = match page.rehashed {
             true => page.unaccessed,
-            false => tracked.settled,
+            false => tracked.is_settled(),
         };
-        if changed || settled != tracked.settled {
+        if changed || settled != tracked.is_settled() {
             let state = PageState::Tracked(tracked.with_settled(settled));
             metadata.states.set(id, state);
         }

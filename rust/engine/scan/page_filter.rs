@@ -221,11 +221,13 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
 
     /// Returns whether smart scan skips the page this time, as `should_skip_rmap_item()`.
     fn skips(&mut self, page: PageId, state: PageState) -> bool {
-        let PageState::Tracked(mut tracked) = state else {
+        let PageState::Tracked(tracked) = state else {
             return false;
         };
-        let skip = tracked.history.should_skip();
-        self.states.set(page, PageState::Tracked(tracked)) && skip
+        let mut history = tracked.history();
+        let skip = history.should_skip();
+        let looked_at = PageState::Tracked(tracked.with_history(history));
+        self.states.set(page, looked_at) && skip
     }
 
     /// Records a page that is not tracked. Returns whether there was room.
@@ -253,10 +255,10 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
         let PageState::Tracked(tracked) = state else {
             return false;
         };
-        let zero = || tracked.fingerprint == Fingerprint::new(self.backend.zero_hash(), 0);
-        tracked.indexed
-            && tracked.settled
-            && self.hint.unchanged(addr, tracked.history.age)
+        let zero = || tracked.fingerprint() == Fingerprint::new(self.backend.zero_hash(), 0);
+        tracked.is_indexed()
+            && tracked.is_settled()
+            && self.hint.unchanged(addr, tracked.history().age)
             && !self.cleared_ahead.contains(&addr)
             && !(self.policy.use_zero_pages && zero())
     }

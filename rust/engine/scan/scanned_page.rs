@@ -37,7 +37,7 @@ pub(super) struct ScannedPage {
     pub(super) domain: u32,
     /// The stable node that the index had for the fingerprint.
     pub(super) node: Option<NodeId>,
-    /// [`Tracked::settled`], as it was before this look.
+    /// [`Tracked::is_settled`], as it was before this look.
     pub(super) settled: bool,
     /// Its age, with this look counted.
     pub(super) age: u8,
@@ -63,9 +63,9 @@ impl ScannedPage {
     /// Remembers what is known of the page.
     pub(super) fn recall(&mut self, id: PageId, tracked: Tracked) {
         self.page = Some(id);
-        self.fingerprint = tracked.fingerprint;
-        self.settled = tracked.settled;
-        self.age = tracked.history.age;
+        self.fingerprint = tracked.fingerprint();
+        self.settled = tracked.is_settled();
+        self.age = tracked.history().age;
     }
 
     /// Reads what the batch knows of page `i`, whose last fingerprint and age are set, and

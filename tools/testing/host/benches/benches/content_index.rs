@@ -96,12 +96,12 @@ impl Engine {
 
     fn insert(&mut self, page: PageId, content: u64) {
         let fingerprint = fingerprint(content);
-        let state = PageState::Tracked(Tracked {
-            fingerprint,
-            history: History::default(),
-            settled: true,
-            indexed: true,
-        });
+        let state = PageState::Tracked(
+            Tracked::NEW
+                .with_fingerprint(fingerprint)
+                .with_settled(true)
+                .with_indexed(true),
+        );
         self.states.set(page, state);
         let entry = Entry::Candidate(page);
         self.index

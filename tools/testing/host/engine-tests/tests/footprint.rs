@@ -39,12 +39,13 @@ fn fill(pages: usize, step: usize, mut at: impl FnMut(usize, usize)) {
             .track(slot, i * step * PAGE_SIZE, GFP_KERNEL)
             .unwrap();
         let fingerprint = Fingerprint::new((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15), 0);
-        let state = PageState::Tracked(Tracked {
-            fingerprint,
-            history: History { age: 1, skips: 0 },
-            settled: true,
-            indexed: true,
-        });
+        let state = PageState::Tracked(
+            Tracked::NEW
+                .with_fingerprint(fingerprint)
+                .with_history(History { age: 1, skips: 0 })
+                .with_settled(true)
+                .with_indexed(true),
+        );
         states.set(page, state);
         index
             .insert(

@@ -241,12 +241,14 @@ fn within() -> impl Strategy<Value = Range<usize>> {
 fn state() -> impl Strategy<Value = PageState> {
     prop_oneof![
         3 => (any::<u64>(), 0..=MAX_AGE, 0..=MAX_AGE, any::<bool>(), any::<bool>()).prop_map(
-            |(bits, age, skips, settled, indexed)| PageState::Tracked(Tracked {
-                fingerprint: Fingerprint::from_bits(bits),
-                history: History { age, skips },
-                settled,
-                indexed,
-            })
+            |(bits, age, skips, settled, indexed)| {
+                let tracked = Tracked::NEW
+                    .with_fingerprint(Fingerprint::from_bits(bits))
+                    .with_history(History { age, skips })
+                    .with_settled(settled)
+                    .with_indexed(indexed);
+                PageState::Tracked(tracked)
+            }
         ),
         1 => any::<u32>().prop_map(|item| PageState::Merged(ItemId(item))),
     ]
@@ -387,14 +389,19 @@ fn states_survive_packing() {
         assert_eq!(states.get(page), Some(state));
         last = state;
     };
-    for fingerprint in [0, 1, (1 << 54) - 1].map(Fingerprint::from_bits) {
+    for fingerprint in [0, 1, (1 << Fingerprint::BITS) - 1].map(Fingerprint::from_bits) {
         for (age, skips, indexed) in [(0, 0, false), (MAX_AGE, 0, true), (0, MAX_AGE, false)] {
-            expect(PageState::Tracked(Tracked {
-                fingerprint,
-                history: History { age, skips },
-                settled: indexed,
-                indexed,
-            }));
+            let tracked = Tracked::NEW
+                .with_fingerprint(fingerprint)
+                .with_history(History { age, skips })
+                .with_settled(indexed)
+                .with_indexed(indexed);
+            let history = tracked.history();
+            assert_eq!(tracked.fingerprint(), fingerprint);
+            assert_eq!((history.age, history.skips), (age, skips));
+            assert_eq!(tracked.is_settled(), indexed);
+            assert_eq!(tracked.is_indexed(), indexed);
+            expect(PageState::Tracked(tracked));
         }
     }
     expect(PageState::Merged(ItemId(0)));
@@ -411,14 +418,7 @@ fn states_survive_packing() {
 fn ages_and_skips_stop_at_their_greatest() {
     let mut states = PageStates::new();
     let page = states.track(SLOT, 0, GFP_KERNEL).unwrap();
-    let old = |age, skips| {
-        PageState::Tracked(Tracked {
-            fingerprint: Fingerprint::NONE,
-            history: History { age, skips },
-            settled: false,
-            indexed: false,
-        })
-    };
+    let old = |age, skips| PageState::Tracked(Tracked::NEW.with_history(History { age, skips }));
     states.set(page, old(16, 255));
     assert_eq!(states.get(page), Some(old(MAX_AGE, MAX_AGE)));
 }
