@@ -20,7 +20,6 @@ use engine_tests::engine::{
         PageStates,
         Tracked, //
     },
-    smart_scan::History,
     types::{
         Fingerprint,
         PageId,
