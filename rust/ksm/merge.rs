@@ -145,6 +145,15 @@ impl Merge {
         }
     }
 
+    /// What a split of the page needs, as long as the batch alone holds the page.
+    fn split<'h, H: HugeFolioRefs>(&self, huge: &'h mut H) -> Split<'h, H> {
+        Split {
+            huge,
+            guards: 0,
+            use_zero_pages: self.use_zero_pages,
+        }
+    }
+
     /// Runs a merge that needs only the mmap lock of one mm, which is held.
     fn run_in(&mut self, vmas: &mut Vmas<'_>, huge: &mut impl HugeFolioRefs) {
         if self.outcome.is_some() {
@@ -153,11 +162,7 @@ impl Merge {
         let trace = self.trace;
         // SAFETY: By the invariant the page is referenced.
         let page = unsafe { PageRef::new(self.page) };
-        let mut split = Split {
-            huge,
-            guards: 0,
-            use_zero_pages: self.use_zero_pages,
-        };
+        let mut split = self.split(huge);
         match &self.prepared {
             Prepared::ZeroPage { mm, addr } => {
                 let target = PteReplacement::ZeroPage;
@@ -200,11 +205,7 @@ impl Merge {
         let trace = self.trace;
         // SAFETY: By the invariant the page is referenced.
         let page = unsafe { PageRef::new(self.page) };
-        let mut split = Split {
-            huge,
-            guards: 0,
-            use_zero_pages: self.use_zero_pages,
-        };
+        let mut split = self.split(huge);
         let Prepared::NewNode(new) = &mut self.prepared else {
             return;
         };

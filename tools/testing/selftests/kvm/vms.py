@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 
-KSM = "/sys/kernel/mm/ksm"
+from ksmfs import read, write
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
 
@@ -57,16 +58,6 @@ def result(held, text):
 
 def mib(pages):
     return pages * PAGE / MIB
-
-
-def read(name):
-    with open(f"{KSM}/{name}") as file:
-        return int(file.read().split()[0])
-
-
-def write(name, value):
-    with open(f"{KSM}/{name}", "w") as file:
-        file.write(f"{value}\n")
 
 
 def command_of(pid):

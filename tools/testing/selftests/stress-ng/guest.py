@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 
-KSM = "/sys/kernel/mm/ksm"
+from ksmfs import read, write
+
 NOBODY = 65534
 PR_SET_MEMORY_MERGE = 67
 
@@ -62,16 +63,6 @@ def result(held, text):
     tests += 1
     failures += not held
     say(f"{'ok' if held else 'not ok'} {tests} {text}")
-
-
-def read(name):
-    with open(f"{KSM}/{name}") as file:
-        return int(file.read().split()[0])
-
-
-def write(name, value):
-    with open(f"{KSM}/{name}", "w") as file:
-        file.write(f"{value}\n")
 
 
 class Monitor(threading.Thread):
