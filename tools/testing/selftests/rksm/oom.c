@@ -31,8 +31,10 @@
 #define STEP		128	/* pages that exist before they are merged */
 #define HOLDERS		4
 #define BALLAST		6144	/* pages */
-#define SPARSE		16384	/* pages */
+#define SPARSE		20480	/* pages */
 #define LEFT		512	/* KiB */
+#define CRUMBS		24
+#define CRUMB		16	/* pages */
 #define SYSLOG_ACTION_READ_ALL	3
 
 /* Fills pages with one content, a few at a time, so that all of them never exist at once */
@@ -168,11 +170,11 @@ static void with_limit(bool kill_meanwhile, bool writer_in_cgroup)
 /* What is killed when there is no memory left after all */
 static int ballast(void *arg)
 {
-	char *area = map_pages(BALLAST);
+	size_t pages = *(size_t *)arg;
+	char *area = map_pages(pages);
 
-	(void)arg;
 	write_file("/proc/self/oom_score_adj", "1000");
-	for (size_t i = 0; i < BALLAST; i++)
+	for (size_t i = 0; i < pages; i++)
 		fill_page(area + i * PAGE, unique_key());
 	child_step();
 	return KSFT_PASS;
@@ -201,7 +203,7 @@ static long meminfo(const char *field)
 static void without_memory(void)
 {
 	struct child child[HOLDERS], spare;
-	size_t pages;
+	size_t pages, kept = BALLAST;
 	bool ended, alive = true;
 	int how, dead = 0;
 
@@ -214,7 +216,7 @@ static void without_memory(void)
 		if (!child_wait_step(&child[c]))
 			die("a holder is gone");
 	}
-	spare = child_start(ballast, NULL);
+	spare = child_start(ballast, &kept);
 	if (!child_wait_step(&spare))
 		die("the ballast is gone");
 	ksft_print_msg("%d processes of %zu pages, %ld KiB available\n", HOLDERS, pages,
@@ -265,16 +267,20 @@ static int sparse(void *arg)
 	return ok ? KSFT_PASS : KSFT_FAIL;
 }
 
-/* Takes what memory there is, up to the reserves of the kernel */
+/* Takes what memory there is, until the OOM killer is called or soon will be */
 static int hog(void *arg)
 {
 	size_t pages = meminfo("MemTotal:") / 4;
+	long kills = vmstat("oom_kill");
 	char *area = map_pages(pages);
 
 	(void)arg;
 	write_file("/proc/self/oom_score_adj", "0");
-	for (size_t i = 0; i < pages && (i % 32 || meminfo("MemAvailable:") > LEFT); i++)
+	for (size_t i = 0; i < pages; i++) {
+		if (i % 8 == 0 && (meminfo("MemAvailable:") <= LEFT || vmstat("oom_kill") > kills))
+			break;
 		area[i * PAGE] = 1;
+	}
 	child_step();
 	return KSFT_PASS;
 }
@@ -295,8 +301,8 @@ static int called_by_scanner(void)
 
 static void bookkeeping(void)
 {
-	size_t pages = SPARSE;
-	struct child child, full;
+	size_t pages = SPARSE, crumb = CRUMB;
+	struct child child, full, crumbs[CRUMBS];
 	long refused;
 	int before = called_by_scanner(), called, status;
 
@@ -304,6 +310,11 @@ static void bookkeeping(void)
 	child = child_start(sparse, &pages);
 	if (!child_wait_step(&child))
 		die("the sparse process is gone");
+	/* Others than the scanner call the OOM killer: these go then, and leave little each */
+	for (int c = 0; c < CRUMBS; c++) {
+		crumbs[c] = child_start(ballast, &crumb);
+		child_wait_step(&crumbs[c]);
+	}
 	full = child_start(hog, NULL);
 	if (!child_wait_step(&full))
 		die("the hog is gone");
@@ -316,10 +327,13 @@ static void bookkeeping(void)
 	ksm_start();
 	ksm_scans(1);
 	refused = ksm_get("refused/no_memory") - refused;
+	/* Not before: what is needed to read the log would call the OOM killer, too */
+	status = child_end(&full);
+	for (int c = 0; c < CRUMBS; c++)
+		child_kill(&crumbs[c]);
 	called = called_by_scanner() - before;
 	ksft_print_msg("no memory for %ld pages, the OOM killer was called %d times\n", refused,
 		       called);
-	status = child_end(&full);
 	ksft_test_result(refused > 0 && !called && !status,
 			 "bookkeeping that finds no memory kills nobody\n");
 	ksm_scans(2);
