@@ -31,9 +31,9 @@
 #define STEP		128	/* pages that exist before they are merged */
 #define HOLDERS		4
 #define BALLAST		6144	/* pages */
-#define SPARSE		20480	/* pages */
+#define SPARSE		16384	/* pages */
 #define LEFT		512	/* KiB */
-#define CRUMBS		24
+#define CRUMBS		48
 #define CRUMB		16	/* pages */
 #define SYSLOG_ACTION_READ_ALL	3
 
