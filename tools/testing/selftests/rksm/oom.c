@@ -32,7 +32,7 @@
 #define HOLDERS		4
 #define BALLAST		6144	/* pages */
 #define SPARSE		16384	/* pages */
-#define LEFT		512	/* KiB */
+#define LEFT		128	/* KiB */
 #define CRUMBS		48
 #define CRUMB		16	/* pages */
 #define SYSLOG_ACTION_READ_ALL	3
@@ -271,7 +271,7 @@ static int sparse(void *arg)
 static int hog(void *arg)
 {
 	size_t pages = meminfo("MemTotal:") / 4;
-	long kills = vmstat("oom_kill");
+	long kills = vmstat("oom_kill") + CRUMBS / 3;
 	char *area = map_pages(pages);
 
 	(void)arg;
