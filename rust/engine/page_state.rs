@@ -82,7 +82,7 @@ pub enum PageState {
     Merged(ItemId),
 }
 
-const FINGERPRINT_MASK: u64 = (1 << Fingerprint::BITS) - 1;
+const FINGERPRINT_MASK: u64 = Fingerprint::from_bits(u64::MAX).to_bits();
 const AGE_SHIFT: u32 = Fingerprint::BITS;
 const SKIPS_SHIFT: u32 = AGE_SHIFT + 4;
 const HISTORY_MASK: u64 = 0xff << AGE_SHIFT;

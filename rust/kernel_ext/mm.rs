@@ -27,10 +27,10 @@ use kernel::{
     types::NotThreadSafe,
 };
 
-/// How often the mmap lock is tried before it is given up.
-const LOCK_TRIES: u32 = 5;
+/// How often the mmap lock is tried again before it is given up.
+const LOCK_RETRIES: u32 = 5;
 
-/// Microseconds between two tries.
+/// Microseconds before each of these tries.
 const LOCK_USECS: i64 = 50;
 
 /// An mm pinned by `mm_count`. A clone is another pin; dropping it is `mmdrop`.
@@ -73,21 +73,19 @@ impl PinnedMm {
         unsafe { raw::rksm_mm_users(self.as_ptr()) == 0 }
     }
 
-    /// Takes the mmap lock for reading, if it can be had within [`LOCK_TRIES`] tries: a process can
-    /// keep its lock for as long as it likes.
+    /// Takes the mmap lock for reading, if it can be had at once or within [`LOCK_RETRIES`] more
+    /// tries: a process can keep its lock for as long as it likes.
     ///
     /// # Context
     ///
-    /// May sleep, about [`LOCK_TRIES`] times [`LOCK_USECS`]. Takes the mmap lock.
+    /// May sleep, about [`LOCK_RETRIES`] times [`LOCK_USECS`]. Takes the mmap lock.
     pub(crate) fn mmap_read_lock_briefly(&self) -> Option<MmapReadGuard<'_>> {
-        for _ in 0..LOCK_TRIES {
-            let guard = self.mmap_read_trylock();
-            if guard.is_some() {
-                return guard;
+        (0..=LOCK_RETRIES).find_map(|retry| {
+            if retry > 0 {
+                fsleep(Delta::from_micros(LOCK_USECS));
             }
-            fsleep(Delta::from_micros(LOCK_USECS));
-        }
-        self.mmap_read_trylock()
+            self.mmap_read_trylock()
+        })
     }
 
     /// Takes the mmap lock for reading, unless a signal comes first.

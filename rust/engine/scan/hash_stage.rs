@@ -122,7 +122,7 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
         let known = page
             .page
             .and_then(|id| Some((id, metadata.states.get(id)?)));
-        let Some((id, PageState::Tracked(mut tracked))) = known else {
+        let Some((id, PageState::Tracked(tracked))) = known else {
             return false;
         };
         let now = page.fingerprint;
@@ -130,17 +130,14 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
         // The page may have changed before its contents have been at rest for a full scan; after
         // that, whoever changed it set no accessed bit, and may do so again.
         let at_rest = page.unaccessed && !tracked.is_settled();
+        // What was not read now had been read unaccessed, too.
+        let mut seen = tracked.with_settled(page.unaccessed);
         if changed {
             metadata.unindex(id, tracked);
-            tracked = tracked.with_fingerprint(now);
+            seen = seen.with_fingerprint(now);
         }
-        let settled = match page.rehashed {
-            true => page.unaccessed,
-            false => tracked.is_settled(),
-        };
-        if changed || settled != tracked.is_settled() {
-            let state = PageState::Tracked(tracked.with_settled(settled));
-            metadata.states.set(id, state);
+        if seen != tracked {
+            metadata.states.set(id, PageState::Tracked(seen));
         }
         if changed && !at_rest {
             return false;

@@ -37,8 +37,6 @@ pub(super) struct ScannedPage {
     pub(super) domain: u32,
     /// The stable node that the index had for the fingerprint.
     pub(super) node: Option<NodeId>,
-    /// [`Tracked::is_settled`], as it was before this look.
-    pub(super) settled: bool,
     /// Its age, with this look counted.
     pub(super) age: u8,
     /// The retiring node whose KSM page this is.
@@ -60,11 +58,14 @@ pub(super) struct ScannedPage {
 }
 
 impl ScannedPage {
-    /// Remembers what is known of the page.
+    /// Remembers what is known of the page. What is not settled has to be read again, and counts as
+    /// unknown.
     pub(super) fn recall(&mut self, id: PageId, tracked: Tracked) {
         self.page = Some(id);
-        self.fingerprint = tracked.fingerprint();
-        self.settled = tracked.is_settled();
+        self.fingerprint = match tracked.is_settled() {
+            true => tracked.fingerprint(),
+            false => Fingerprint::NONE,
+        };
         self.age = tracked.history().age;
     }
 
@@ -75,7 +76,7 @@ impl ScannedPage {
             ctx.hint.enabled() && !batch.accessed(i) && !ctx.cleared_ahead.contains(&self.addr);
         let known = self.fingerprint != Fingerprint::NONE;
         let unchanged = ctx.hint.unchanged(self.addr, self.age.saturating_sub(1));
-        self.rehashed = !(known && self.settled && self.unaccessed && unchanged);
+        self.rehashed = !(known && self.unaccessed && unchanged);
         if !ctx.policy.merge_across_nodes {
             self.domain = batch.nid(i);
         }

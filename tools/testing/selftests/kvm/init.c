@@ -162,6 +162,8 @@ int main(void)
 	status("ready");
 
 	for (;;) {
+		size_t end;
+
 		c = letter(state == 'i');
 		switch (c) {
 		case 's':
@@ -187,15 +189,14 @@ int main(void)
 		}
 		if (state == 'i')
 			continue;
-		for (int i = 0; i < STEP; i++) {
+		end = state == 'w' ? common : pages;
+		for (int i = 0; i < STEP && at < end; i++) {
 			if (state == 'w')
 				write_to(at++);
 			else
 				verify(at++);
-			if (at >= (state == 'w' ? common : pages))
-				break;
 		}
-		if (at < (state == 'w' ? common : pages))
+		if (at < end)
 			continue;
 		at = 0;
 		if (state == 'b')

@@ -75,6 +75,13 @@ static int writer(void *arg)
 	}
 }
 
+static void wait_for(struct child *children, int number)
+{
+	for (int i = 0; i < number; i++)
+		if (!child_wait_step(&children[i]))
+			die("a writer has ended");
+}
+
 static bool is(const char *file, long expected, const char *fill)
 {
 	long value = ksm_get(file);
@@ -110,9 +117,7 @@ static bool round_of(bool huge, size_t nr_steps)
 		children[i] = child_start(writer, &writers[i]);
 	}
 	for (size_t n = 0; n < nr_steps; n++) {
-		for (int i = 0; i < PROCESSES; i++)
-			if (!child_wait_step(&children[i]))
-				die("a writer has ended");
+		wait_for(children, PROCESSES);
 		ksm_scans(3);
 		ok &= exact(&steps[n]);
 		if (n + 1 == nr_steps)
@@ -162,9 +167,7 @@ static bool hot_rounds(void)
 		ksm_scans(2);
 		usleep(rnd_below(4096));
 		*hot = false;
-		for (int i = 0; i < HOT_WRITERS; i++)
-			if (!child_wait_step(&children[i]))
-				die("a writer has ended");
+		wait_for(children, HOT_WRITERS);
 		/* One more than above: a merge can be refused once */
 		ksm_scans(4);
 		ok &= is("pages_shared", HOT_PAGES, "hot");
