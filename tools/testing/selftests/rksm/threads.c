@@ -56,21 +56,32 @@ static bool intact(void)
 	return true;
 }
 
-/*
- * How many pages one full scan counts: each batch is one, as the scanner sleeps until
- * sleep_millisecs changes
- */
+/* Has the scanner, which sleeps, scan the memory once, and waits until it sleeps again */
+static long scan_once(void)
+{
+	static long msecs = 3600000;
+	long before = ksm_get("full_scans");
+
+	/* A new value that comes before the sleep has begun ends none */
+	do {
+		ksm_set("sleep_millisecs", ++msecs);
+		sleep(1);
+	} while (ksm_get("full_scans") == before);
+	return ksm_standing();
+}
+
+/* How many pages one full scan counts, which is one batch here */
 static long scan_count(void)
 {
-	long scanned;
+	long scans, scanned;
 
 	ksm_set("run", 0);
 	ksm_set("pages_to_scan", 1 << 30);
-	ksm_set("sleep_millisecs", 3600000);
 	ksm_set("run", 1);
-	scanned = ksm_standing();
-	ksm_set("sleep_millisecs", 3600001);
-	return ksm_standing() - scanned;
+	scanned = scan_once();
+	scans = ksm_get("full_scans");
+	scanned = scan_once() - scanned;
+	return scanned / (ksm_get("full_scans") - scans);
 }
 
 static void merges_with(unsigned int threads)
