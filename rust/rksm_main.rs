@@ -28,7 +28,10 @@ use engine::sysfs::{
         self,
         Attribute, //
     },
-    knobs::Knobs, //
+    knobs::{
+        Knobs,
+        RunState, //
+    },
 };
 use kernel_ext::{
     kthread::{
@@ -51,7 +54,10 @@ use service::{
     },
     Ksm, //
 };
-use takeover::Takeover;
+use takeover::{
+    inventory::Unfit,
+    Takeover, //
+};
 
 module! {
     type: Rksm,
@@ -80,6 +86,10 @@ module! {
             default: -1,
             description: "scan_threads: threads that share the scanning, 1 (default) to the number of CPUs",
         },
+        adopt: bool {
+            default: true,
+            description: "adopt: take over what the built-in has merged, 1 (default); 0 unmerges it",
+        },
         check: bool {
             default: false,
             description: "check: test all invariants after each full scan, which takes long (default 0)",
@@ -89,6 +99,8 @@ module! {
 
 /// The loaded module: what has been set up, to be undone in the reverse order.
 struct Rksm {
+    /// KSM is ours. Until then the built-in keeps its `run`.
+    in_charge: bool,
     files: Option<OwnFiles>,
     thread: Option<Kthread>,
     notifier: Option<Pin<KBox<MemoryNotifier<Ksm>>>>,
@@ -104,19 +116,50 @@ impl kernel::Module for Rksm {
         let layouts = takeover::btf::check_layouts(symbols)?;
         let ours = builtin().map(|file| (file.name, file));
         let takeover = Takeover::new(symbols, layouts, ours)?;
-        let rksm = Self::start(symbols, takeover)
-            .inspect_err(|error| pr_err!("cannot load: {error:?}; the built-in KSM goes on\n"))?;
+        let rksm = Self::start(symbols, takeover).map_err(Failure::into_error)?;
         pr_info!("KSM of the kernel taken over; rmmod rksm hands it back\n");
         Ok(rksm)
     }
 }
 
+/// Why the module does not load.
+enum Failure {
+    /// The log has a line on it already.
+    Logged(Error),
+    Unlogged(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Unlogged(error)
+    }
+}
+
+impl Failure {
+    /// Returns the error, of which the log has one line.
+    fn into_error(self) -> Error {
+        match self {
+            Self::Logged(error) => error,
+            Self::Unlogged(error) => {
+                pr_err!("cannot load: {error:?}; the built-in KSM goes on\n");
+                error
+            }
+        }
+    }
+}
+
 impl Rksm {
-    fn start(symbols: Symbols, takeover: Takeover<&'static Attribute, Ksm>) -> Result<Self> {
-        let knobs = initial_knobs(&takeover)?;
+    fn start(
+        symbols: Symbols,
+        takeover: Takeover<&'static Attribute, Ksm>,
+    ) -> Result<Self, Failure> {
+        let mut knobs = initial_knobs(&takeover)?;
+        // `rksmd` does not scan before all that the built-in has merged is ours, or unmerged.
+        let run = core::mem::replace(&mut knobs.run, RunState::Stop);
         // SAFETY: The engine, which keeps the contract, is given it, and nobody else. There is a
-        // `Takeover`: the layouts have been checked, and the built-in has been drained.
-        let nodes = unsafe { StableNodes::new(Trace::new(symbols)) }?;
+        // `Takeover`: the layouts have been checked, and the built-in is stopped. What it has
+        // merged is taken over, or unmerged, before anything else uses them.
+        let nodes = unsafe { StableNodes::new(symbols, Trace::new(symbols)) }?;
         let ksm = Ksm::new(
             symbols,
             takeover.builtin(),
@@ -126,6 +169,7 @@ impl Rksm {
         )?;
         // From here on dropping it undoes whatever has been done.
         let mut rksm = Self {
+            in_charge: false,
             files: None,
             thread: None,
             notifier: None,
@@ -144,22 +188,16 @@ impl Rksm {
         })?;
         rksm.thread = Some(thread);
         rksm.files = Some(OwnFiles::create(symbols, &ksm)?);
+        rksm.take_pages(run)?;
+        ksm.set_run(run);
+        rksm.in_charge = true;
         rksm.takeover.open(ksm);
         Ok(rksm)
     }
-}
 
-impl Drop for Rksm {
-    fn drop(&mut self) {
-        self.files = None;
-        self.takeover.close();
-        kernel_ext::race_window::sleep();
-        let ran = self.thread.take().is_some();
-        kernel_ext::race_window::sleep();
-        self.notifier = None;
-        self.probes = None;
-        kernel_ext::race_window::sleep();
-        self.ksm.shut_down();
+    /// Hands everything back to the built-in.
+    fn hand_over(&self) {
+        // First: the built-in changes some of them only while it has nothing merged.
         match self
             .ksm
             .hand_back(|name, text| self.takeover.builtin_store(name, text))
@@ -169,14 +207,65 @@ impl Drop for Rksm {
                 pr_warn!("not all files of the built-in KSM got their values back: {error:?}\n")
             }
         }
-        if ran {
+        kernel_ext::race_window::sleep();
+        self.ksm.hand_over();
+    }
+
+    /// Takes over what the built-in has merged, or has it unmerge that: with `adopt=0`, where `run`
+    /// is to be 2 anyway, and where the inventory does not know what it finds.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` or `EINTR` if taking over failed, with nothing changed; those of
+    /// [`Takeover::drain`].
+    fn take_pages(&self, run: RunState) -> Result<(), Failure> {
+        if module_parameters::adopt.value() && run != RunState::Unmerge {
+            match self.ksm.adopt() {
+                Ok(()) => return Ok(()),
+                Err(Unfit::NoMemory) => return Err(ENOMEM.into()),
+                Err(Unfit::Interrupted) => return Err(EINTR.into()),
+                Err(Unfit::Unknown(_)) if self.takeover.builtin().is_drained() => {}
+                Err(Unfit::Unknown(what)) => {
+                    pr_err!(
+                        "cannot load: the built-in's merged pages cannot be taken over ({what}); see adopt=0\n"
+                    );
+                    return Err(Failure::Logged(EINVAL));
+                }
+            }
+        }
+        self.takeover.drain().map_err(Failure::Logged)?;
+        self.ksm.follow();
+        Ok(())
+    }
+}
+
+impl Drop for Rksm {
+    fn drop(&mut self) {
+        self.files = None;
+        self.takeover.close();
+        kernel_ext::race_window::sleep();
+        self.thread = None;
+        kernel_ext::race_window::sleep();
+        self.probes = None;
+        if self.in_charge {
+            self.hand_over();
+        } else {
+            self.ksm.forget_mms();
+        }
+        kernel_ext::race_window::sleep();
+        self.notifier = None;
+        if self.in_charge {
             pr_info!("KSM handed back to the kernel\n");
         }
     }
 }
 
 /// The built-in's knob values, overridden by the module's parameters.
-fn initial_knobs(takeover: &Takeover<&'static Attribute, Ksm>) -> Result<Knobs> {
+fn initial_knobs(takeover: &Takeover<&'static Attribute, Ksm>) -> Result<Knobs, Failure> {
     let mut knobs = Knobs::new();
     for file in builtin().filter(|file| file.store.is_some()) {
         file.take_over(&mut knobs, &takeover.builtin_show(file.name)?)?;
@@ -200,8 +289,9 @@ fn initial_knobs(takeover: &Takeover<&'static Attribute, Ksm>) -> Result<Knobs> 
         if value != -1 {
             let name = file.name;
             file.set_at_load(&mut knobs, value, online_cpus())
-                .inspect_err(|_| {
+                .map_err(|error| {
                     pr_err!("cannot load: {name}={value} is no value for {name}\n");
+                    Failure::Logged(error)
                 })?;
         }
     }

@@ -139,8 +139,6 @@ pub struct Released {
     pub remaining: u32,
     /// The node's page is unmapped or gone: the caller has to call [`StableNodes::remove`].
     pub due: bool,
-    /// Another item of the node has got the id of the released one: the page of that item.
-    pub moved: Option<(PageId, ItemId)>,
 }
 
 /// A page by its address, with the id under which the engine tracks it.
@@ -484,7 +482,8 @@ pub trait StableNodes {
 ///   different contents.
 /// - [`StableNodes::forget`] is called for nodes whose page frames have gone offline, and
 ///   no function that looks at page frames between their going offline and that.
-/// - Numbers of items and nodes are those that these functions have given out.
+/// - Numbers of items and nodes are those that these functions have given out. An item is not used
+///   once it has been released, or its node has been freed.
 pub trait Backend: StableNodes + Sync {
     /// A pinned mm (`mmgrab`).
     type Mm: MmPin + Send + Sync;

@@ -161,6 +161,24 @@ pub trait MmList {
         }
     }
 
+    /// Visits the mm with `key`, if it is registered, wherever the cursor is. `visit` returns
+    /// whether the engine has page state for the mm now.
+    ///
+    /// # Context
+    ///
+    /// As [`MmList::visit`].
+    fn visit_key(&self, key: usize, visit: impl FnOnce(&Claim<Self::Mm>) -> bool) -> Step {
+        let Some(claim) = self.locked(|registry| registry.claim_key(key)) else {
+            return Step::Idle;
+        };
+        let tracked = visit(&claim);
+        // What is dropped here has the claim's pin.
+        let released = self.locked(|registry| registry.release(claim, tracked));
+        Step::Visited {
+            reap: released.reap,
+        }
+    }
+
     /// Visits every mm with `unmerge`, also those that enter meanwhile, until one visit fails.
     ///
     /// Ends a full scan that is in progress.

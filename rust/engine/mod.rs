@@ -15,7 +15,7 @@
 //! | files | what they are about |
 //! |---|---|
 //! | [`types`] | handles, fingerprint, reasons for refusing: data that all others share |
-//! | `container` | a vector in pages of memory, and what allocations cost |
+//! | [`container`] | a vector in pages of memory, values by numbers, what allocations cost |
 //! | [`policy`], [`smart_scan`], [`accessed`] | when a page is merged, skipped, or read again |
 //! | [`pace`] | how long the scanner works before it lets others in |
 //! | [`content_hash`], [`stats`] | the hash of a page's contents; what is counted |
@@ -61,7 +61,7 @@
 
 pub mod accessed;
 pub mod backend;
-mod container;
+pub mod container;
 pub mod content_hash;
 pub mod index;
 pub mod metadata;

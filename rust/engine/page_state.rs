@@ -26,9 +26,9 @@
 //! let (mut states, mm) = (PageStates::new(), SlotId(0));
 //! let page = states.track(mm, 0x7f00_0000_1000, GFP_KERNEL)?;
 //! assert_eq!(states.get(page), Some(PageState::NEW));
-//! states.set(page, PageState::Merged(ItemId(3)));
-//! assert_eq!(states.at(mm, 0x7f00_0000_1000), Some((page, PageState::Merged(ItemId(3)))));
-//! assert_eq!(states.untrack(page), Some(PageState::Merged(ItemId(3))));
+//! states.set(page, PageState::Merged(ItemId::new(3)));
+//! assert_eq!(states.at(mm, 0x7f00_0000_1000), Some((page, PageState::Merged(ItemId::new(3)))));
+//! assert_eq!(states.untrack(page), Some(PageState::Merged(ItemId::new(3))));
 //! assert_eq!(states.tracked_total(), 0);
 //! # Ok::<(), Error>(())
 //! ```
@@ -90,7 +90,7 @@ const SETTLED: u64 = 1 << (SKIPS_SHIFT + 4);
 const INDEXED: u64 = SETTLED << 1;
 const MERGED: u64 = 1 << 63;
 
-static_assert!(INDEXED < MERGED);
+static_assert!(INDEXED < MERGED && MERGED == 1 << ItemId::BITS);
 
 impl PageState {
     /// State of a page that was never looked at.
@@ -100,7 +100,7 @@ impl PageState {
     fn to_bits(self) -> u64 {
         match self {
             Self::Tracked(Tracked(bits)) => bits,
-            Self::Merged(item) => MERGED | u64::from(item.0),
+            Self::Merged(item) => MERGED | item.get(),
         }
     }
 
@@ -108,7 +108,7 @@ impl PageState {
     fn from_bits(bits: u64) -> Self {
         match bits & MERGED {
             0 => Self::Tracked(Tracked(bits)),
-            _ => Self::Merged(ItemId(bits as u32)),
+            _ => Self::Merged(ItemId::new(bits)),
         }
     }
 }

@@ -553,6 +553,20 @@ impl<M: MmPin> Registry<M> {
         })
     }
 
+    /// Claims the mm with `key`, wherever the cursor is.
+    pub fn claim_key(&mut self, key: usize) -> Option<Claim<M>> {
+        let id = self.find(key)?;
+        let slot = self.slot_mut(id)?;
+        let mm = slot.mm.as_ref().map(M::clone_pin)?;
+        slot.claims += 1;
+        // INVARIANT: The claim is counted, and pins the slot's mm.
+        Some(Claim {
+            id: SlotId(id),
+            mm,
+            address: 0,
+        })
+    }
+
     /// Moves the cursor within the claimed mm. Has no effect if the mm has left.
     pub fn move_to(&mut self, claim: &Claim<M>, address: usize) {
         if self.cursor == claim.id.0 {

@@ -46,6 +46,17 @@ bool rksm_pages_identical(struct page *a, struct page *b)
 	return same;
 }
 
+int rksm_memcmp_pages(struct page *a, struct page *b)
+{
+	void *addr_a = kmap_local_page(a);
+	void *addr_b = kmap_local_page(b);
+	int order = memcmp(addr_a, addr_b, PAGE_SIZE);
+
+	kunmap_local(addr_b);
+	kunmap_local(addr_a);
+	return order;
+}
+
 bool rksm_page_is_zero(struct page *page)
 {
 	void *addr = kmap_local_page(page);

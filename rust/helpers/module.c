@@ -6,13 +6,3 @@
 #ifdef RKSM_VERSION
 MODULE_VERSION(RKSM_VERSION);
 #endif
-
-bool rksm_this_module_get(void)
-{
-	return try_module_get(THIS_MODULE);
-}
-
-void rksm_this_module_put(void)
-{
-	module_put(THIS_MODULE);
-}

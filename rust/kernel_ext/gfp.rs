@@ -21,12 +21,18 @@ const fn flags(mask: u32) -> Flags {
     unsafe { core::mem::transmute::<u32, Flags>(mask) }
 }
 
-// The one value that the kernel crate names, too, is the same.
-const _: () = {
+/// Returns the mask of `__GFP_` bits that flags are made of.
+///
+/// # Context
+///
+/// Any.
+pub(crate) const fn mask(flags: Flags) -> u32 {
     // SAFETY: `Flags` has one field, a `u32`, and is as large as that.
-    let mask = unsafe { core::mem::transmute::<Flags, u32>(GFP_KERNEL) };
-    assert!(mask == raw::RKSM_GFP_KERNEL);
-};
+    unsafe { core::mem::transmute::<Flags, u32>(flags) }
+}
+
+// The one value that the kernel crate names, too, is the same.
+const _: () = assert!(mask(GFP_KERNEL) == raw::RKSM_GFP_KERNEL);
 
 /// For page states, the index, rmap items, slots of mms and buffers, as `alloc_rmap_item()`: may
 /// sleep, and never calls the OOM killer.

@@ -4,14 +4,15 @@
 
 pub(crate) mod folio;
 pub(crate) mod gfp;
+pub(crate) mod ksm_objects;
 pub(crate) mod kthread;
 pub(crate) mod memory_notifier;
 pub(crate) mod mm;
-pub(crate) mod module_ref;
 pub(crate) mod mutex;
 pub(crate) mod oom;
 pub(crate) mod pte;
 pub(crate) mod race_window;
+pub(crate) mod slab;
 pub(crate) mod symbols;
 pub(crate) mod sysfs;
 pub(crate) mod tracepoint;

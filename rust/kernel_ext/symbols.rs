@@ -7,7 +7,13 @@
 //! able to show a [`Symbols`].
 
 use crate::bindings::raw;
-use core::ptr;
+use core::{
+    mem::offset_of,
+    ptr::{
+        self,
+        NonNull, //
+    }, //
+};
 use kernel::{fmt, prelude::*};
 
 /// Proof that every symbol of the list is resolved.
@@ -151,10 +157,111 @@ impl Symbols {
         ptr::null_mut()
     }
 
+    /// `stable_node_cache`, made at boot: the slab cache of `struct ksm_stable_node`.
+    pub(crate) fn stable_node_cache(self) -> *mut raw::kmem_cache {
+        // SAFETY: By the type invariant the pointer is resolved; set once at boot.
+        unsafe { ptr::read(raw::rksm_data_stable_node_cache()) }
+    }
+
+    /// `rmap_item_cache`, made at boot: the slab cache of `struct ksm_rmap_item`.
+    pub(crate) fn rmap_item_cache(self) -> *mut raw::kmem_cache {
+        // SAFETY: By the type invariant the pointer is resolved; set once at boot.
+        unsafe { ptr::read(raw::rksm_data_rmap_item_cache()) }
+    }
+
     /// `ksm_pages_shared`, protected by [`Self::ksm_thread_mutex`].
     pub(crate) fn ksm_pages_shared(self) -> *mut c_ulong {
         // SAFETY: Only reads a pointer that is resolved.
         unsafe { raw::rksm_data_ksm_pages_shared() }
+    }
+
+    /// `ksm_pages_sharing`, protected by [`Self::ksm_thread_mutex`].
+    pub(crate) fn ksm_pages_sharing(self) -> *mut c_ulong {
+        // SAFETY: Only reads a pointer that is resolved.
+        unsafe { raw::rksm_data_ksm_pages_sharing() }
+    }
+
+    /// `ksm_pages_scanned`, protected by [`Self::ksm_thread_mutex`].
+    pub(crate) fn ksm_pages_scanned(self) -> *mut c_ulong {
+        // SAFETY: Only reads a pointer that is resolved.
+        unsafe { raw::rksm_data_ksm_pages_scanned() }
+    }
+
+    /// `ksm_pages_skipped`, protected by [`Self::ksm_thread_mutex`].
+    pub(crate) fn ksm_pages_skipped(self) -> *mut c_ulong {
+        // SAFETY: Only reads a pointer that is resolved.
+        unsafe { raw::rksm_data_ksm_pages_skipped() }
+    }
+
+    /// `ksm_pages_unshared`, protected by [`Self::ksm_thread_mutex`].
+    pub(crate) fn ksm_pages_unshared(self) -> *mut c_ulong {
+        // SAFETY: Only reads a pointer that is resolved.
+        unsafe { raw::rksm_data_ksm_pages_unshared() }
+    }
+
+    /// `ksm_stable_node_chains`, protected by [`Self::ksm_thread_mutex`].
+    pub(crate) fn ksm_stable_node_chains(self) -> *mut c_ulong {
+        // SAFETY: Only reads a pointer that is resolved.
+        unsafe { raw::rksm_data_ksm_stable_node_chains() }
+    }
+
+    /// `ksm_stable_node_dups`, protected by [`Self::ksm_thread_mutex`].
+    pub(crate) fn ksm_stable_node_dups(self) -> *mut c_ulong {
+        // SAFETY: Only reads a pointer that is resolved.
+        unsafe { raw::rksm_data_ksm_stable_node_dups() }
+    }
+
+    /// `root_unstable_tree`, protected by [`Self::ksm_thread_mutex`]: a pointer to
+    /// [`Self::ksm_nr_node_ids`] roots.
+    pub(crate) fn root_unstable_tree(self) -> *mut *mut raw::rb_root {
+        // SAFETY: Only reads a pointer that is resolved.
+        unsafe { raw::rksm_data_root_unstable_tree() }
+    }
+
+    /// `ksm_scan`, where the built-in's scanner stands. `None` where the compiler has not kept it
+    /// whole.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    fn ksm_scan(self) -> Option<NonNull<raw::layout::ksm_scan>> {
+        self.find(c"ksm_scan")
+    }
+
+    /// The first member of `ksm_scan`, the current slot. Clang makes an object of its own of each
+    /// member. `None` where the kernel has neither.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn ksm_scan_mm_slot(self) -> Option<NonNull<*mut raw::layout::ksm_mm_slot>> {
+        let whole = self.ksm_scan().map(NonNull::cast);
+        whole.or_else(|| self.find(c"ksm_scan.0"))
+    }
+
+    /// The last member of `ksm_scan`, the number of full scans; as [`Self::ksm_scan_mm_slot`].
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn ksm_scan_seqnr(self) -> Option<NonNull<c_ulong>> {
+        match self.ksm_scan() {
+            Some(scan) => {
+                let offset = offset_of!(raw::layout::ksm_scan, seqnr);
+                NonNull::new(scan.as_ptr().wrapping_byte_add(offset).cast())
+            }
+            None => self.find(c"ksm_scan.3"),
+        }
+    }
+
+    /// Finds an object that not every kernel has.
+    fn find<T>(self, name: &CStr) -> Option<NonNull<T>> {
+        // SAFETY: `resolve` has set the function that looks symbols up.
+        let found = unsafe { matches(name) };
+        match found.count {
+            1 => NonNull::new(found.address as *mut T),
+            _ => None,
+        }
     }
 
     /// `ksm_rmap_items`, protected by [`Self::ksm_thread_mutex`].

@@ -238,7 +238,7 @@ impl Backend for StableNodes {
                         return Err(Refused::Page(refusal));
                     }
                 };
-                // INVARIANT: They have just been put into their arenas.
+                // INVARIANT: They have just been allocated.
                 Prepared::NewNode(NewNode {
                     node,
                     first,

@@ -79,7 +79,7 @@ pub(super) fn in_vma<R>(
 ///
 /// # Invariants
 ///
-/// - There is a reference to the folio of `page`, and items and node are in their arenas: the
+/// - There is a reference to the folio of `page`, and items and node have not been freed: the
 ///   contract of [`Backend`](backend::Backend) has the merge finished before they go.
 /// - Without an `outcome` no item has been linked, and no folio names a new node. With a good one
 ///   all items are on the node; else none is, but for the first one of a new node if that is
@@ -175,7 +175,7 @@ impl Merge {
             }
             Prepared::Join { node, kfolio, item } => {
                 let merged = MergedPage {
-                    // SAFETY: By the invariant the node is in its arena.
+                    // SAFETY: By the invariant the node has not been freed.
                     node: unsafe { NodeRef::new(*node) },
                     kfolio,
                 };
@@ -273,7 +273,7 @@ impl backend::Merge for Merge {
 ///
 /// # Invariants
 ///
-/// Items and node are in their arenas.
+/// Items and node have not been freed.
 pub(super) struct NewNode {
     pub(super) node: NonNull<StableNode>,
     pub(super) first: UnlinkedItem,
@@ -364,15 +364,15 @@ unsafe fn share_with(
     let target = PteReplacement::KsmPage(kfolio);
     replace_pte::share(place, item.addr(), page, &target, split)?;
     race_window::sleep();
-    // SAFETY: The node's folio is locked, and names it. The engine gets the item, or what has come
-    // to its place, back from the node alone.
+    // SAFETY: The node's folio is locked, and names it. The engine frees the item only after it has
+    // left the node.
     unsafe { item.link(node, Some(&lock)) };
     Ok(())
 }
 
 impl NewNode {
     pub(super) fn node(&self) -> NodeRef<'_> {
-        // SAFETY: By the invariant the node is in its arena.
+        // SAFETY: By the invariant the node has not been freed.
         unsafe { NodeRef::new(self.node) }
     }
 
@@ -479,8 +479,8 @@ impl NewNode {
             let target = PteReplacement::InPlace(node);
             let place = MappedVma { live, vma };
             replace_pte::share(place, addr, page, &target, split).inspect_err(|_| {
-                // SAFETY: No folio names the node.
-                let _ = unsafe { node.pop() };
+                // SAFETY: The item is on the node, which no folio names.
+                unsafe { node.unlink(self.first.as_non_null()) };
             })
         })?;
         self.converted = true;
@@ -527,7 +527,7 @@ fn trace_merge(
 ) {
     let pfn = kpage.unwrap_or(page).pfn();
     let kpage = kpage.map_or(0, |kpage| kpage.as_ptr() as usize);
-    let (mm, item) = (item.mm().as_mm(), item.address());
+    let (mm, item) = (item.mm().as_mm(), item.as_non_null().as_ptr() as usize);
     let item = result.map_or(0, |()| item);
     trace.merge_with_ksm_page(kpage, pfn, item, mm, outcome(result));
 }

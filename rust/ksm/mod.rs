@@ -2,10 +2,10 @@
 
 //! Merged pages: what the kernel does for KSM when the engine has decided.
 
-mod arena;
 pub(crate) mod backend;
 pub(crate) mod batch;
 mod collect;
+mod handover;
 mod merge;
 mod node;
 mod page;

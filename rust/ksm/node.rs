@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Stable nodes and rmap items: merged pages as the core of mm knows them.
+//! Stable nodes and rmap items: merged pages as the core of mm and the built-in KSM know them.
 //!
 //! A merged folio's `mapping` is a pointer to its stable node, marked `FOLIO_MAPPING_KSM`;
 //! `rmap_walk_ksm`, `folio_migrate_ksm` and `collect_procs_ksm` follow it to the node's `hlist` of
-//! rmap items. Both structs have the fields that these functions use where the built-in KSM has
-//! them; [`crate::takeover::btf`] compares the layouts with the running kernel's. The other fields
-//! are rksm's own. What lies before the first and after the last shared field is left out: a
-//! pointer that the core has to either struct points to where the whole struct would begin.
+//! rmap items. Both are the built-in's own objects, from its own slab caches: its merged pages are
+//! taken over by taking over the objects, and handed back by leaving them where they are. What
+//! these functions use is where the built-in has it, and means what it means there.
+//! [`crate::takeover::btf`] compares the layouts with the running kernel's.
 //!
-//! The core uses only `next` of an `hlist_node`. So the list is singly linked here, and an item is
-//! removed by moving the first item of the list to its place.
+//! Of the rest, the bytes by which the built-in's scanner finds an object are rksm's own while it
+//! is in charge: the links of a node in a tree or list, and the link of an item in the list of its
+//! mm. [`super::handover`] sets them on the way back.
 //!
 //! A node holds no reference to its page, so the page can be freed at any time.
 //! [`super::stable_nodes::StableNodes::get_folio`] checks whether the page is still the node's.
@@ -41,7 +42,6 @@ use crate::{
             PinnedMm, //
         }, //
     },
-    ksm::arena::ObjectArena, //
 };
 use core::{
     marker::PhantomData,
@@ -57,17 +57,15 @@ use kernel::{
     }, //
 };
 
-/// A merged page: `struct ksm_stable_node` from [`NODE_SKIP`] on.
-///
-/// The built-in keeps its tree links in the bytes before `hlist`; only its own scanner reads them.
+/// A merged page: `struct ksm_stable_node`.
 #[repr(C)]
 pub(super) struct StableNode {
-    /// Fingerprint, [`HEAD`] and [`RETIRING`].
+    /// Fingerprint, [`HEAD`] and [`RETIRING`]. From here to `id` the built-in has its links.
     pub(super) content: u64,
     pub(super) next: NodeId,
     pub(super) prev: NodeId,
     pub(super) id: NodeId,
-    pub(super) _unused: u32,
+    pub(super) _unused: [u32; 5],
     pub(super) hlist: raw::hlist_head,
     /// Changed by `folio_migrate_ksm`, under the folio's lock.
     pub(super) kpfn: c_ulong,
@@ -76,84 +74,73 @@ pub(super) struct StableNode {
     pub(super) nid: c_int,
 }
 
-/// Where a [`StableNode`] begins in a `struct ksm_stable_node`.
-const NODE_SKIP: usize = 16;
-
 /// The node is the head of its chain.
 pub(super) const HEAD: u64 = 1 << 63;
 
 /// The node's mappings move to another node of the chain.
 pub(super) const RETIRING: u64 = 1 << 62;
 
-/// A mapping of a merged page: `struct ksm_rmap_item` from its second word to `hlist.next`.
-///
-/// The numbers of the node and of the range that tracks the page take the place of `head`, by which
-/// the built-in finds the node.
+/// `STABLE_FLAG` of `mm/ksm.c`: in the address of an item that is on a node.
+pub(super) const STABLE_FLAG: usize = 0x200;
+
+/// A mapping of a merged page: `struct ksm_rmap_item`.
 #[repr(C)]
 pub(super) struct RmapItem {
+    /// The range that tracks the page, whose place in it follows from the address. The built-in has
+    /// its link to the mm's next item here.
+    pub(super) range: RangeId,
+    pub(super) _unused: u32,
     /// Owns a reference, taken under the mmap lock before the item could be found; `None` before.
     pub(super) anon_vma: Option<NonNull<raw::anon_vma>>,
     pub(super) mm: PinnedMm,
+    /// The address of the page, and [`STABLE_FLAG`].
     pub(super) address: c_ulong,
     pub(super) linear_page_index: c_ulong,
-    pub(super) node: NodeId,
-    /// The range that tracks the page, whose place in it follows from the address.
-    pub(super) range: RangeId,
-    /// Where the next item has its own `next`.
-    pub(super) next: *mut raw::hlist_node,
+    /// The node that the item is on; `None` before.
+    pub(super) head: Option<NonNull<StableNode>>,
+    pub(super) hlist: raw::hlist_node,
 }
 
 const _: () = {
     use core::mem::offset_of;
     use raw::layout;
-    /// Where an [`RmapItem`] begins in a `struct ksm_rmap_item`.
-    const ITEM_SKIP: usize = 8;
-    assert!(size_of::<StableNode>() == 48 && size_of::<RmapItem>() == 48);
+    assert!(size_of::<StableNode>() == size_of::<layout::ksm_stable_node>());
+    assert!(size_of::<RmapItem>() == size_of::<layout::ksm_rmap_item>());
     assert!(Fingerprint::BITS < RETIRING.trailing_zeros());
+    assert!(offset_of!(StableNode, hlist) == offset_of!(layout::ksm_stable_node, hlist));
+    assert!(offset_of!(StableNode, kpfn) == offset_of!(layout::ksm_stable_node, __bindgen_anon_2));
     assert!(
-        NODE_SKIP + offset_of!(StableNode, hlist) == offset_of!(layout::ksm_stable_node, hlist)
-    );
-    assert!(
-        NODE_SKIP + offset_of!(StableNode, kpfn)
-            == offset_of!(layout::ksm_stable_node, __bindgen_anon_2)
-    );
-    assert!(
-        NODE_SKIP + offset_of!(StableNode, rmap_hlist_len)
+        offset_of!(StableNode, rmap_hlist_len)
             == offset_of!(layout::ksm_stable_node, rmap_hlist_len)
     );
+    assert!(offset_of!(RmapItem, range) == offset_of!(layout::ksm_rmap_item, rmap_list));
+    assert!(offset_of!(RmapItem, anon_vma) == offset_of!(layout::ksm_rmap_item, __bindgen_anon_1));
+    assert!(offset_of!(RmapItem, mm) == offset_of!(layout::ksm_rmap_item, mm));
+    assert!(offset_of!(RmapItem, address) == offset_of!(layout::ksm_rmap_item, address));
     assert!(
-        ITEM_SKIP + offset_of!(RmapItem, anon_vma)
-            == offset_of!(layout::ksm_rmap_item, __bindgen_anon_1)
-    );
-    assert!(ITEM_SKIP + offset_of!(RmapItem, mm) == offset_of!(layout::ksm_rmap_item, mm));
-    assert!(
-        ITEM_SKIP + offset_of!(RmapItem, address) == offset_of!(layout::ksm_rmap_item, address)
-    );
-    assert!(
-        ITEM_SKIP + offset_of!(RmapItem, linear_page_index)
+        offset_of!(RmapItem, linear_page_index)
             == offset_of!(layout::ksm_rmap_item, __bindgen_anon_2)
     );
+    assert!(offset_of!(RmapItem, head) == offset_of!(layout::ksm_rmap_item, __bindgen_anon_3));
     // In the last union, after `head`.
-    assert!(
-        ITEM_SKIP + offset_of!(RmapItem, next)
-            == offset_of!(layout::ksm_rmap_item, __bindgen_anon_3) + 8
-    );
+    assert!(offset_of!(RmapItem, hlist) == offset_of!(RmapItem, head) + 8);
+    // An item's number is its address without the highest bit, which every kernel address has.
+    assert!(usize::BITS == ItemId::BITS + 1);
 };
 
 impl StableNode {
     /// Returns where a `mapping` word says that a node is.
     pub(super) fn of_mapping(mapping: FolioMapping) -> Option<NonNull<Self>> {
-        let base = mapping.stable_node().filter(|base| *base != 0)?;
-        NonNull::new((base + NODE_SKIP) as *mut Self)
+        NonNull::new(mapping.stable_node()? as *mut Self)
     }
 }
 
-/// A stable node in its arena. Others may hold pointers to it, so it is accessed by raw pointers,
-/// and only what no one else changes.
+/// A stable node. Others may hold pointers to it, so it is accessed by raw pointers, and only what
+/// no one else changes.
 ///
 /// # Invariants
 ///
-/// The node stays in its arena for `'a`.
+/// The node is not freed for `'a`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct NodeRef<'a>(NonNull<StableNode>, PhantomData<&'a StableNode>);
 
@@ -162,7 +149,7 @@ impl NodeRef<'_> {
     ///
     /// # Safety
     ///
-    /// The node stays in its arena for as long as the result is used.
+    /// The node is not freed for as long as the result is used.
     pub(super) unsafe fn new(node: NonNull<StableNode>) -> Self {
         // INVARIANT: By the contract.
         Self(node, PhantomData)
@@ -184,9 +171,15 @@ impl NodeRef<'_> {
         unsafe { (*self.as_ptr()).id }
     }
 
+    /// Whether the node's chain has no other. To be asked by the holder of the engine's lock.
+    pub(super) fn is_alone(self) -> bool {
+        // SAFETY: By the invariant the node is there. The engine changes the field under its lock.
+        unsafe { (*self.as_ptr()).next == (*self.as_ptr()).id }
+    }
+
     /// The `mapping` word of the node's folio.
     pub(super) fn mapping(self) -> FolioMapping {
-        FolioMapping::ksm(self.as_ptr() as usize - NODE_SKIP)
+        FolioMapping::ksm(self.as_ptr() as usize)
     }
 
     /// The frame of the node's folio. `folio_migrate_ksm` may change it at any time.
@@ -214,44 +207,34 @@ impl NodeRef<'_> {
     ///
     /// # Safety
     ///
-    /// The item is in its arena, on no node, and stays there while it is on this one. The node's
-    /// folio is locked, or no folio names the node.
+    /// The item is on no node, and is not freed while it is on this one. The node's folio is
+    /// locked, or no folio names the node.
     unsafe fn push(self, item: NonNull<RmapItem>) {
-        // SAFETY: By the contract both are valid, and nothing else accesses the list or the item.
+        // SAFETY: By the contract both are valid, and nothing else changes the list or the item.
         unsafe {
-            (*item.as_ptr()).node = self.id();
-            (*item.as_ptr()).next = (*self.as_ptr()).hlist.first;
-            (*self.as_ptr()).hlist.first = (&raw mut (*item.as_ptr()).next).cast();
+            (*item.as_ptr()).head = Some(self.0);
+            (*item.as_ptr()).address |= STABLE_FLAG;
+            raw::rksm_hlist_add_head(
+                &raw mut (*item.as_ptr()).hlist,
+                &raw mut (*self.as_ptr()).hlist,
+            );
         }
         self.len().store(self.len().load(Relaxed) + 1, Relaxed);
     }
 
-    /// Removes the first item from the node.
-    ///
-    /// # Context
-    ///
-    /// Any.
+    /// The first item of the node.
     ///
     /// # Safety
     ///
     /// The node's folio is locked, or no folio names the node.
-    pub(super) unsafe fn pop(self) -> Option<NonNull<RmapItem>> {
+    pub(super) unsafe fn first(self) -> Option<NonNull<RmapItem>> {
         // SAFETY: By the contract nothing else changes the node's list.
         let link = NonNull::new(unsafe { (*self.as_ptr()).hlist.first })?;
-        // SAFETY: The list links `RmapItem`s by their `next`, which stay in their arena while they
-        // are on it, as `push` demands; by the contract nothing else changes the list.
-        let item = unsafe {
-            let item =
-                kernel::container_of!(link.as_ptr().cast::<*mut raw::hlist_node>(), RmapItem, next);
-            (*self.as_ptr()).hlist.first = (*item).next;
-            item
-        };
-        self.len().store(self.len().load(Relaxed) - 1, Relaxed);
-        NonNull::new(item)
+        // SAFETY: The list links the `hlist` of items, as `push` and the built-in do.
+        NonNull::new(unsafe { kernel::container_of!(link.as_ptr(), RmapItem, hlist) })
     }
 
-    /// Removes an item from the node. Unless it was the first, the first item moves to its place.
-    /// Returns the place that is now unused, which holds the removed item.
+    /// Removes an item from the node.
     ///
     /// # Context
     ///
@@ -259,26 +242,29 @@ impl NodeRef<'_> {
     ///
     /// # Safety
     ///
-    /// `item` is on the node. The node's folio is locked, or no folio names the node. Nothing else
-    /// uses items of the node.
-    pub(super) unsafe fn unlink(self, item: NonNull<RmapItem>) -> NonNull<RmapItem> {
-        // SAFETY: The contract of `pop` is part of this function's.
-        let Some(first) = (unsafe { self.pop() }) else {
-            return item;
-        };
-        if first != item {
-            // SAFETY: Both are valid, and differ. The list goes on from `item` as before.
-            unsafe {
-                let next = (*item.as_ptr()).next;
-                core::ptr::swap(first.as_ptr(), item.as_ptr());
-                (*item.as_ptr()).next = next;
-            }
+    /// `item` is on the node. The node's folio is locked, or no folio names the node.
+    pub(super) unsafe fn unlink(self, item: NonNull<RmapItem>) {
+        // SAFETY: By the contract the item is on the list, and nothing else changes that.
+        unsafe {
+            raw::rksm_hlist_del(&raw mut (*item.as_ptr()).hlist);
+            (*item.as_ptr()).head = None;
+            (*item.as_ptr()).address &= !STABLE_FLAG;
         }
-        first
+        self.len().store(self.len().load(Relaxed) - 1, Relaxed);
     }
 }
 
 impl RmapItem {
+    /// The number by which the engine names an item.
+    pub(super) fn id(item: NonNull<Self>) -> ItemId {
+        ItemId::new(item.as_ptr() as u64)
+    }
+
+    /// The item with this number.
+    pub(super) fn of_id(id: ItemId) -> Option<NonNull<Self>> {
+        NonNull::new((id.get() | 1 << ItemId::BITS) as *mut Self)
+    }
+
     pub(super) fn page(&self) -> PageId {
         PageId::new(self.range, self.address / PAGE_SIZE)
     }
@@ -297,8 +283,8 @@ impl Drop for RmapItem {
 ///
 /// # Invariants
 ///
-/// The item is in its arena. Until [`UnlinkedItem::link`] it is on no node, and nothing else uses
-/// it.
+/// The item has not been freed. Until [`UnlinkedItem::link`] it is on no node, and nothing else
+/// uses it.
 pub(super) struct UnlinkedItem(NonNull<RmapItem>);
 
 impl UnlinkedItem {
@@ -306,35 +292,34 @@ impl UnlinkedItem {
     ///
     /// # Safety
     ///
-    /// The item is in its arena, and stays there for as long as the result is used. It is on no
-    /// node, and nothing else uses it.
+    /// The item is not freed for as long as the result is used. It is on no node, and nothing else
+    /// uses it.
     pub(super) unsafe fn new(item: NonNull<RmapItem>) -> Self {
         // INVARIANT: By the contract.
         Self(item)
     }
 
-    /// Where the item is.
-    pub(super) fn address(&self) -> usize {
-        self.0.as_ptr() as usize
+    /// The item.
+    pub(super) fn as_non_null(&self) -> NonNull<RmapItem> {
+        self.0
     }
 
     pub(super) fn id(&self) -> ItemId {
-        // SAFETY: By the invariant.
-        ItemId(unsafe { ObjectArena::number_of(self.0) })
+        RmapItem::id(self.0)
     }
 
     /// The mm of the mapping.
     pub(super) fn mm(&self) -> &PinnedMm {
-        // SAFETY: By the invariant the item is in its arena. An rmap walk does not change the
+        // SAFETY: By the invariant the item is there. An rmap walk does not change the
         // field.
         unsafe { &(*self.0.as_ptr()).mm }
     }
 
     /// The address of the mapping.
     pub(super) fn addr(&self) -> usize {
-        // SAFETY: By the invariant the item is in its arena. An rmap walk does not change the
+        // SAFETY: By the invariant the item is there. An rmap walk does not change the
         // field.
-        unsafe { (*self.0.as_ptr()).address }
+        unsafe { (*self.0.as_ptr()).address & !STABLE_FLAG }
     }
 
     /// Sets what an rmap walk needs to know of the item's vma.
@@ -361,7 +346,8 @@ impl UnlinkedItem {
                 item.anon_vma = Some(anon_vma);
             }
             let vma = vma.as_ptr().cast();
-            item.linear_page_index = raw::rksm_linear_anon_page_index(vma, item.address);
+            let addr = item.address & !STABLE_FLAG;
+            item.linear_page_index = raw::rksm_linear_anon_page_index(vma, addr);
         }
         Ok(())
     }
@@ -377,7 +363,7 @@ impl UnlinkedItem {
     /// The item has not been linked. `lock` is the lock of the node's folio, or no folio names the
     /// node yet. From now on the item is freed only after it has left the node.
     pub(super) unsafe fn link(&self, node: NodeRef<'_>, _lock: Option<&FolioLock<'_>>) {
-        // SAFETY: By the invariant the item is in its arena, on no node; the rest is the contract.
+        // SAFETY: By the invariant the item is there, on no node; the rest is the contract.
         unsafe { node.push(self.0) };
     }
 }

@@ -11,6 +11,7 @@ use crate::engine::{
         PageKind,
         Released, //
     },
+    container::id_table::IdTable,
     content_hash::ContentKey,
     types::{
         Fingerprint,
@@ -35,11 +36,11 @@ use crate::{
             GFP_NODE, //
         },
         mm::PinnedMm,
-        module_ref::ModuleRef,
-        race_window, //
+        race_window,
+        slab::KmemCache,
+        symbols::Symbols, //
     },
     ksm::{
-        arena::ObjectArena,
         node::{
             NodeRef,
             RmapItem,
@@ -69,14 +70,17 @@ use kernel::{
 ///
 /// # Invariants
 ///
-/// - Every node in `nodes` has its own number in `id`. A node's `hlist` holds `rmap_hlist_len`
-///   items of `items`, all of which name it as their `node`. An item on no node names [`NO_NODE`].
-/// - While there are nodes, `module` holds a reference to the module.
+/// - Every node in `nodes` is an object of `node_cache`, and has its own number in `id`. A node's
+///   `hlist` holds `rmap_hlist_len` items, objects of `item_cache`, all of which name it as their
+///   `head`. `nr_items` counts the items.
 /// - Its users keep the contract of [`backend::Backend`].
 pub(crate) struct StableNodes {
-    nodes: ObjectArena<StableNode>,
-    items: ObjectArena<RmapItem>,
-    module: Option<ModuleRef>,
+    pub(super) nodes: IdTable<NonNull<StableNode>>,
+    pub(super) node_cache: KmemCache<StableNode>,
+    pub(super) item_cache: KmemCache<RmapItem>,
+    pub(super) nr_items: usize,
+    /// Items may be the built-in's already: a node with items is not freed.
+    pub(super) handing_back: bool,
     pub(super) key: Arc<ContentKey>,
     pub(super) zero_hash: u64,
     pub(super) use_zero_pages: bool,
@@ -92,9 +96,6 @@ unsafe impl Send for StableNodes {}
 // read without the lock, which is an atomic.
 unsafe impl Sync for StableNodes {}
 
-/// The number of no node, as those of arenas are smaller.
-const NO_NODE: NodeId = NodeId(u32::MAX);
-
 impl StableNodes {
     /// Creates the set without any node, with a random key.
     ///
@@ -109,9 +110,9 @@ impl StableNodes {
     /// # Safety
     ///
     /// Whoever uses it keeps the contract of [`backend::Backend`]. The private structs of the
-    /// running kernel are as this module has been compiled for, and no folio is a merged page of
-    /// the built-in KSM.
-    pub(crate) unsafe fn new(trace: Trace) -> Result<Self> {
+    /// running kernel are as this module has been compiled for. When it is used first, no folio is
+    /// a merged page of the built-in KSM that this has not taken over.
+    pub(crate) unsafe fn new(symbols: Symbols, trace: Trace) -> Result<Self> {
         let mut key = UniqueArc::new(ContentKey::new([0; ContentKey::WORDS]), GFP_KERNEL)?;
         let words = key.words_mut();
         // SAFETY: The words are ours, and any bytes make words.
@@ -120,11 +121,18 @@ impl StableNodes {
         let zero = unsafe { NonNull::new(raw::rksm_zero_page()) }.ok_or(EINVAL)?;
         // SAFETY: The zero page is reserved, and never freed.
         let zero_hash = page::content_hash(&key, unsafe { PageRef::new(zero) });
+        let node_cache = NonNull::new(symbols.stable_node_cache()).ok_or(EINVAL)?;
+        let item_cache = NonNull::new(symbols.rmap_item_cache()).ok_or(EINVAL)?;
+        // SAFETY: The built-in makes both at boot, for objects of these layouts.
+        let (node_cache, item_cache) =
+            unsafe { (KmemCache::new(node_cache), KmemCache::new(item_cache)) };
         // INVARIANT: There are no nodes; the rest is the contract.
         Ok(Self {
-            nodes: ObjectArena::new(GFP_NODE),
-            items: ObjectArena::new(GFP_METADATA),
-            module: None,
+            nodes: IdTable::new(),
+            node_cache,
+            item_cache,
+            nr_items: 0,
+            handing_back: false,
             key: key.into(),
             zero_hash,
             use_zero_pages: false,
@@ -133,13 +141,10 @@ impl StableNodes {
     }
 
     pub(super) fn node(&self, id: NodeId) -> Option<NodeRef<'_>> {
-        let node = self.nodes.get(id.0)?;
-        // SAFETY: The node is in the arena, which the result borrows.
+        let node = *self.nodes.get(id.0)?;
+        // SAFETY: By the invariant the node is there. It is removed from the table, which the
+        // result borrows, before it is freed.
         Some(unsafe { NodeRef::new(node) })
-    }
-
-    fn item(&self, id: ItemId) -> Option<NonNull<RmapItem>> {
-        self.items.get(id.0)
     }
 
     /// Returns the node of ours that a `mapping` word names.
@@ -218,6 +223,18 @@ impl StableNodes {
         }
     }
 
+    /// As [`Self::get_folio`], unless the page is poisoned, and must not be read.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    pub(super) fn readable_folio(&self, node: NodeRef<'_>) -> Option<FolioRef> {
+        let folio = self.get_folio(node)?;
+        // SAFETY: The folio is referenced.
+        let poisoned = unsafe { raw::rksm_folio_poisoned(folio.as_ptr()) };
+        (!poisoned).then_some(folio)
+    }
+
     /// Calls `f` with the node's folio locked, if it is still the node's.
     ///
     /// # Context
@@ -252,17 +269,20 @@ impl StableNodes {
         page: &PageAddr<'_, PinnedMm>,
     ) -> Result<UnlinkedItem, Refusal> {
         let item = RmapItem {
+            range: page.page.range(),
+            _unused: 0,
             anon_vma: None,
             mm: page.mm.clone(),
             address: page.addr,
             linear_page_index: 0,
-            node: NO_NODE,
-            range: page.page.range(),
-            next: core::ptr::null_mut(),
+            head: None,
+            hlist: raw::hlist_node::default(),
         };
-        let (_, item) = self.items.insert(item).map_err(|_| Refusal::NoMemory)?;
-        // SAFETY: It has just been inserted, so nothing else has a pointer to it. It stays until it
-        // is discarded, or has been on a node.
+        let item = self.item_cache.alloc(item, GFP_METADATA);
+        let item = item.ok_or(Refusal::NoMemory)?;
+        self.nr_items += 1;
+        // SAFETY: It has just been allocated, so nothing else has a pointer to it. It stays until
+        // it is discarded, or has been on a node.
         Ok(unsafe { UnlinkedItem::new(item) })
     }
 
@@ -273,7 +293,7 @@ impl StableNodes {
         item.id()
     }
 
-    /// Accounts for an item that leaves its node, and frees it.
+    /// Accounts for an item that has left its node, and frees it.
     ///
     /// # Context
     ///
@@ -281,62 +301,70 @@ impl StableNodes {
     ///
     /// # Safety
     ///
-    /// The item is on no node any more.
-    unsafe fn free_item(&mut self, id: ItemId) {
-        if let Some(item) = self.items.remove(id.0) {
-            // SAFETY: The item pins its mm.
-            unsafe { raw::rksm_mm_add_merging(item.mm.as_ptr(), -1) };
-        }
+    /// The item is on no node any more, and nothing uses it.
+    pub(super) unsafe fn free_item(&mut self, item: NonNull<RmapItem>) {
+        // SAFETY: By the contract.
+        let item = unsafe { self.item_cache.free(item) };
+        self.nr_items -= 1;
+        // SAFETY: The item pins its mm.
+        unsafe { raw::rksm_mm_add_merging(item.mm.as_ptr(), -1) };
     }
 
     /// Frees an item that was never on a node.
     pub(super) fn discard_item(&mut self, item: UnlinkedItem) {
-        drop(self.items.remove(item.id().0));
+        // SAFETY: By the invariant of `UnlinkedItem` nothing else uses the item, which is on no
+        // node.
+        drop(unsafe { self.item_cache.free(item.as_non_null()) });
+        self.nr_items -= 1;
     }
 
-    /// Adds a node without items for a page, whose folio does not name it yet. Takes a module
-    /// reference for the first one. The node stays in its arena until it is discarded or freed.
+    /// Adds a node without items for a page, whose folio does not name it yet. It stays until it is
+    /// discarded or freed.
     ///
     /// # Context
     ///
     /// May sleep. The engine's lock is held; the mmap lock is not.
     pub(super) fn new_node(&mut self, page: PageRef<'_>) -> Result<NonNull<StableNode>, Refusal> {
-        if self.module.is_none() {
-            self.module = Some(ModuleRef::get().ok_or(Refusal::Unloading)?);
-        }
         let node = StableNode {
             content: Fingerprint::NONE.to_bits(),
             next: NodeId(0),
             prev: NodeId(0),
             id: NodeId(0),
-            _unused: 0,
+            _unused: [0; 5],
             hlist: raw::hlist_head::default(),
             kpfn: page.pfn(),
             rmap_hlist_len: Atomic::new(0),
             nid: page.nid() as c_int,
         };
-        match self.nodes.insert(node) {
-            Ok((id, node)) => {
-                let id = NodeId(id);
-                // SAFETY: The node has just been inserted, and nothing else has a pointer to it.
-                // INVARIANT: The node gets its own number.
-                unsafe {
-                    (*node.as_ptr()).id = id;
-                    (*node.as_ptr()).next = id;
-                    (*node.as_ptr()).prev = id;
-                }
+        let node = self.node_cache.alloc(node, GFP_NODE);
+        let node = node.ok_or(Refusal::NoMemory)?;
+        // INVARIANT: The node gets its own number.
+        match self.nodes.insert(node, GFP_NODE) {
+            Ok(id) => {
+                // SAFETY: The node has just been allocated, and nothing else uses it.
+                unsafe { Self::set_alone(node, NodeId(id)) };
                 Ok(node)
             }
             Err(_) => {
-                self.put_module();
+                // SAFETY: As above.
+                unsafe { self.node_cache.free(node) };
                 Err(Refusal::NoMemory)
             }
         }
     }
 
-    fn put_module(&mut self) {
-        if self.nodes.len() == 0 {
-            self.module = None;
+    /// Gives a node its number, and makes it a chain of its own with no content.
+    ///
+    /// # Safety
+    ///
+    /// The node is there, and only the caller uses these fields.
+    pub(super) unsafe fn set_alone(node: NonNull<StableNode>, id: NodeId) {
+        // SAFETY: By the contract.
+        unsafe {
+            (*node.as_ptr()).content = Fingerprint::NONE.to_bits();
+            (*node.as_ptr()).id = id;
+            (*node.as_ptr()).next = id;
+            (*node.as_ptr()).prev = id;
         }
     }
 
@@ -348,27 +376,33 @@ impl StableNodes {
     ///
     /// # Safety
     ///
-    /// No folio names the node.
-    unsafe fn free_node(&mut self, node: NodeId, orphan: &mut dyn FnMut(PageId)) {
-        let kpfn = self.node(node).map_or(0, NodeRef::kpfn);
-        // SAFETY: By the contract no folio names the node, so no rmap walk follows its list.
-        let pop = |node: NodeRef<'_>| unsafe { node.pop() }.map(|item| (item, node.items() > 0));
-        while let Some((item, more)) = self.node(node).and_then(pop) {
-            // SAFETY: The item is still in the arena.
-            let (id, page) = unsafe { (ObjectArena::number_of(item), (*item.as_ptr()).page()) };
+    /// No folio names the node, and its items are not the built-in's.
+    unsafe fn free_node(&mut self, id: NodeId, orphan: &mut dyn FnMut(PageId)) {
+        let kpfn = self.node(id).map_or(0, NodeRef::kpfn);
+        let unlink_first = |node: NodeRef<'_>| {
+            // SAFETY: By the contract no folio names the node, so no rmap walk follows its list.
+            unsafe {
+                let item = node.first()?;
+                node.unlink(item);
+                Some((item, node.items() > 0))
+            }
+        };
+        while let Some((item, more)) = self.node(id).and_then(unlink_first) {
+            // SAFETY: The item has not been freed yet.
+            let page = unsafe { (*item.as_ptr()).page() };
             if more {
-                // SAFETY: The item is still in the arena, and pins its mm.
+                // SAFETY: The item has not been freed yet, and pins its mm.
                 let mm = unsafe { (*item.as_ptr()).mm.as_mm() };
                 self.trace
                     .remove_rmap_item(kpfn, item.as_ptr() as usize, mm);
             }
             // SAFETY: It has left the node above.
-            unsafe { self.free_item(ItemId(id)) };
+            unsafe { self.free_item(item) };
             orphan(page);
         }
         self.trace.remove_ksm_page(kpfn);
         // SAFETY: The node has no items; the rest is the contract.
-        unsafe { self.discard_node(node) };
+        unsafe { self.discard_node(id) };
     }
 
     /// Frees a node without items.
@@ -377,40 +411,43 @@ impl StableNodes {
     ///
     /// No folio names the node, and it has no items.
     pub(super) unsafe fn discard_node(&mut self, id: NodeId) {
-        let _ = self.nodes.remove(id.0);
-        self.put_module();
+        if let Some(node) = self.nodes.remove(id.0) {
+            // SAFETY: By the contract nothing uses the node any more.
+            unsafe { self.node_cache.free(node) };
+        }
     }
 }
 
 impl backend::StableNodes for StableNodes {
     fn node_of(&self, item: ItemId) -> Option<NodeId> {
-        // SAFETY: The item is in the arena.
-        self.item(item).map(|item| unsafe { (*item.as_ptr()).node })
+        // SAFETY: By the contract of `Backend` the item is there, and so is the node that it is on.
+        unsafe {
+            let node = (*RmapItem::of_id(item)?.as_ptr()).head?;
+            Some(NodeRef::new(node).id())
+        }
     }
 
     fn release_item(&mut self, id: ItemId) -> Option<Released> {
-        let item = self.item(id)?;
+        let item = RmapItem::of_id(id)?;
         let node_id = self.node_of(id)?;
         let node = self.node(node_id)?;
         // SAFETY: By the invariant the item is on the node that it names, and by the contract of
         // `Backend` no merge uses either. The folio is locked, or names the node no more.
         let unlink = || unsafe { node.unlink(item) };
-        let locked = self.with_locked(node, |lock| (unlink(), lock.folio().mapped()));
-        let (gone, mapped) = match locked {
-            Some((gone, mapped)) => (gone, Some(mapped)),
-            None => (unlink(), None),
-        };
-        // SAFETY: The item is in the arena still, and pins its mm.
-        let mm = unsafe { (*gone.as_ptr()).mm.as_mm() };
+        let mapped = self.with_locked(node, |lock| {
+            unlink();
+            lock.folio().mapped()
+        });
+        if mapped.is_none() {
+            unlink();
+        }
+        // SAFETY: The item has not been freed yet, and pins its mm.
+        let mm = unsafe { (*item.as_ptr()).mm.as_mm() };
         self.trace
             .remove_rmap_item(node.kpfn(), item.as_ptr() as usize, mm);
         let remaining = node.items();
-        let moved = (gone != item).then(|| {
-            // SAFETY: Another item has come to this place, which is in the arena.
-            (unsafe { (*item.as_ptr()).page() }, id)
-        });
-        // SAFETY: `gone` is in the arena until it is freed here, and on no node any more.
-        unsafe { self.free_item(ItemId(ObjectArena::number_of(gone))) };
+        // SAFETY: It has left the node above.
+        unsafe { self.free_item(item) };
         Some(Released {
             node: node_id,
             remaining,
@@ -418,13 +455,12 @@ impl backend::StableNodes for StableNodes {
                 None => true,
                 Some(mapped) => remaining == 0 && !mapped,
             },
-            moved,
         })
     }
 
     fn meta(&self, node: NodeId) -> Option<NodeMeta> {
         let node = self.node(node)?.as_ptr();
-        // SAFETY: The node is in the arena; only the engine, whose lock is held, looks at these.
+        // SAFETY: The node is there; only the engine, whose lock is held, looks at these.
         let (content, next, prev) = unsafe { ((*node).content, (*node).next, (*node).prev) };
         Some(NodeMeta {
             fingerprint: Fingerprint::from_bits(content),
@@ -439,7 +475,7 @@ impl backend::StableNodes for StableNodes {
         let Some(node) = self.node(node) else { return };
         let head = if meta.head { HEAD } else { 0 };
         let retiring = if meta.retiring { RETIRING } else { 0 };
-        // SAFETY: The node is in the arena; only the engine, whose lock is held, accesses these
+        // SAFETY: The node is there; only the engine, whose lock is held, accesses these
         // fields.
         unsafe {
             (*node.as_ptr()).content = meta.fingerprint.to_bits() | head | retiring;
@@ -450,15 +486,14 @@ impl backend::StableNodes for StableNodes {
 
     fn nid(&self, node: NodeId) -> u32 {
         self.node(node).map_or(0, |node| {
-            // SAFETY: The node is in the arena; only the engine, whose lock is held, changes `nid`.
+            // SAFETY: The node is there; only the engine, whose lock is held, changes `nid`.
             unsafe { (*node.as_ptr()).nid as u32 }
         })
     }
 
     fn set_nid(&mut self, node: NodeId, nid: u32) {
         if let Some(node) = self.node(node) {
-            // SAFETY: The node is in the arena; only the engine, whose lock is held, accesses
-            // `nid`.
+            // SAFETY: The node is there; only the engine, whose lock is held, accesses `nid`.
             unsafe { (*node.as_ptr()).nid = nid as c_int };
         }
     }
@@ -468,11 +503,9 @@ impl backend::StableNodes for StableNodes {
     }
 
     fn content_hash(&self, node: NodeId) -> Option<u64> {
-        let folio = self.get_folio(self.node(node)?)?;
-        // SAFETY: The folio is referenced.
-        let poisoned = unsafe { raw::rksm_folio_poisoned(folio.as_ptr()) };
-        // The contents of a merged page do not change; poison must not be read.
-        (!poisoned).then(|| page::content_hash(&self.key, folio.page()))
+        let folio = self.readable_folio(self.node(node)?)?;
+        // The contents of a merged page do not change.
+        Some(page::content_hash(&self.key, folio.page()))
     }
 
     fn state(&self, node: NodeId) -> NodeState {
@@ -486,6 +519,9 @@ impl backend::StableNodes for StableNodes {
         let Some(node) = self.node(id) else {
             return true;
         };
+        if self.handing_back && node.items() > 0 {
+            return false;
+        }
         let mapped = self.with_locked(node, |lock| {
             let mapped = lock.folio().mapped();
             if !mapped {
@@ -535,6 +571,8 @@ impl backend::StableNodes for StableNodes {
     }
 
     fn bytes(&self) -> usize {
-        self.nodes.bytes() + self.items.bytes()
+        self.nodes.bytes()
+            + self.nodes.len() * size_of::<StableNode>()
+            + self.nr_items * size_of::<RmapItem>()
     }
 }

@@ -22,7 +22,6 @@
 //! | -1009 | `stale`      | the KSM page has been freed                                   |
 //! | -1010 | `far_node`   | another NUMA node, and `merge_across_nodes` is 0              |
 //! | -1011 | `userfault`  | the entry is protected for a userfaultfd                      |
-//! | -1012 | `unloading`  | the module is being unloaded                                  |
 
 use crate::{
     bindings::raw,

@@ -14,10 +14,11 @@
 //!
 //! 1. `thread_mutex`, a mutex: the engine. Held by `rksmd` for a few passes, also for the threads
 //!    that help it, and released as soon as another task waits for it; by a write to `run`,
-//!    `merge_across_nodes` or `max_page_sharing` for as long as it takes; by the memory notifier.
-//!    Exit never takes it.
-//! 2. The built-in's `ksm_thread_mutex`: its `ksm_run`. Held briefly when unmerging begins or ends,
-//!    and by an unload while it waits for tasks to sleep.
+//!    `merge_across_nodes` or `max_page_sharing` for as long as it takes; by the memory notifier;
+//!    while what is merged is taken over or handed back. Exit never takes it.
+//! 2. The built-in's `ksm_thread_mutex`: its `ksm_run`, and its trees, lists and counters of what
+//!    is merged. Held briefly when unmerging begins or ends, and by an unload while it waits for
+//!    tasks to sleep; throughout while what is merged is taken over or handed back.
 //! 3. The `mmap_lock` of one mm, for reading: its vmas and page tables against being freed. Never
 //!    two at once.
 //! 4. Folio locks: the `hlist` of a stable node, the `mapping` of a folio. A merge takes the page's
@@ -28,7 +29,9 @@
 //! 7. The worker pool's two spinlocks: the work that is published, and the queue of jobs. Leaves.
 //! 8. `mmlist_lock`, a spinlock: the registry. A leaf; nothing is dropped or allocated under it.
 //! 9. `published`, a spinlock: the values of the knobs and the counters last published. A leaf.
-//! 10. The built-in's `ksm_mmlist_lock`, a spinlock: its list of mms. A leaf.
+//! 10. The built-in's `ksm_mmlist_lock`, a spinlock: its list of mms, ksmd's place there, and
+//!     whether an mm has rmap items. A leaf. Held for a batch of mms; for a walk over all of them
+//!     to find those with items.
 //!
 //! `mmap_lock` is always dropped before a claim on a slot is released under `mmlist_lock`: from
 //! then on the exit path may free the slot, and only the pin that the release hands back keeps the
@@ -36,6 +39,7 @@
 
 pub(crate) mod attributes;
 mod events;
+pub(crate) mod handover;
 mod run;
 mod scanner;
 
@@ -369,17 +373,13 @@ impl Ksm {
         }
     }
 
-    /// Forgets all mms and pages: the thread and the probes are gone, and nothing is merged.
+    /// Has `rksmd` do what `run` says.
     ///
     /// # Context
     ///
-    /// May sleep. Takes `thread_mutex`.
-    pub(crate) fn shut_down(&self) {
-        let mut state = self.thread_mutex.lock();
-        // A smaller pool needs no memory, so this does not fail.
-        let _ = state.pool.resize(self.symbols, 1);
-        self.hand_back_zero_pages();
-        self.clear(|slot, mm| state.engine.metadata.forget_mm(slot, mm));
-        state.engine.metadata.remove_all_nodes();
+    /// Any. Takes `published`.
+    pub(crate) fn set_run(&self, run: RunState) {
+        self.published.lock().knobs.run = run;
+        self.thread_wait.wake_up_interruptible();
     }
 }

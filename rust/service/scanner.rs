@@ -388,7 +388,7 @@ impl Ksm {
     /// more often than once in `stable_node_chains_prune_millisecs`.
     fn prune(&self, state: &mut ScanState, hold: Hold) {
         let (now, knobs) = (self.now(), self.knobs());
-        // A scanner that is stopped has time for nodes that keep the module from being unloaded.
+        // A scanner that is stopped has time to free what belongs to pages that are gone.
         let idle = knobs.run != RunState::Merge;
         if now < state.prune_at && !idle {
             return;

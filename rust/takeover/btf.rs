@@ -2,9 +2,9 @@
 
 //! Whether the running kernel's private structs look as those this module was compiled for.
 //!
-//! `mm/ksm.c` of the kernel walks our stable nodes and rmap items, and we walk its slots. The
-//! layouts come from the target's BTF at build time; [`check_layouts`] compares them with the BTF
-//! of the kernel that runs.
+//! Stable nodes and rmap items are used by `mm/ksm.c` of the kernel and by us in turn, and we walk
+//! its slots. The layouts come from the target's BTF at build time; [`check_layouts`] compares them
+//! with the BTF of the kernel that runs.
 
 use crate::{
     bindings::raw::{
@@ -30,22 +30,36 @@ struct Layout {
 }
 
 macro_rules! layouts {
-    ($($name:literal $type:ident { $($member:literal => $($path:ident).+),+ $(,)? })+) => {
+    ($($name:literal $type:ident {
+        $($member:literal => $($path:ident).+ $(+ $inner:ident: $($rest:ident).+)?),+ $(,)?
+    })+) => {
         &[$(Layout {
             name: $name,
             size: size_of::<layout::$type>(),
-            members: &[$(($member, offset_of!(layout::$type, $($path).+))),+],
+            members: &[$((
+                $member,
+                offset_of!(layout::$type, $($path).+)
+                    $(+ offset_of!(layout::$inner, $($rest).+))?
+            )),+],
         }),+]
     };
 }
 
-/// Every member that this module or `mm/ksm.c` uses in an object of the other.
+/// Every member that this module or `mm/ksm.c` uses in an object of the other. Of a struct in a
+/// union, which begins where the union does, the place in that struct is added.
 const LAYOUTS: &[Layout] = layouts! {
     c"ksm_stable_node" ksm_stable_node {
-        c"head" => __bindgen_anon_1,
+        c"node" => __bindgen_anon_1,
+        c"head" => __bindgen_anon_1 + ksm_stable_node__bindgen_ty_1__bindgen_ty_1: head,
+        c"hlist_dup" => __bindgen_anon_1
+            + ksm_stable_node__bindgen_ty_1__bindgen_ty_1: __bindgen_anon_1.hlist_dup,
+        c"list" => __bindgen_anon_1
+            + ksm_stable_node__bindgen_ty_1__bindgen_ty_1: __bindgen_anon_1.list,
         c"hlist" => hlist,
         c"kpfn" => __bindgen_anon_2,
+        c"chain_prune_time" => __bindgen_anon_2,
         c"rmap_hlist_len" => rmap_hlist_len,
+        c"nid" => nid,
     }
     c"ksm_rmap_item" ksm_rmap_item {
         c"rmap_list" => rmap_list,
@@ -53,7 +67,8 @@ const LAYOUTS: &[Layout] = layouts! {
         c"mm" => mm,
         c"address" => address,
         c"linear_page_index" => __bindgen_anon_2,
-        c"head" => __bindgen_anon_3,
+        c"head" => __bindgen_anon_3 + ksm_rmap_item__bindgen_ty_3__bindgen_ty_1: head,
+        c"hlist" => __bindgen_anon_3 + ksm_rmap_item__bindgen_ty_3__bindgen_ty_1: hlist,
     }
     c"mm_slot" mm_slot {
         c"hash" => hash,
@@ -63,6 +78,10 @@ const LAYOUTS: &[Layout] = layouts! {
     c"ksm_mm_slot" ksm_mm_slot {
         c"slot" => slot,
         c"rmap_list" => rmap_list,
+    }
+    c"ksm_scan" ksm_scan {
+        c"mm_slot" => mm_slot,
+        c"seqnr" => seqnr,
     }
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The parts of the built-in KSM that rksm uses: its locks, its list of mms and `ksm_run`, and the
-//! check that it has no merged page left.
+//! The parts of the built-in KSM that rksm uses at any time: its locks, its list of mms and
+//! `ksm_run`; and the check that it has no merged page left, after a drain.
 
 use crate::{
     bindings::raw,
@@ -11,7 +11,10 @@ use crate::{
     },
     takeover::btf::Layouts, //
 };
-use core::ptr;
+use core::ptr::{
+    self,
+    NonNull, //
+};
 use kernel::{
     mm::Mm,
     prelude::*,
@@ -59,33 +62,62 @@ impl Drop for ThreadMutex {
 }
 
 /// `ksm_mmlist_lock`, held.
-struct MmlistLock(Builtin, NotThreadSafe);
+pub(super) struct MmlistLock(Builtin, NotThreadSafe);
 
 impl MmlistLock {
-    fn lock(builtin: Builtin) -> Self {
+    /// Takes the lock.
+    ///
+    /// # Context
+    ///
+    /// Atomic until it is dropped.
+    pub(super) fn lock(builtin: Builtin) -> Self {
         // SAFETY: The kernel's own spinlock, initialised at build time.
         unsafe { raw::spin_lock(builtin.symbols.ksm_mmlist_lock()) };
         Self(builtin, NotThreadSafe)
     }
 
-    /// Iterates over the mms on the built-in's list, in its order.
-    fn mms(&self) -> impl Iterator<Item = &Mm> {
+    /// Iterates over the slots on the built-in's list, in its order. A slot is there while the lock
+    /// is held, and one that has rmap items for as long as its scanner is kept out.
+    pub(super) fn slots(&self) -> impl Iterator<Item = NonNull<raw::layout::ksm_mm_slot>> + '_ {
+        self.slots_after(None)
+    }
+
+    /// Iterates over the slots behind `after`, which is on the list; over all for `None`.
+    pub(super) fn slots_after(
+        &self,
+        after: Option<NonNull<raw::layout::ksm_mm_slot>>,
+    ) -> impl Iterator<Item = NonNull<raw::layout::ksm_mm_slot>> + '_ {
         let head = self.0.symbols.ksm_mm_head();
-        // SAFETY: `head` is the built-in's, whose layout has been checked, as `Builtin` shows.
-        let head = unsafe { &raw mut (*head).slot.mm_node };
+        let after = after.map_or(head, NonNull::as_ptr);
+        // SAFETY: Both are slots of the built-in, whose layout has been checked, as `Builtin`
+        // shows.
+        let (head, after) = unsafe {
+            (
+                &raw mut (*head).slot.mm_node,
+                &raw mut (*after).slot.mm_node,
+            )
+        };
         // SAFETY: The list does not change while the lock is held, and its end is the head.
-        let mut node = unsafe { (*head).next };
+        let mut node = unsafe { (*after).next };
         core::iter::from_fn(move || {
             if node == head {
                 return None;
             }
-            // SAFETY: Every other node is in an `mm_slot`. Its mm has been grabbed, or is about to
-            // be by its user, which keeps it meanwhile; a slot is removed before its mm is dropped.
+            // SAFETY: Every other node is in a `ksm_mm_slot`.
             unsafe {
-                let slot = kernel::container_of!(node, raw::layout::mm_slot, mm_node);
+                let slot = kernel::container_of!(node, raw::layout::ksm_mm_slot, slot.mm_node);
                 node = (*node).next;
-                Some(Mm::from_raw((*slot).mm))
+                NonNull::new(slot)
             }
+        })
+    }
+
+    /// Iterates over the mms on the built-in's list, in its order.
+    fn mms(&self) -> impl Iterator<Item = &Mm> {
+        self.slots().map(|slot| {
+            // SAFETY: The slot is on the list. Its mm has been grabbed, or is about to be by its
+            // user, which keeps it meanwhile; a slot is removed before its mm is dropped.
+            unsafe { Mm::from_raw((*slot.as_ptr()).slot.mm) }
         })
     }
 }
@@ -108,6 +140,28 @@ impl Builtin {
             symbols,
             _layouts: layouts,
         }
+    }
+
+    /// The kernel's symbols.
+    pub(super) fn symbols(self) -> Symbols {
+        self.symbols
+    }
+
+    /// Whether memory is going offline.
+    pub(super) fn offlining(self, _mutex: &ThreadMutex) -> bool {
+        // SAFETY: Only written under the mutex.
+        let run = unsafe { ptr::read_volatile(self.symbols.ksm_run()) };
+        run & c_ulong::from(RUN_OFFLINE) != 0
+    }
+
+    /// The number of stable trees, and of unstable ones.
+    pub(super) fn nids(self, _mutex: &ThreadMutex) -> usize {
+        let nids = self.symbols.ksm_nr_node_ids();
+        if nids.is_null() {
+            return 1;
+        }
+        // SAFETY: Protected by the mutex.
+        unsafe { ptr::read(nids) as usize }
     }
 
     /// Calls `visit` for every mm on the built-in's list; those that come or go meanwhile may be
@@ -186,25 +240,19 @@ impl Builtin {
 
     /// Returns whether the built-in has neither merged pages nor rmap items.
     ///
-    /// Its cursor is at rest once it has unmerged, whether that succeeded or not. (Nor could it be
-    /// looked at everywhere: Clang makes several objects of `ksm_scan`.)
+    /// Its cursor is at rest once it has unmerged, whether that succeeded or not.
     ///
     /// # Context
     ///
     /// Sleeps. Takes `ksm_thread_mutex`.
-    pub(super) fn is_drained(self) -> bool {
+    pub(crate) fn is_drained(self) -> bool {
         let symbols = self.symbols;
-        let _mutex = ThreadMutex::lock(symbols);
+        let mutex = ThreadMutex::lock(symbols);
+        let nids = self.nids(&mutex);
         // SAFETY: The objects do not change while the mutex is held, and are initialised.
         unsafe {
             let nodes = symbols.migrate_nodes();
             let roots = ptr::read(symbols.root_stable_tree());
-            let nids = symbols.ksm_nr_node_ids();
-            let nids = if nids.is_null() {
-                1
-            } else {
-                ptr::read(nids) as usize
-            };
             ptr::read(symbols.ksm_pages_shared()) == 0
                 && ptr::read(symbols.ksm_rmap_items()) == 0
                 && ptr::eq((*nodes).next, nodes)

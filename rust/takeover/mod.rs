@@ -2,13 +2,18 @@
 
 //! Taking over from the built-in KSM, and handing back.
 //!
-//! [`Takeover`] has the built-in's files, has made it unmerge everything, and keeps its scanner
-//! stopped. Its registry goes on as it is: mms come and go there as before. With the scanner
-//! stopped and its cursor at the head of the list, an mm that exits leaves at once.
+//! [`Takeover`] has the built-in's files, and keeps its scanner stopped. [`inventory`] takes what
+//! it has merged away from it, and [`hand_back`] gives it what is merged in the end; where the
+//! inventory does not know what it finds, [`Takeover::drain`] has the built-in unmerge it. Its
+//! registry goes on as it is: mms come and go there as before. With the scanner stopped, its cursor
+//! at the head of the list and no rmap items, an mm that exits leaves at once.
 
 pub(crate) mod attributes;
 pub(crate) mod btf;
 pub(crate) mod builtin;
+pub(crate) mod hand_back;
+pub(crate) mod inventory;
+pub(crate) mod merged_pages;
 
 use crate::{
     bindings::raw,
@@ -50,7 +55,7 @@ const RUN: &CStr = c"run";
 const DRAIN_TRIES: u32 = 100;
 const DRAIN_PAUSE: c_uint = 100;
 
-/// The built-in KSM, drained and stopped, with its files in our hands.
+/// The built-in KSM, stopped, with its files in our hands.
 ///
 /// Dropping it hands everything back: the built-in's `run` is set to [`Self::set_final_run`], and
 /// then its files answer again. Whatever else was changed must have been put back before, with
@@ -62,20 +67,19 @@ pub(crate) struct Takeover<A: Copy + Send + Sync + 'static, H: AttributeHandler<
 }
 
 impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
-    /// Takes over the files of `ours`, of which `run` must be one, and drains the built-in; see
-    /// [`BuiltinAttributes::hold`].
+    /// Takes over the files of `ours`, of which `run` must be one, and stops the built-in's
+    /// scanner; see [`BuiltinAttributes::hold`].
     ///
     /// Users of the files wait from here on until [`Self::open`].
     ///
     /// # Context
     ///
-    /// Sleeps for as long as the built-in takes to unmerge everything. Takes `ksm_thread_mutex`.
+    /// Sleeps for as long as a batch of the built-in takes. Takes `ksm_thread_mutex`.
     ///
     /// # Errors
     ///
-    /// After one line in the log, with everything as it was (but unmerged): see
-    /// [`BuiltinAttributes::hold`];
-    /// `EBUSY` if merged memory remains, `ENOMEM` or `EINTR` if unmerging failed with that.
+    /// With everything as it was: those of [`BuiltinAttributes::hold`], after one line in the log;
+    /// what the built-in returns where its `run` is read or written, `EINVAL` if that is no number.
     pub(crate) fn new(
         symbols: Symbols,
         layouts: Layouts,
@@ -92,11 +96,22 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
             final_run: Atomic::new(i32::from(before & !RUN_OFFLINE)),
             attributes,
         };
-        takeover.drain()?;
+        takeover.set_run(RUN_STOP)?;
         Ok(takeover)
     }
 
-    fn drain(&self) -> Result {
+    /// Has the built-in unmerge everything, and tries again where something remains.
+    ///
+    /// # Context
+    ///
+    /// Sleeps for as long as that takes, and for [`DRAIN_TRIES`] pauses at most. Takes
+    /// `ksm_thread_mutex`; the caller does not hold it.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if merged memory remains, `ENOMEM` or `EINTR` if unmerging failed with that, after
+    /// one line in the log; `EINTR` if a signal came during a pause.
+    pub(crate) fn drain(&self) -> Result {
         for _ in 0..DRAIN_TRIES {
             // To write the value it has already would do nothing.
             self.set_run(RUN_STOP)
@@ -108,6 +123,7 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> Takeover<A, H> {
             }
             // SAFETY: May sleep here.
             if unsafe { raw::msleep_interruptible(DRAIN_PAUSE) } != 0 {
+                pr_err!("cannot load: unmerging failed: {EINTR:?}\n");
                 return Err(EINTR);
             }
         }

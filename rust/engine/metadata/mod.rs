@@ -5,6 +5,7 @@
 
 mod candidate;
 mod check;
+mod handover;
 mod stable;
 
 use super::{

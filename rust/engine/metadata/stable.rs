@@ -377,10 +377,6 @@ impl<B: Backend> Metadata<B> {
         let Some(released) = self.backend.release_item(item) else {
             return;
         };
-        if let Some((page, item)) = released.moved {
-            // INVARIANT: 2. The item has this id now.
-            self.states.set(page, PageState::Merged(item));
-        }
         self.counters.mapping_removed(released.remaining == 0);
         if released.due {
             self.remove_node(released.node);

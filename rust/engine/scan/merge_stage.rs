@@ -555,8 +555,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
             | Refusal::Pinned
             | Refusal::Unsplit
             | Refusal::NoMemory
-            | Refusal::Userfault
-            | Refusal::Unloading => {
+            | Refusal::Userfault => {
                 self.metadata.unindex_now(id);
                 true
             }
@@ -605,8 +604,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
             | Refusal::Pinned
             | Refusal::Unsplit
             | Refusal::NoMemory
-            | Refusal::Userfault
-            | Refusal::Unloading => self.metadata.unindex_now(other),
+            | Refusal::Userfault => self.metadata.unindex_now(other),
         }
         false
     }

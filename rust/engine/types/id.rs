@@ -22,8 +22,31 @@ pub struct SlotId(pub u32);
 pub struct NodeId(pub u32);
 
 /// An rmap item on a stable node: one mapping of a merged page.
+///
+/// # Invariants
+///
+/// 1. The number has at most [`ItemId::BITS`] bits.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct ItemId(pub u32);
+pub struct ItemId(u64);
+
+impl ItemId {
+    /// Number of bits that [`ItemId::get`] uses: enough for an address of the kernel, whose highest
+    /// bit is set.
+    pub const BITS: u32 = u64::BITS - 1;
+
+    /// Returns the handle with this number. Ignores higher bits.
+    #[inline]
+    pub const fn new(number: u64) -> Self {
+        // INVARIANT: 1. The higher bits are cleared.
+        Self(number & (u64::MAX >> (u64::BITS - Self::BITS)))
+    }
+
+    /// Returns the number.
+    #[inline]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
 
 /// A range: the tracked pages among [`RANGE_PAGES`] naturally aligned pages of one mm.
 ///

@@ -60,8 +60,6 @@ refusals! {
     FarNode, c"far_node", -1010;
     /// The entry is protected for a userfaultfd, against writes or against any access.
     Userfault, c"userfault", -1011;
-    /// The module is being unloaded.
-    Unloading, c"unloading", -1012;
 }
 
 const _: () = {

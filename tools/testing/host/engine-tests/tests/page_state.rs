@@ -250,7 +250,7 @@ fn state() -> impl Strategy<Value = PageState> {
                 PageState::Tracked(tracked)
             }
         ),
-        1 => any::<u32>().prop_map(|item| PageState::Merged(ItemId(item))),
+        1 => any::<u64>().prop_map(|item| PageState::Merged(ItemId::new(item))),
     ]
 }
 
@@ -404,8 +404,8 @@ fn states_survive_packing() {
             expect(PageState::Tracked(tracked));
         }
     }
-    expect(PageState::Merged(ItemId(0)));
-    expect(PageState::Merged(ItemId(u32::MAX)));
+    expect(PageState::Merged(ItemId::new(0)));
+    expect(PageState::Merged(ItemId::new(u64::MAX)));
     let expect = std::cell::RefCell::new(expect);
     let result = runner.run(&state(), |state| {
         expect.borrow_mut()(state);
@@ -428,7 +428,7 @@ fn only_unmerged_pages_have_a_fingerprint() {
     let mut states = PageStates::new();
     let page = states.track(SLOT, 0, GFP_KERNEL).unwrap();
     assert_eq!(states.fingerprint(page), Some(Fingerprint::NONE));
-    states.set(page, PageState::Merged(ItemId(7)));
+    states.set(page, PageState::Merged(ItemId::new(7)));
     assert_eq!(states.fingerprint(page), None);
     states.untrack(page);
     assert_eq!(states.fingerprint(page), None);

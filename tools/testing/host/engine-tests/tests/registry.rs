@@ -277,6 +277,29 @@ fn a_claimed_slot_outlives_the_exit() {
 }
 
 #[test]
+fn an_mm_is_claimed_by_its_key_wherever_the_cursor_is() {
+    let mut registry = Locked::new();
+    let (a, b) = (mm(1), mm(2));
+    assert!(registered(registry.enter(&a)) && registered(registry.enter(&b)));
+    assert!(registry.with(|registry| registry.claim_key(3)).is_none());
+    let claim = registry.with(|registry| registry.claim_key(2)).unwrap();
+    assert_eq!((claim.mm().key(), claim.address()), (2, 0));
+    assert_eq!(b.pins.get(), 2);
+
+    // The exit leaves the slot to the claim, which says that there are pages of it.
+    assert!(matches!(registry.exit(2), Exit::Deferred { reap: false }));
+    assert!(registry.with(|registry| registry.claim_key(2)).is_none());
+    let released = registry.release(claim, true);
+    assert!(released.reap);
+    drop(released);
+    let dead = registry.with(|registry| registry.pop_dead()).unwrap();
+    assert_eq!(dead.mm().key(), 2);
+    drop(registry.with(|registry| registry.free(dead)));
+    assert_eq!((a.pins.get(), b.pins.get()), (1, 0));
+    assert_eq!(registry.scan(false), [1]);
+}
+
+#[test]
 fn what_release_says_of_tracked_pages_decides_the_next_exit() {
     let mut registry = Locked::new();
     let a = mm(1);

@@ -470,8 +470,8 @@ impl Machine {
         // Each item is some page's, and no other's.
         let mut asked = world.asked.take().unwrap();
         asked.sort();
-        let items: Vec<u32> = world.items.iter().map(|(id, _)| id).collect();
-        assert_eq!(asked.iter().map(|id| id.0).collect::<Vec<_>>(), items);
+        let items: Vec<u64> = world.items.iter().map(|(id, _)| id.into()).collect();
+        assert_eq!(asked.iter().map(|id| id.get()).collect::<Vec<_>>(), items);
 
         let mappings = world.nodes.iter().map(|(_, node)| node.items.len() as u64);
         let mapped: Vec<u64> = mappings.filter(|mappings| *mappings > 0).collect();

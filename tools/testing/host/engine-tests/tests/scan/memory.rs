@@ -207,7 +207,7 @@ impl StableNodes for SimMemory {
         if let Some(asked) = world.asked.borrow_mut().as_mut() {
             asked.push(item);
         }
-        world.items.get(item.0).map(|item| item.node)
+        world.items.get(item.get() as u32).map(|item| item.node)
     }
 
     fn release_item(&mut self, item: ItemId) -> Option<Released> {

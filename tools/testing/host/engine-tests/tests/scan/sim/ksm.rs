@@ -67,13 +67,13 @@ impl World {
             addr,
             node,
         };
-        let id = ItemId(self.items.insert(item));
+        let id = ItemId::new(self.items.insert(item).into());
         self.nodes.get_mut(node.0).unwrap().items.push(id);
         Ok(id)
     }
 
     pub(crate) fn free_item(&mut self, id: ItemId) -> Item {
-        let item = self.items.remove(id.0);
+        let item = self.items.remove(id.get() as u32);
         self.nodes
             .get_mut(item.node.0)
             .unwrap()
@@ -212,7 +212,7 @@ impl World {
         second
             .and_then(|second| self.check_page(second, refs[1]))
             .map_err(Refused::Target)?;
-        self.may_refuse(&[Refusal::NoMemory, Refusal::Unloading])
+        self.may_refuse(&[Refusal::NoMemory])
             .map_err(Refused::Page)?;
         let node = Node {
             meta: meta(NodeId(0)),
@@ -286,7 +286,7 @@ impl World {
     /// Undoes the first half, as far as that is possible.
     pub(crate) fn undo_first(&mut self, addr: usize, item: ItemId, node: NodeId) {
         self.undone += 1;
-        let key = self.items.get(item.0).unwrap().mm.key();
+        let key = self.items.get(item.get() as u32).unwrap().mm.key();
         if self.roll().is_some() {
             self.excused.insert((key, addr));
         } else if self.space(key).live() {
@@ -328,14 +328,8 @@ impl World {
     }
 
     pub(crate) fn release_item(&mut self, id: ItemId) -> Option<Released> {
-        let node = self.items.get(id.0)?.node;
-        // The item that was put on the node last comes to the place of the one that goes.
-        let last = *self.nodes.get(node.0)?.items.last()?;
-        if last != id {
-            self.items.swap(last.0, id.0);
-        }
-        self.free_item(last);
-        let moved = self.items.get(id.0).map(|item| (item.page, id));
+        let node = self.items.get(id.get() as u32)?.node;
+        self.free_item(id);
         let remaining = self.nodes.get(node.0).unwrap().items.len() as u32;
         let mapped = self.node_frame(node).map(|frame| self.page(frame).maps > 0);
         Some(Released {
@@ -345,7 +339,6 @@ impl World {
                 None => true,
                 Some(mapped) => remaining == 0 && !mapped,
             },
-            moved,
         })
     }
 

@@ -34,11 +34,6 @@ impl<T> Slab<T> {
         Self(Vec::new())
     }
 
-    /// Exchanges the numbers of two objects.
-    pub(in super::super) fn swap(&mut self, a: u32, b: u32) {
-        self.0.swap(a as usize, b as usize);
-    }
-
     pub(in super::super) fn insert(&mut self, value: T) -> u32 {
         match self.0.iter().position(Option::is_none) {
             Some(free) => {
