@@ -53,7 +53,7 @@ test-long: ## Every test, those that take long, too; hours
 	@RKSM_LONG=1 scripts/test
 
 .PHONY: torture
-torture: ## Everything at once at random, every byte checked; MINUTES= SEED= KERNEL=
+torture: ## Everything at once at random, every byte checked; MINUTES= SEED= KERNEL= UPGRADES=
 	@scripts/torture
 
 .PHONY: bench

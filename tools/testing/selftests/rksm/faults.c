@@ -318,20 +318,57 @@ static void unmerge_one_by_one(void)
 	ksft_test_result(ok && n > FEW && n < 1000, "run=2 with each of its allocations failing\n");
 }
 
-/* insmod with one of the allocations of rksm's init failing: some of them each time this runs */
+static struct mapping was[PAGES], is[PAGES];
+
+/* Everything merged, by either, and nothing under way */
+static bool merge_all(void)
+{
+	bool ok;
+
+	fill(area, PAGES, CONTENTS);
+	ksm_start();
+	ok = ksm_until("pages_sharing", PAGES - CONTENTS, 30) &&
+	     ksm_until("pages_shared", CONTENTS, 30);
+	ksm_set("run", 0);
+	mappings_of(getpid(), area, PAGES, was);
+	return ok && intact();
+}
+
+/* Each page is in the frame in which it was, and is counted as it was */
+static bool unmoved(void)
+{
+	size_t moved = 0;
+	long shared = ksm_get("pages_shared"), sharing = ksm_get("pages_sharing");
+
+	mappings_of(getpid(), area, PAGES, is);
+	for (size_t i = 0; i < PAGES; i++)
+		moved += is[i].pfn != was[i].pfn || is[i].flags != was[i].flags;
+	if (moved || shared != CONTENTS || sharing != PAGES - CONTENTS)
+		ksft_print_msg("%zu pages have moved; %ld shared, %ld sharing\n", moved, shared,
+			       sharing);
+	return !moved && shared == CONTENTS && sharing == PAGES - CONTENTS && intact();
+}
+
+/*
+ * insmod over merged pages with one of the allocations of rksm's init failing: some of them each
+ * time this runs
+ */
 static void load_one_by_one(void)
 {
 	unsigned int all, loads, refused = 0;
-	bool ok = true;
+	bool ok;
 	int err;
 
 	ksm_set("run", 2);
 	if (module_remove())
 		die("rksm does not go");
+	ksm_reset();
+	ok = merge_all();
 	fail_nth(1000000);
 	err = module_insert("check=1");
 	all = 1000000 - nth_left();
 	fail_nth(0);
+	ok &= unmoved();
 	if (err || module_remove())
 		die("rksm does not load and unload: %s", strerror(-err));
 	loads = all < LOADS ? all : LOADS;
@@ -348,15 +385,52 @@ static void load_one_by_one(void)
 				       strerror(-err));
 			ok = false;
 		}
-		/* The built-in answers, or rksm does */
-		ok &= module_loaded() == !err && !ksm_try("run", "1") && !ksm_try("run", "2");
+		/* The built-in has all that it had, or rksm has */
+		ok &= module_loaded() == !err && unmoved();
 		if (!err && module_remove())
 			ok = false;
+		if (!ok)
+			ksft_print_msg("with failure %u of %u\n", n, all);
 	}
 	ksft_print_msg("insmod allocates %u times; refused %u times of %u\n", all, refused, loads);
 	ksft_test_result(ok && refused > 0, "insmod with allocations failing one by one\n");
+	ksft_test_result(ok && !ksm_try("run", "2") && intact() && merge_all(),
+			 "the built-in goes on after that\n");
 	if (module_insert("check=1"))
 		die("rksm does not load any more");
+	ksft_test_result(unmoved() && merges_all(), "and so does rksm\n");
+}
+
+/* rmmod without memory: it goes, whatever it can have */
+static void unload_at_random(void)
+{
+	static const char *const probabilities[] = { "1", "30", "100" };
+	bool ok = true;
+	long n = 0;
+
+	for (size_t p = 0; ok && p < ARRAY_SIZE(probabilities); p++) {
+		ksm_reset();
+		/* Nodes go into trees, and chains */
+		ksm_set("max_page_sharing", p ? 4 : 256);
+		fill(area, PAGES, CONTENTS);
+		ksm_start();
+		ksm_scans(5);
+		ksm_set("run", 0);
+		mappings_of(getpid(), area, PAGES, was);
+		inject(3, probabilities[p]);
+		ok = !module_remove();
+		n += injected();
+		inject(0, "0");
+		mappings_of(getpid(), area, PAGES, is);
+		ok &= !memcmp(was, is, sizeof(was)) && intact();
+		ksm_start();
+		ksm_scans(3);
+		ok &= intact() && !ksm_try("run", "2") && ksm_all_zero() && intact();
+		if (module_insert("check=1"))
+			die("rksm does not load any more");
+	}
+	ksft_print_msg("%ld allocations failed\n", n);
+	ksft_test_result(ok, "rmmod with allocations failing\n");
 	ksft_test_result(merges_all(), "and afterwards everything merges\n");
 }
 
@@ -407,7 +481,7 @@ int main(int argc, char **argv)
 		monitor_verdict();
 		ksft_exit_skip("this kernel has no fault injection, or no module is named\n");
 	}
-	test_plan(3 * 2 * 2 + 4);
+	test_plan(3 * 2 * 2 + 7);
 	faults_init();
 	if (!module_loaded() && module_insert("check=1"))
 		die("rksm does not load");
@@ -421,6 +495,7 @@ int main(int argc, char **argv)
 	found_later();
 	unmerge_one_by_one();
 	load_one_by_one();
+	unload_at_random();
 	faults_init();
 	test_exit();
 }

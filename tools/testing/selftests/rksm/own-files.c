@@ -34,7 +34,7 @@ static const char *const own[] = {
 };
 static const char *const reasons[] = {
 	"busy", "differs", "far_node", "gone", "locked", "no_memory", "pinned", "same", "stale",
-	"unloading", "unsplit", "userfault",
+	"unsplit", "userfault",
 };
 
 static int is_entry(const struct dirent *entry)

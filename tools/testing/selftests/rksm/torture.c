@@ -8,7 +8,9 @@
  * What each process does follows from the seed, its number and how many had that number
  * before it. When they meet each other does not.
  *
- * TORTURE_SECONDS=N in the environment says for how long.
+ * TORTURE_SECONDS=N in the environment says for how long, TORTURE_UPGRADES=N how often the
+ * module goes and comes back in place at least, RKSM_OTHER_KO=FILE which other build of it
+ * comes every other time.
  *
  * runs: none
  */
@@ -80,7 +82,7 @@ static const struct {
 	[OP_READ_PROC] = { "files of /proc read", 0 },
 	[OP_INSMOD] = { "insmod", 0 },
 	[OP_RMMOD] = { "rmmod", 0 },
-	[OP_BUSY] = { "rmmod refused", 0 },
+	[OP_BUSY] = { "insmod refused", 0 },
 };
 
 static struct shared {
@@ -596,32 +598,46 @@ static void kill_workers(void)
 	}
 }
 
+static long limit = DEFAULT_SECONDS;
+
+/* How many upgrades there are to be, at least */
+static unsigned long upgrades;
+
+/* Two builds of the module in turn, where there is another one */
+static int load(const char *other)
+{
+	static const char *const params[] = { "check=1", "run=1 check=1", "adopt=0 check=1" };
+	static unsigned int loads;
+	const char *own = module_path;
+	int err;
+
+	if (other && ++loads % 2)
+		module_path = other;
+	/* Upgrades are in place */
+	err = module_insert(params[rnd_below(upgrades ? 2 : 3)]);
+	module_path = own;
+	return err;
+}
+
 static void load_and_unload(void)
 {
-	while (!atomic_load(&shared->stop)) {
-		if (!module_loaded()) {
-			int err = module_insert(rnd_below(2) ? "check=1" : "run=1 check=1");
+	const char *other = getenv("RKSM_OTHER_KO");
+	/* An upgrade is an insmod and an rmmod, with as much time between them */
+	unsigned long pause = upgrades ? limit * 250000UL / upgrades : 1000000;
 
-			/* Memory that the built-in cannot let go of right now */
-			if (!err)
-				count(OP_INSMOD);
-			else if (err != -EBUSY && err != -EAGAIN && err != -EINTR && err != -ENOMEM)
-				die("insmod: %s", strerror(-err));
-			else
-				count(OP_BUSY);
-			usleep(rnd_below(2000000));
-			continue;
-		}
-		for (int tries = 0; module_loaded() && tries < 50; tries++) {
-			int err;
+	while (!atomic_load(&shared->stop) || atomic_load(&shared->done[OP_RMMOD]) < upgrades) {
+		int err = module_loaded() ? module_remove() : load(other);
 
-			ksm_try("run", "2");
-			err = module_remove();
-			count(err ? OP_BUSY : OP_RMMOD);
-			if (err && err != -EWOULDBLOCK)
-				die("rmmod: %s", strerror(-err));
-		}
-		usleep(rnd_below(500000));
+		if (!err)
+			count(module_loaded() ? OP_INSMOD : OP_RMMOD);
+		else if (module_loaded())
+			die("rmmod: %s", strerror(-err));
+		/* Memory that the built-in cannot let go of right now, or that there is not */
+		else if (err != -EBUSY && err != -EAGAIN && err != -EINTR && err != -ENOMEM)
+			die("insmod: %s", strerror(-err));
+		else
+			count(OP_BUSY);
+		usleep(rnd_below(2 * pause));
 	}
 }
 
@@ -677,7 +693,6 @@ int main(int argc, char **argv)
 		write_knobs, write_knobs, read_proc, shake_memory, kill_workers, load_and_unload,
 	};
 	pid_t pid[WORKERS + ARRAY_SIZE(helpers)];
-	long limit = DEFAULT_SECONDS;
 	char *option = getenv("TORTURE_SECONDS");
 	double end;
 	size_t n = 0;
@@ -688,13 +703,16 @@ int main(int argc, char **argv)
 
 	if (option)
 		limit = strtol(option, NULL, 10);
+	option = getenv("TORTURE_UPGRADES");
+	if (option)
+		upgrades = strtoul(option, NULL, 10);
 	/*
 	 * Pages that are shared since a fork become KSM pages for both, also where only one side
 	 * takes part, and then nobody unmerges the other side's: so all take part.
 	 */
 	prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0);
 	test_init(argc, argv);
-	test_plan(4);
+	test_plan(5);
 	shared = map_shared(1);
 	ksm_reset();
 	alarm(limit + GRACE_SECONDS);
@@ -729,6 +747,8 @@ int main(int argc, char **argv)
 	ksft_test_result(intact && !atomic_load(&shared->failed),
 			 "every byte of every process was what it had to be\n");
 	ksft_test_result(helped, "everything else went as it has to\n");
+	ksft_test_result(atomic_load(&shared->done[OP_RMMOD]) >= upgrades,
+			 "%lu upgrades at least\n", upgrades);
 	ksft_test_result(atomic_load(&shared->most_merged) > 0 &&
 				 atomic_load(&shared->done[OP_VERIFY]) > 0,
 			 "pages were merged meanwhile\n");

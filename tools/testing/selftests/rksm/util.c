@@ -618,6 +618,54 @@ int module_remove(void)
 	return syscall(SYS_delete_module, "rksm", O_NONBLOCK) ? -errno : 0;
 }
 
+bool module_refused(const char *params, int err)
+{
+	int log = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC), got, lines = 0;
+	char line[8192];
+	ssize_t n;
+
+	if (log < 0 || lseek(log, 0, SEEK_END) < 0)
+		die("cannot read the log: %s", strerror(errno));
+	got = module_insert(params);
+	while ((n = read(log, line, sizeof(line) - 1)) > 0) {
+		line[n] = 0;
+		if (!strstr(line, "rksm: cannot load"))
+			continue;
+		lines++;
+		ksft_print_msg("%s", strchr(line, ';') + 1);
+	}
+	close(log);
+	if (got != err || lines != 1)
+		ksft_print_msg("insmod: %s, not %s; %d lines\n", strerror(-got), strerror(-err),
+			       lines);
+	return got == err && lines == 1 && !module_loaded();
+}
+
+bool module_in(const char *params)
+{
+	int err = module_insert(params);
+
+	if (err)
+		ksft_print_msg("insmod %s %s: %s\n", module_path, params, strerror(-err));
+	return !err && module_loaded();
+}
+
+bool module_out(void)
+{
+	int err = module_remove();
+
+	if (err)
+		ksft_print_msg("rmmod: %s\n", strerror(-err));
+	return !err && !module_loaded();
+}
+
+bool module_step(void)
+{
+	if (!module_path)
+		return true;
+	return module_loaded() ? module_out() : module_in("check=1");
+}
+
 /* The monitor: what a monitoring daemon does, all the time */
 
 static bool well_formed(const char *file, const char *text)

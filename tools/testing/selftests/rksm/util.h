@@ -66,6 +66,13 @@ extern const char *module_path;
 bool module_loaded(void);
 int module_insert(const char *params);	/* 0 or -errno */
 int module_remove(void);		/* 0 or -errno */
+/* The same, and print what goes wrong */
+/* Whether insmod fails with err, and says in one line why */
+bool module_refused(const char *params, int err);
+bool module_in(const char *params);
+bool module_out(void);
+/* From the one KSM to the other, with check=1; nothing to do where no module is named */
+bool module_step(void);
 
 /* Seeded random numbers; each process that wants its own sequence calls rnd_fork() */
 extern uint64_t test_seed;
