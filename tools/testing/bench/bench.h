@@ -176,6 +176,20 @@ void fill_memory(char *area, const struct shape *shape);
 /* Until a victim, which shares `ready`, has set that. */
 void wait_ready(pid_t pid, const volatile bool *ready);
 
+/* costs.c */
+
+/* Full scans until so many pages are shared. */
+void merge_all(uint64_t goal);
+
+struct memory {
+	long long free_pages;	/* on the free lists and on the CPUs' own */
+	long long slab_bytes, vmalloc_bytes;
+};
+
+struct memory memory_now(void);
+/* Give back the empty slabs that earlier work left. */
+void shrink_slabs(void);
+
 uint64_t xxh64(const void *input, size_t len, uint64_t seed);
 
 /* The workloads. */
@@ -191,6 +205,7 @@ void run_apps(void);
 void run_latency(void);
 void run_unmerge(void);
 void run_metadata(void);
+void run_in_place(void);
 void run_threads(void);
 void run_victim(void);
 

@@ -20,7 +20,7 @@ static void scan_times(unsigned int times)
 			die("no full scan in %d s", SCAN_LIMIT_S);
 }
 
-static void merge_all(uint64_t goal)
+void merge_all(uint64_t goal)
 {
 	for (int i = 0; i < 6; i++) {
 		scan_times(1);
@@ -62,12 +62,7 @@ void run_unmerge(void)
 	worker_kill(&w);
 }
 
-struct memory {
-	long long free_pages;	/* on the free lists and on the CPUs' own */
-	long long slab_bytes, vmalloc_bytes;
-};
-
-static struct memory memory_now(void)
+struct memory memory_now(void)
 {
 	struct memory m = { 0 };
 	char *line = NULL;
@@ -94,8 +89,7 @@ static struct memory memory_now(void)
 	return m;
 }
 
-/* Give back the empty slabs that earlier work left. */
-static void shrink_slabs(void)
+void shrink_slabs(void)
 {
 	glob_t caches;
 

@@ -28,9 +28,22 @@ run() {
 	}
 }
 
+# Whether the list says so of a workload: name, alias, smart scan too, no KSM too, loads rksm itself.
+listed() {
+	[ "$($bench --list | grep "^$1 " | cut -d' ' -f"$2")" = 1 ]
+}
+
 side() {
-	impl=$1
+	impl=$1 rest=
 	shift
+	for w; do
+		if ! listed "$w" 5; then
+			rest="$rest $w"
+		elif [ "$impl" = rksm ]; then
+			run "$w" rksm 0
+		fi
+	done
+	[ -n "$rest" ] || return 0
 	if [ "$impl" = rksm ]; then
 		# shellcheck disable=SC2086 # parameters are words
 		insmod /rksm.ko $RKSM_ARGS || {
@@ -40,14 +53,12 @@ side() {
 			return
 		}
 	fi
-	for w; do
-		# shellcheck disable=SC2046 # a row of the list: name, alias, smart scan too, no KSM too
-		set -- $($bench --list | grep "^$w ")
-		if [ "$impl" = builtin ] && [ "$4" = 1 ]; then
+	for w in $rest; do
+		if [ "$impl" = builtin ] && listed "$w" 4; then
 			run "$w" none 0
 		fi
 		run "$w" "$impl" 0
-		[ "$3" = 0 ] || [ "$w-$size" = thp-quick ] || run "$w" "$impl" 1
+		! listed "$w" 3 || [ "$w-$size" = thp-quick ] || run "$w" "$impl" 1
 	done
 	if [ "$impl" = rksm ]; then
 		echo 2 >/sys/kernel/mm/ksm/run

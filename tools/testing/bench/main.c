@@ -14,43 +14,47 @@ static const struct workload {
 	void (*run)(void);
 	bool smart_scan;	/* both settings are of interest */
 	bool none;		/* so is no KSM at all */
+	bool loads;		/* it loads and unloads rksm itself */
 	const char *what;
 } workloads[] = {
-	{ "unique", "W1", run_unique, true, false,
+	{ "unique", "W1", run_unique, true, false, false,
 	  "unique random pages: scanner CPU per page and full scan, over the first "
 	  "4 full scans of fresh memory" },
-	{ "tail", "W2", run_tail, true, false,
+	{ "tail", "W2", run_tail, true, false, false,
 	  "pages that differ only in their last 8 bytes: the same figure" },
-	{ "copies", "W3", run_copies, true, false,
+	{ "copies", "W3", run_copies, true, false, false,
 	  "8 copies of each page: until 99 % of the possible saving is there" },
-	{ "steady", "W4", run_steady, true, false,
+	{ "steady", "W4", run_steady, true, false, false,
 	  "steady state, half of the pages copies (8 each), half unique, nothing "
 	  "changes" },
-	{ "rewrite", "W5", run_rewrite, true, false,
+	{ "rewrite", "W5", run_rewrite, true, false, false,
 	  "as steady, but a random quarter of the pages is rewritten before each "
 	  "of 6 full scans" },
-	{ "churn", "W6", run_churn, true, false,
+	{ "churn", "W6", run_churn, true, false, false,
 	  "processes of 1 MiB, one replaced and one forking every 10 ms, scanned "
 	  "at an equal rate" },
-	{ "thp", "W7", run_thp, true, false,
+	{ "thp", "W7", run_thp, true, false, false,
 	  "huge pages: unique, 8 copies of each 4 KiB, and zeros but for 4 KiB in "
 	  "2 MiB" },
-	{ "apps", "W8", run_apps, false, false,
+	{ "apps", "W8", run_apps, false, false, false,
 	  "3 redis-server and 3 Python processes, each kind with the same data (2 "
 	  "x 16 MB a pair)" },
-	{ "latency", "W9", run_latency, false, true,
+	{ "latency", "W9", run_latency, false, true, false,
 	  "latency seen by a process that faults, mmaps and forks while its 32 MiB "
 	  "are scanned at an equal rate" },
-	{ "unmerge", "W10", run_unmerge, false, false,
+	{ "unmerge", "W10", run_unmerge, false, false, false,
 	  "time to undo merging of 256 MiB: a write to every page, run=2, "
 	  "MADV_UNMERGEABLE" },
-	{ "metadata", "M", run_metadata, false, false,
+	{ "metadata", "M", run_metadata, false, false, false,
 	  "kernel memory that the scanner's knowledge takes: dense, one page "
 	  "present of 64, and merged (8 copies)" },
-	{ "victim", "V", run_victim, false, true,
+	{ "in-place", "I", run_in_place, false, false, true,
+	  "time to load and unload the module while pages are merged (8 copies), which "
+	  "change hands in place" },
+	{ "victim", "V", run_victim, false, true, false,
 	  "what a process on the other CPU gets done, random accesses to 256 MiB, while "
 	  "it is scanned at an equal rate" },
-	{ "threads", "S", run_threads, false, false,
+	{ "threads", "S", run_threads, false, false, false,
 	  "full scans with 1 and 2 scan_threads" },
 };
 
@@ -73,7 +77,7 @@ static void usage(FILE *f)
 		"  --seed N                  of all random contents (1)\n"
 		"  --knob NAME=VALUE         one more knob of /sys/kernel/mm/ksm; repeatable\n"
 		"  --quick                   smaller\n"
-		"  --list                    workloads: NAME ALIAS SMART NONE WHAT\n"
+		"  --list                    workloads: NAME ALIAS SMART NONE LOADS WHAT\n"
 		"Workloads:\n");
 	for (size_t i = 0; i < ARRAY_SIZE(workloads); i++)
 		fprintf(f, "  %-8s %-3s %s\n", workloads[i].name, workloads[i].alias,
@@ -122,9 +126,9 @@ int main(int argc, char **argv)
 			break;
 		case 'l':
 			for (size_t i = 0; i < ARRAY_SIZE(workloads); i++)
-				printf("%s %s %d %d %s\n", workloads[i].name, workloads[i].alias,
+				printf("%s %s %d %d %d %s\n", workloads[i].name, workloads[i].alias,
 				       workloads[i].smart_scan, workloads[i].none,
-				       workloads[i].what);
+				       workloads[i].loads, workloads[i].what);
 			return 0;
 		case 'h':
 			usage(stdout);
@@ -142,7 +146,7 @@ int main(int argc, char **argv)
 	workload = find(argv[optind]);
 	if (workload) {
 		opt.workload = workload->name;
-		if (strcmp(opt.impl, "none") != 0)
+		if (strcmp(opt.impl, "none") != 0 && !workload->loads)
 			warm_up();
 		workload->run();
 		return 0;

@@ -149,6 +149,17 @@ METRICS = {
         Metric("of it in slabs", "B/page", per_page("slab_bytes"), digits=1),
         Metric("of it in vmalloc", "B/page", per_page("vmalloc_bytes"), digits=1),
     ],
+    "in-place": [
+        Metric("time", "s", lambda r: r["ns"] / 1e9, digits=3),
+        Metric("time per merged page", "µs", lambda r: (r["ns"] - r["empty_ns"]) / r["pages"] / 1e3, digits=3),
+        Metric("memory saved", "MiB", lambda r: r["saved"] / MIB, digits=0),
+        Metric("time while others run", "s", lambda r: r["watched_ns"] / 1e9, digits=3),
+        Metric("extra memory at most", "MiB", lambda r: r["peak_bytes"] / 2**20),
+        Metric("extra memory afterwards", "MiB", lambda r: r["kept_bytes"] / 2**20),
+        Metric("longest read of pages_shared", "ms", lambda r: r["read_ns"] / 1e6),
+        Metric("longest fault", "ms", lambda r: r["fault_ns"] / 1e6),
+        Metric("longest fork to exit", "ms", lambda r: r["fork_ns"] / 1e6),
+    ],
     "threads": [
         Metric("pages per second", "1/s", lambda r: r["pages"] * r["full_scans"] / (r["wall_ns"] / 1e9), more=True, digits=0),
     ],
@@ -173,7 +184,7 @@ def load_list(path):
     what, names = {}, {}
     with open(path, encoding="utf-8") as f:
         for line in f:
-            name, alias, _, _, text = line.rstrip("\n").split(" ", 4)
+            name, alias, _, _, _, text = line.rstrip("\n").split(" ", 5)
             what[name] = text
             names[alias] = name
     return what, names
@@ -327,6 +338,24 @@ class Targets:
                  f"{r:.2f} times" if r is not None else "not measured", None if r is None else r <= factor)
 
 
+def in_place(t, case, limit):
+    """Time for a mebi of merged pages, and memory meanwhile."""
+    took, each, empty, peak, saved = (
+        t.res.get("in-place", c, 0, "rksm", key)
+        for c, key in ((case, "time"), (case, "time per merged page"), (f"{case}, nothing merged", "time"),
+                       (case, "extra memory at most"), (case, "memory saved"))
+    )
+    pages = next(r["pages"] for r in t.res.records if (r["workload"], r["case"]) == ("in-place", case))
+    seconds, text = took.median, f"{took.text(2)} s"
+    if pages != 2**20:
+        seconds = empty.median + each.median * 2**20 / 1e6
+        text = f"{seconds:.2f} s, reckoned from {pages // 1024} Ki"
+    t.add(f"in-place {case}: time for 1 Mi merged pages", f"at most {limit} s", text, seconds <= limit)
+    most = max(16, saved.median / 100)
+    t.add(f"in-place {case}: extra memory", f"at most 1 % of what is saved, or 16 MiB ({most:.1f} MiB)",
+          f"{peak.text(1)} MiB", peak.median <= most)
+
+
 def targets(res):
     t = Targets(res)
     cpu = "CPU per page"
@@ -379,13 +408,14 @@ def targets(res):
     for c in res.of_workload("unmerge"):
         for m in METRICS["unmerge"]:
             t.no_worse(m.key + ", µs/page", c, m.key)
-    for case, limit in (("dense", 24), ("sparse", 96)):
+    for case, limit, of in (("dense", 20, "tracked"), ("sparse", 96, "tracked"), ("merged", 84, "merged")):
         if ("metadata", case, 0) in res.cases:
             f = res.get("metadata", case, 0, "rksm", "all memory")
-            t.add(f"metadata {case}: bytes per tracked page", f"at most {limit}", f.text(1) if f else "not measured",
+            t.add(f"metadata {case}: bytes per {of} page", f"at most {limit}", f.text(1) if f else "not measured",
                   f.median <= limit if f else None)
-    if ("metadata", "merged", 0) in res.cases:
-        t.no_worse("bytes per merged page", ("metadata", "merged", 0), "all memory")
+    for case, limit in (("insmod", 2), ("rmmod", 2), ("upgrade", 4)):
+        if ("in-place", case, 0) in res.cases:
+            in_place(t, case, limit)
     for c in {x[1].split(",")[0]: x for x in res.of_workload("threads")}:
         for smart in (0, 1):
             one, two = (res.get("threads", f"{c},{n}", smart, "rksm", "pages per second") for n in (1, 2))
