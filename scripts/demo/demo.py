@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The guest's side of scripts/run: real programs, merged, checked and let go.
+"""The guest's side of scripts/run: real programs, merged by one KSM and the other, and checked.
 
 Usage: demo.py [--builtin] [--seed SEED]
 
@@ -7,10 +7,12 @@ Exit status 0 only if everything that is claimed on the way held.
 """
 
 import argparse
+import array
 import glob
 import hashlib
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +24,7 @@ KSM = "/sys/kernel/mm/ksm"
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
 MODULE = "/rksm.ko"
+KPF_KSM = 1 << 21
 
 REDIS_INSTANCES = 4
 PYTHON_INSTANCES = 3
@@ -106,6 +109,55 @@ def memory():
         counts = [int(line.split()[1]) for line in file if line.split()[0] == "count:"]
     result["per-CPU free"] = mib(sum(counts))
     return result
+
+
+def words(path, start=0, number=1 << 40):
+    """The 64-bit words of a file from one on, as many as there are."""
+    result = array.array("Q")
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start * 8)
+        while data := file.read(min(number - len(result), 1 << 17) * 8):
+            result.frombytes(data)
+    return result
+
+
+def merged_frames(programs):
+    """The frame of every merged page of the programs, by process and address."""
+    flags = words("/proc/kpageflags")
+    frames = {}
+    for program in programs.everyone():
+        pid = program.process.pid
+        with open(f"/proc/{pid}/maps") as file:
+            areas = [line.split()[0].split("-") for line in file if "vsyscall" not in line]
+        for start, end in areas:
+            first, last = int(start, 16) // PAGE, int(end, 16) // PAGE
+            for at, word in enumerate(words(f"/proc/{pid}/pagemap", first, last - first)):
+                frame = word & ((1 << 55) - 1)
+                if word >> 63 and frame < len(flags) and flags[frame] & KPF_KSM:
+                    frames[pid, first + at] = frame
+    return frames
+
+
+def in_place(programs, *words):
+    """Runs a command that changes which KSM there is, and no page."""
+    set_knob("run", 0)
+    # Their own writes would be seen as changes.
+    programs.signal(signal.SIGSTOP)
+    before, counted = merged_frames(programs), (count("pages_shared"), count("pages_sharing"))
+    begun = time.monotonic()
+    held = run_command(*words) == 0
+    took = time.monotonic() - begun
+    after, now = merged_frames(programs), (count("pages_shared"), count("pages_sharing"))
+    programs.signal(signal.SIGCONT)
+    say("                 merged pages  in frames   shared  sharing")
+    for when, frames, (shared, sharing) in ("before", before, counted), ("after", after, now):
+        say(f"  {when:14} {len(frames):12} {len(set(frames.values())):10} {shared:8} {sharing:8}")
+    moved = len(before.items() ^ after.items())
+    check(
+        held and bool(before) and not moved and counted == now,
+        f"{words[0]}: {moved} of {len(before)} merged pages changed ({took:.2f} s)",
+    )
+    start_scanning()
 
 
 class Log:
@@ -297,9 +349,13 @@ class Programs:
 
     def possible(self):
         """The pages that can be saved: all copies of the data but one."""
-        redis = KEYS * (REDIS_INSTANCES - 1)
-        python = store.COLUMNS * store.ROWS * 8 // PAGE * (PYTHON_INSTANCES - 1)
+        redis = KEYS * max(len(self.redis) - 1, 0)
+        python = store.COLUMNS * store.ROWS * 8 // PAGE * max(len(self.python) - 1, 0)
         return redis + python
+
+    def signal(self, number):
+        for program in self.everyone():
+            program.process.send_signal(number)
 
     def stop(self):
         for program in self.everyone():
@@ -411,28 +467,23 @@ def main():
     programs.start_redis()
     say(f"  {KEYS} documents of {VALUE} bytes in each")
 
-    if options.builtin:
-        step("the built-in KSM, for comparison: rksm is not loaded")
-    else:
-        step("rksm takes over from the built-in KSM")
-        if run_command("insmod", MODULE):
-            fatal("insmod")
+    before = memory()
+    step(f"echo 1 > {KSM}/run: the built-in KSM merges" + (", for comparison" * options.builtin))
+    start_scanning()
+    merge(programs, Scanner("ksmd"))
+    if not options.builtin:
+        step("rksm takes over what the built-in has merged")
+        in_place(programs, "insmod", MODULE)
         log.show()
 
-    step(f"{PYTHON_INSTANCES} Python programs with one table, mergeable by prctl")
+    step(f"{PYTHON_INSTANCES} Python programs with one table, mergeable by prctl: {name} merges more")
     programs.start_python()
     say(f"  {store.COLUMNS} columns of {store.ROWS} numbers in each")
     scanner = Scanner(name)
-
-    step(f"echo 1 > {KSM}/run")
-    before = memory()
-    start_scanning()
     merge(programs, scanner)
-    after = memory()
 
     step("what that gave")
-    gained = show_memory(before, after)
-    check(gained >= 0.9 * mib(programs.possible()), f"{gained:.1f} MiB more are free")
+    show_memory(before, memory())
     show_processes(programs)
     say(
         f"  general_profit {count('general_profit') / MIB:.1f} MiB;"
@@ -441,33 +492,38 @@ def main():
 
     step("the data, read back through the programs")
     programs.prove("merged")
-    if not options.builtin:
-        check(run_command("rmmod", "rksm") != 0, "rksm does not go while it has merged pages")
 
     step("half of it overwritten in place, while the scanner runs")
     programs.overwrite_half()
     programs.prove("overwritten")
     merge(programs, scanner)
 
+    if not options.builtin:
+        step("rksm goes, and the built-in goes on with what rksm has merged")
+        in_place(programs, "rmmod", "rksm")
+        log.show()
+        check(not os.path.exists("/sys/module/rksm"), "the module is gone")
+        merge(programs, Scanner("ksmd"))
+        programs.prove("handed back")
+
+        step("rksm comes again, as another build of it would")
+        in_place(programs, "insmod", MODULE)
+        scanner = Scanner(name)
+        merge(programs, scanner)
+
     step(f"echo 2 > {KSM}/run")
+    merged = memory()
     set_knob("run", 2)
     left = count("pages_shared"), count("pages_sharing")
     check(left == (0, 0), f"pages_shared {left[0]}, pages_sharing {left[1]}")
-    say(f"  AnonPages is back at {memory()['AnonPages']:.1f} MiB")
+    lost = -show_memory(merged, memory())
+    check(lost >= 0.9 * mib(programs.possible()), f"{lost:.1f} MiB fewer are free")
     say(f"  {name} took {scanner.seconds():.2f} s of CPU in all")
     programs.prove("unmerged")
-
+    set_knob("run", 0)
     if not options.builtin:
-        step("rksm goes, the built-in KSM is back")
         check(run_command("rmmod", "rksm") == 0, "rmmod")
         log.show()
-        check(not os.path.exists("/sys/module/rksm"), "the module is gone")
-
-    step(f"echo 1 > {KSM}/run: the built-in ksmd merges" + (" again" if options.builtin else ""))
-    start_scanning()
-    merge(programs, Scanner("ksmd"))
-    programs.prove("merged by the built-in KSM")
-    set_knob("run", 0)
     programs.stop()
 
     if failures:
