@@ -328,10 +328,10 @@ bool slabs_empty(void)
 	for (size_t c = 0; c < ARRAY_SIZE(caches); c++) {
 		long objects = -1;
 
-		/* What RCU frees takes a moment */
-		for (int tries = 0; tries < 20 && objects; tries++) {
+		/* What RCU or rksm's thread frees takes a moment */
+		for (int tries = 0; tries < 100 && objects; tries++) {
 			if (tries)
-				usleep(50000);
+				usleep(200000);
 			objects = slab_objects(caches[c]);
 		}
 		if (objects)
