@@ -211,8 +211,8 @@ impl Rksm {
         self.ksm.hand_over();
     }
 
-    /// Takes over what the built-in has merged, or has it unmerge that: with `adopt=0`, where `run`
-    /// is to be 2 anyway, and where the inventory does not know what it finds.
+    /// Takes over what the built-in has merged, or has it unmerge that: with `adopt=0`, and where
+    /// `run` is to be 2 anyway.
     ///
     /// # Context
     ///
@@ -220,8 +220,8 @@ impl Rksm {
     ///
     /// # Errors
     ///
-    /// `ENOMEM` or `EINTR` if taking over failed, with nothing changed; those of
-    /// [`Takeover::drain`].
+    /// With nothing changed: `ENOMEM`, `EINTR` after a signal, `EINVAL` if what the built-in has is
+    /// not known here. Those of [`Takeover::drain`].
     fn take_pages(&self, run: RunState) -> Result<(), Failure> {
         if module_parameters::adopt.value() && run != RunState::Unmerge {
             match self.ksm.adopt() {

@@ -115,6 +115,16 @@ add_to_sysroot() {
 	logged "$RKSM_CACHE/sysroot-more.log" "adding ${lacking[*]} to the sysroot" install_more
 }
 
+# copy_module_source DIR - what the module is built of; what was built there of it stays.
+copy_module_source() {
+	local part
+	for part in Kbuild Makefile rust scripts tools/testing/sanitizer tools/testing/host; do
+		rm -rf "${1:?}/$part"
+		mkdir -p "$(dirname "$1/$part")"
+		cp -rp "$RKSM_TOP/$part" "$1/$part"
+	done
+}
+
 # Build the module for what scripts/vm calls --kernel WHAT, where that names a flavour.
 build_for() {
 	case $1 in

@@ -5,6 +5,9 @@
 use crate::bindings::raw::layout;
 use core::ptr::NonNull;
 
+/// `STABLE_FLAG` of `mm/ksm.c`: in the address of an rmap item that is on a stable node.
+pub(crate) const STABLE_FLAG: usize = 0x200;
+
 /// A stable node of the built-in's, a chain excepted.
 ///
 /// # Invariants

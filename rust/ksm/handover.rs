@@ -111,15 +111,6 @@ impl StableNodes {
         }
     }
 
-    /// Frees an item that was taken over, and that no page has.
-    ///
-    /// # Context
-    ///
-    /// May sleep. Takes the lock of the folio that its node names.
-    pub(crate) fn drop_item(&mut self, item: ItemId) {
-        let _ = self.release_item(item);
-    }
-
     /// From here on a node that has items is not freed, as they may have been given away.
     ///
     /// # Context

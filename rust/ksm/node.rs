@@ -37,6 +37,7 @@ use crate::{
             FolioLock,
             FolioMapping, //
         },
+        ksm_objects::STABLE_FLAG,
         mm::{
             self,
             PinnedMm, //
@@ -79,9 +80,6 @@ pub(super) const HEAD: u64 = 1 << 63;
 
 /// The node's mappings move to another node of the chain.
 pub(super) const RETIRING: u64 = 1 << 62;
-
-/// `STABLE_FLAG` of `mm/ksm.c`: in the address of an item that is on a node.
-pub(super) const STABLE_FLAG: usize = 0x200;
 
 /// A mapping of a merged page: `struct ksm_rmap_item`.
 #[repr(C)]
@@ -310,15 +308,13 @@ impl UnlinkedItem {
 
     /// The mm of the mapping.
     pub(super) fn mm(&self) -> &PinnedMm {
-        // SAFETY: By the invariant the item is there. An rmap walk does not change the
-        // field.
+        // SAFETY: By the invariant the item is there. An rmap walk does not change the field.
         unsafe { &(*self.0.as_ptr()).mm }
     }
 
     /// The address of the mapping.
     pub(super) fn addr(&self) -> usize {
-        // SAFETY: By the invariant the item is there. An rmap walk does not change the
-        // field.
+        // SAFETY: By the invariant the item is there. An rmap walk does not change the field.
         unsafe { (*self.0.as_ptr()).address & !STABLE_FLAG }
     }
 
@@ -346,8 +342,7 @@ impl UnlinkedItem {
                 item.anon_vma = Some(anon_vma);
             }
             let vma = vma.as_ptr().cast();
-            let addr = item.address & !STABLE_FLAG;
-            item.linear_page_index = raw::rksm_linear_anon_page_index(vma, addr);
+            item.linear_page_index = raw::rksm_linear_anon_page_index(vma, item.address);
         }
         Ok(())
     }

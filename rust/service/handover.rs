@@ -91,7 +91,7 @@ impl Heir for Successor<'_> {
         metadata.backend().take_item(item, mm, page);
         if page.is_none() {
             // The mm is exiting.
-            metadata.backend().drop_item(id);
+            let _ = metadata.backend().release_item(id);
             metadata.backend().account_tracked(mm, -1);
         }
     }

@@ -25,7 +25,8 @@ use crate::{
         gfp::GFP_METADATA,
         ksm_objects::{
             BuiltinItem,
-            BuiltinNode, //
+            BuiltinNode,
+            STABLE_FLAG, //
         },
         mm::PinnedMm,
         race_window, //
@@ -42,7 +43,6 @@ use crate::{
             Node,
             Slot,
             SEQNR_MASK,
-            STABLE_FLAG,
             STABLE_NODE_CHAIN,
             UNSTABLE_FLAG, //
         }, //
@@ -216,8 +216,7 @@ impl Inventory {
 
     /// Checks the lists of items. Returns how many are on stable nodes.
     fn check_slots(&self) -> Result<u64, Unfit> {
-        // SAFETY: Protected by the mutex.
-        let counted = unsafe { ptr::read(self.merged.symbols().ksm_rmap_items()) } as u64;
+        let counted = self.merged.counters().items;
         let (mut found, mut stable) = (0u64, 0);
         for slot in &self.slots {
             // SAFETY: By the invariant the slot is there.

@@ -38,11 +38,9 @@ use kernel::{
     prelude::*, //
 };
 
-/// The flags in the address of an rmap item, `SEQNR_MASK`, `UNSTABLE_FLAG` and `STABLE_FLAG`: BTF
-/// knows no macros.
+/// Flags in the address of an rmap item, `SEQNR_MASK` and `UNSTABLE_FLAG`: BTF knows no macros.
 pub(super) const SEQNR_MASK: usize = 0xff;
 pub(super) const UNSTABLE_FLAG: usize = 0x100;
-pub(super) const STABLE_FLAG: usize = 0x200;
 
 /// `STABLE_NODE_CHAIN`: the length of a node that is a chain.
 pub(super) const STABLE_NODE_CHAIN: c_int = -1024;

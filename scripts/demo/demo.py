@@ -138,14 +138,14 @@ def merged_frames(programs):
     return frames
 
 
-def in_place(programs, *words):
+def in_place(programs, *argv):
     """Runs a command that changes which KSM there is, and no page."""
     set_knob("run", 0)
     # Their own writes would be seen as changes.
     programs.signal(signal.SIGSTOP)
     before, counted = merged_frames(programs), (count("pages_shared"), count("pages_sharing"))
     begun = time.monotonic()
-    held = run_command(*words) == 0
+    held = run_command(*argv) == 0
     took = time.monotonic() - begun
     after, now = merged_frames(programs), (count("pages_shared"), count("pages_sharing"))
     programs.signal(signal.SIGCONT)
@@ -155,7 +155,7 @@ def in_place(programs, *words):
     moved = len(before.items() ^ after.items())
     check(
         held and bool(before) and not moved and counted == now,
-        f"{words[0]}: {moved} of {len(before)} merged pages changed ({took:.2f} s)",
+        f"{argv[0]}: {moved} of {len(before)} merged pages changed ({took:.2f} s)",
     )
     start_scanning()
 

@@ -18,10 +18,7 @@ use super::super::{
     },
 };
 use super::Metadata;
-use kernel::{
-    page::PAGE_SIZE,
-    prelude::*, //
-};
+use kernel::prelude::*;
 
 impl<B: Backend> Metadata<B> {
     /// Returns the stable nodes.
@@ -99,21 +96,16 @@ impl<B: Backend> Metadata<B> {
     ///
     /// May sleep.
     pub fn bequeath(&mut self, slot: SlotId, mm: &B::Mm, mut give: impl FnMut(&mut B, ItemId)) {
-        let (mut at, mut given) = (0, 0);
-        while let Some((page, addr, state)) = self.states.next_linked(slot, at) {
-            match state {
-                PageState::Merged(item) => {
-                    self.states.set(page, PageState::NEW);
-                    give(&mut self.backend, item);
-                    given += 1;
-                }
-                PageState::Tracked(tracked) => self.unindex(page, tracked),
+        let mut given = 0;
+        self.remove_mm(slot, mm, |metadata, page, state| match state {
+            PageState::Merged(item) => {
+                metadata.states.set(page, PageState::NEW);
+                give(&mut metadata.backend, item);
+                given += 1;
             }
-            at = addr.saturating_add(PAGE_SIZE);
-            self.backend.cond_resched();
-        }
-        let tracked = self.states.remove_slot(slot);
-        self.counters.tracked = self.counters.tracked.wrapping_sub(tracked as u64);
-        self.backend.account_tracked(mm, given - tracked as isize);
+            state => metadata.release_state(page, state),
+        });
+        // The other KSM tracks these.
+        self.backend.account_tracked(mm, given);
     }
 }

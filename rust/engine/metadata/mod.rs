@@ -102,9 +102,20 @@ impl<B: Backend> Metadata<B> {
     ///
     /// May sleep.
     pub fn forget_mm(&mut self, slot: SlotId, mm: &B::Mm) {
+        self.remove_mm(slot, mm, Self::release_state);
+    }
+
+    /// Stops tracking all pages of an mm, in ascending order of the addresses. `release` leaves
+    /// each without what its state refers to.
+    fn remove_mm(
+        &mut self,
+        slot: SlotId,
+        mm: &B::Mm,
+        mut release: impl FnMut(&mut Self, PageId, PageState),
+    ) {
         let mut at = 0;
         while let Some((page, addr, state)) = self.states.next_linked(slot, at) {
-            self.release_state(page, state);
+            release(self, page, state);
             at = addr.saturating_add(PAGE_SIZE);
             self.backend.cond_resched();
         }

@@ -321,23 +321,26 @@ long slab_objects(const char *cache)
 	return strtol(text, NULL, 10);
 }
 
+bool slab_comes_to(const char *cache, long objects, int msecs)
+{
+	long now;
+
+	while ((now = slab_objects(cache)) != objects && msecs > 0) {
+		usleep(50000);
+		msecs -= 50;
+	}
+	if (now != objects)
+		ksft_print_msg("%s has %ld objects, not %ld\n", cache, now, objects);
+	return now == objects;
+}
+
 bool slabs_empty(void)
 {
 	bool empty = true;
 
-	for (size_t c = 0; c < ARRAY_SIZE(caches); c++) {
-		long objects = -1;
-
-		/* What RCU or rksm's thread frees takes a moment */
-		for (int tries = 0; tries < 100 && objects; tries++) {
-			if (tries)
-				usleep(200000);
-			objects = slab_objects(caches[c]);
-		}
-		if (objects)
-			ksft_print_msg("%s has %ld objects\n", caches[c], objects);
-		empty &= !objects;
-	}
+	/* What RCU or rksm's thread frees takes a moment */
+	for (size_t c = 0; c < ARRAY_SIZE(caches); c++)
+		empty &= slab_comes_to(caches[c], 0, 19800);
 	return empty;
 }
 

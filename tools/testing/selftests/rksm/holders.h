@@ -52,6 +52,8 @@ bool holders_move(const struct holder *holder, size_t n);
 
 /* Objects of a slab cache; less than 0 where it has no name of its own, see below */
 long slab_objects(const char *cache);
+/* Whether it has so many within so many ms; prints how many it has */
+bool slab_comes_to(const char *cache, long objects, int msecs);
 
 /*
  * KSM's caches have no object left, or all have some. They must have names of their own:

@@ -380,16 +380,8 @@ static bool nothing_stays(const struct shape *shape, enum origin by)
 /* Nobody keeps the mm of a process that has ended, once there is rksm, or has been */
 static bool slots_are(long slots)
 {
-	long left = slab_objects("ksm_mm_slot");
-
 	/* What RCU frees takes a moment */
-	for (int tries = 0; module_path && left != slots && tries < 20; tries++) {
-		usleep(50000);
-		left = slab_objects("ksm_mm_slot");
-	}
-	if (module_path && left != slots)
-		ksft_print_msg("%ld slots, not %ld\n", left, slots);
-	return !module_path || left == slots;
+	return !module_path || slab_comes_to("ksm_mm_slot", slots, 950);
 }
 
 /* Processes that end while nobody scans, with the cursor anywhere */
