@@ -5,6 +5,9 @@
 
 #![cfg_attr(fuzzing, no_main)]
 
+#[path = "../../engine-tests/tests/scan/control.rs"]
+#[allow(dead_code, reason = "the tests use more of it")]
+mod control;
 #[path = "../../engine-tests/tests/scan/history.rs"]
 mod history;
 #[path = "../../engine-tests/tests/scan/machine.rs"]

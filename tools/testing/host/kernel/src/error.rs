@@ -48,6 +48,7 @@ pub mod code {
         EEXIST = 17, "File exists.";
         ENODEV = 19, "No such device.";
         EINVAL = 22, "Invalid argument.";
+        ENOTTY = 25, "Not a typewriter.";
         ENOSPC = 28, "No space left on device.";
         EDOM = 33, "Math argument out of domain of func.";
         ERANGE = 34, "Math result not representable.";
