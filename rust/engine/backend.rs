@@ -68,6 +68,8 @@ pub enum WalkStep {
 pub enum WalkAction {
     /// Collects the page and clears its accessed bit.
     Collect,
+    /// Collects the page, but leaves its accessed bit.
+    CollectUntouched,
     /// Leaves the page as it is.
     Skip,
     /// Leaves the page, but clears its accessed bit.
@@ -265,6 +267,14 @@ pub trait Batch: Send + Sync {
     ///
     /// May sleep. Takes no lock. Several threads hash pages of one batch at once.
     fn hash(&self, i: usize, key: &Self::Key) -> u64;
+
+    /// Returns whether somebody else holds a reference to the folio of page `i`, so that it can
+    /// neither be merged nor, where it is huge, be split.
+    ///
+    /// # Context
+    ///
+    /// Any. Takes no lock.
+    fn is_pinned(&self, i: usize) -> bool;
 
     /// Returns how many references the batch holds to a huge folio.
     ///

@@ -20,10 +20,12 @@
 //! | [`pace`] | how long the scanner works before it lets others in |
 //! | [`content_hash`], [`stats`] | the hash of a page's contents; what is counted |
 //! | [`sysfs`] | the files in sysfs: parsing, values, effects; `advisor_mode` |
+//! | [`control`] | `/dev/rksm`: arguments, replies and records as bytes; the rules |
 //! | [`registry`], [`mm_list`] | mm_slots: states, scan list, hash; each step under `mmlist_lock` |
 //! | [`page_state`], [`index`] | 8 bytes for each page; pages and nodes by fingerprint |
 //! | [`backend`], [`worker_pool`] | what the engine asks of the kernel, and of other threads |
 //! | [`metadata`] | what is known of all pages; its invariants, and how they are checked |
+//! | [`why`] | the pages of an mm by what keeps them from being merged |
 //! | [`scan`] | one pass over an mm: context, page filter, partitions, stages, merges in flight |
 //!
 //! The words are defined in `Documentation/developing/glossary.md`, the design is explained in
@@ -63,6 +65,7 @@ pub mod accessed;
 pub mod backend;
 pub mod container;
 pub mod content_hash;
+pub mod control;
 pub mod index;
 pub mod metadata;
 pub mod mm_list;
@@ -75,4 +78,5 @@ pub mod smart_scan;
 pub mod stats;
 pub mod sysfs;
 pub mod types;
+pub mod why;
 pub mod worker_pool;

@@ -33,19 +33,16 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+mod counts;
 mod directory;
 mod range;
 mod range_arena;
+mod state;
 
 use super::{
     container::paged_vec::PagedVec,
-    smart_scan::{
-        History,
-        MAX_AGE, //
-    },
     types::{
         Fingerprint,
-        ItemId,
         PageId,
         RangeId,
         SlotId,
@@ -60,6 +57,13 @@ use directory::{
 };
 use range::Range;
 use range_arena::RangeArena;
+use state::LINKED;
+
+pub use counts::PageCounts;
+pub use state::{
+    PageState,
+    Tracked, //
+};
 
 use kernel::{
     alloc::Flags,
@@ -69,114 +73,6 @@ use kernel::{
     },
     prelude::*, //
 };
-
-/// What is known of one page.
-///
-/// A page is `Tracked` from when it is first seen, becomes `Merged` when its mapping is replaced by
-/// one of a merged page, and `Tracked` again when that mapping was broken.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum PageState {
-    /// Not merged.
-    Tracked(Tracked),
-    /// Mapped to a merged page, by this rmap item.
-    Merged(ItemId),
-}
-
-const FINGERPRINT_MASK: u64 = Fingerprint::from_bits(u64::MAX).to_bits();
-const AGE_SHIFT: u32 = Fingerprint::BITS;
-const SKIPS_SHIFT: u32 = AGE_SHIFT + 4;
-const HISTORY_MASK: u64 = 0xff << AGE_SHIFT;
-const SETTLED: u64 = 1 << (SKIPS_SHIFT + 4);
-const INDEXED: u64 = SETTLED << 1;
-const MERGED: u64 = 1 << 63;
-
-static_assert!(INDEXED < MERGED && MERGED == 1 << ItemId::BITS);
-
-impl PageState {
-    /// State of a page that was never looked at.
-    pub const NEW: Self = Self::Tracked(Tracked::NEW);
-
-    #[inline]
-    fn to_bits(self) -> u64 {
-        match self {
-            Self::Tracked(Tracked(bits)) => bits,
-            Self::Merged(item) => MERGED | item.get(),
-        }
-    }
-
-    #[inline]
-    fn from_bits(bits: u64) -> Self {
-        match bits & MERGED {
-            0 => Self::Tracked(Tracked(bits)),
-            _ => Self::Merged(ItemId::new(bits)),
-        }
-    }
-}
-
-/// What is known of a page that is not merged, as it is stored.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Tracked(u64);
-
-impl Tracked {
-    /// A page that was never looked at.
-    pub const NEW: Self = Self(Fingerprint::NONE.to_bits());
-
-    /// Returns the fingerprint of the content when it was last read.
-    #[inline]
-    pub const fn fingerprint(self) -> Fingerprint {
-        Fingerprint::from_bits(self.0)
-    }
-
-    /// Returns what smart scan remembers.
-    #[inline]
-    pub const fn history(self) -> History {
-        History {
-            age: (self.0 >> AGE_SHIFT) as u8 & MAX_AGE,
-            skips: (self.0 >> SKIPS_SHIFT) as u8 & MAX_AGE,
-        }
-    }
-
-    /// Returns whether the accessed bit was clear when the content was read: an access since then
-    /// has set it.
-    #[inline]
-    pub const fn is_settled(self) -> bool {
-        self.0 & SETTLED != 0
-    }
-
-    /// Returns whether the index has a candidate entry for the page, under its fingerprint.
-    #[inline]
-    pub const fn is_indexed(self) -> bool {
-        self.0 & INDEXED != 0
-    }
-
-    /// Returns the same page with another content, which is not in the index.
-    #[inline]
-    pub const fn with_fingerprint(self, fingerprint: Fingerprint) -> Self {
-        let rest = self.0 & !(FINGERPRINT_MASK | INDEXED);
-        Self(rest | fingerprint.to_bits())
-    }
-
-    /// Returns the same page with another history. Ages and skips above [`MAX_AGE`] are stored as
-    /// that.
-    #[inline]
-    pub fn with_history(self, history: History) -> Self {
-        let age = u64::from(history.age.min(MAX_AGE)) << AGE_SHIFT;
-        let skips = u64::from(history.skips.min(MAX_AGE)) << SKIPS_SHIFT;
-        Self(self.0 & !HISTORY_MASK | age | skips)
-    }
-
-    /// Returns the same page with its content settled, or not.
-    #[inline]
-    pub const fn with_settled(self, settled: bool) -> Self {
-        Self(self.0 & !SETTLED | if settled { SETTLED } else { 0 })
-    }
-
-    /// Returns the same page in the index, or not.
-    #[inline]
-    pub const fn with_indexed(self, indexed: bool) -> Self {
-        Self(self.0 & !INDEXED | if indexed { INDEXED } else { 0 })
-    }
-}
 
 /// Splits an address into the number of its range and the offset of its page in that range.
 #[inline]
@@ -294,6 +190,20 @@ impl PageStates {
     /// Returns the number of tracked pages of one mm.
     pub fn tracked(&self, slot: SlotId) -> usize {
         self.table.directory(slot).map_or(0, Directory::tracked)
+    }
+
+    /// Returns how many pages of one mm are tracked, by what is known of them. Takes time in
+    /// proportion to the number of its ranges.
+    pub fn counts(&self, slot: SlotId) -> PageCounts {
+        let mut counts = PageCounts::default();
+        if let Some(directory) = self.table.directory(slot) {
+            directory.for_each(|id| {
+                if let Some(range) = self.table.arena.get(id) {
+                    counts.add(range.counts());
+                }
+            });
+        }
+        counts
     }
 
     /// Returns the memory that the table takes, in bytes.
@@ -422,7 +332,7 @@ impl PageStates {
     #[inline]
     pub fn set(&mut self, page: PageId, state: PageState) -> Option<PageState> {
         let range = self.table.arena.get_mut(page.range())?;
-        let bits = core::mem::replace(range.get_mut(page.offset())?, state.to_bits());
+        let bits = range.replace(page.offset(), state.to_bits())?;
         Some(PageState::from_bits(bits))
     }
 
@@ -510,11 +420,7 @@ impl PageStates {
             }
         };
         loop {
-            let found = self
-                .table
-                .arena
-                .get(cursor.id)?
-                .next_with(offset, MERGED | INDEXED);
+            let found = self.table.arena.get(cursor.id)?.next_with(offset, LINKED);
             if let Some((offset, bits)) = found {
                 self.near.cursor = Some(cursor);
                 let page = PageId::new(cursor.id, offset);
@@ -559,7 +465,7 @@ impl PageStates {
     }
 
     /// Checks every invariant, for tests and debugging. Takes time in proportion to the number of
-    /// ranges.
+    /// tracked pages.
     ///
     /// # Errors
     ///
@@ -584,9 +490,9 @@ impl PageStates {
                 return Err("page state: a range in another mm's directory");
             }
             if pages != directory.tracked() {
-                return Err("page state: the number of tracked pages of an mm is wrong");
+                return Err("page state: the number of an mm's tracked pages is wrong");
             }
-            tracked += pages;
+            tracked += directory.tracked();
             bytes += directory.bytes();
         }
         self.table.arena.for_each(|_, range| {

@@ -13,4 +13,7 @@ pub struct Policy {
     pub merge_across_nodes: bool,
     /// `max_page_sharing`: mappings of a merged page.
     pub max_page_sharing: u32,
+    /// Somebody vouches that contents stay: pages are hashed and merged at first sight, whatever is
+    /// known of them. Accessed bits are left to the scanner.
+    pub vouched: bool,
 }

@@ -151,6 +151,10 @@ struct MmSlot<M> {
     state: State,
     /// Whether the engine has page state for the mm.
     tracked: bool,
+    /// The sweep that has excluded the mm last, 0 if none has.
+    excluded: u32,
+    /// How many tasks keep the scanner out, see [`Registry::keep_out`].
+    kept_out: u16,
 }
 
 /// Free slots for a registry, allocated by the caller where it can sleep.
@@ -189,6 +193,8 @@ impl<M> SlotChunk<M> {
                     claims: 0,
                     state: State::Free,
                     tracked: false,
+                    excluded: 0,
+                    kept_out: 0,
                 },
                 flags,
             )?;
@@ -265,6 +271,8 @@ pub struct Claim<M> {
     id: SlotId,
     mm: M,
     address: usize,
+    excluded: bool,
+    kept_out: bool,
 }
 
 impl<M> Claim<M> {
@@ -281,6 +289,17 @@ impl<M> Claim<M> {
     /// Returns the user address at which the visit starts.
     pub fn address(&self) -> usize {
         self.address
+    }
+
+    /// Returns whether a rule has excluded the mm: nothing of it is to be merged, whatever its
+    /// process says.
+    pub fn is_excluded(&self) -> bool {
+        self.excluded
+    }
+
+    /// Returns whether the scanner is to pass over the mm: it is excluded, or a task keeps it out.
+    pub fn is_passed_over(&self) -> bool {
+        self.excluded || self.kept_out
     }
 }
 
@@ -463,6 +482,7 @@ impl<M: MmPin> Registry<M> {
         slot.key = key;
         slot.claims = 0;
         slot.tracked = false;
+        (slot.excluded, slot.kept_out) = (0, 0);
         slot.state = State::Live;
         self.free = free;
         self.nr_free -= 1;
@@ -544,12 +564,15 @@ impl<M: MmPin> Registry<M> {
             return Next::Idle;
         };
         slot.claims += 1;
+        let (excluded, kept_out) = (slot.excluded != 0, slot.kept_out != 0);
         self.visited = true;
         // INVARIANT: The claim is counted, and pins the slot's mm.
         Next::Visit(Claim {
             id: SlotId(id),
             mm,
             address,
+            excluded,
+            kept_out,
         })
     }
 
@@ -559,11 +582,14 @@ impl<M: MmPin> Registry<M> {
         let slot = self.slot_mut(id)?;
         let mm = slot.mm.as_ref().map(M::clone_pin)?;
         slot.claims += 1;
+        let (excluded, kept_out) = (slot.excluded != 0, slot.kept_out != 0);
         // INVARIANT: The claim is counted, and pins the slot's mm.
         Some(Claim {
             id: SlotId(id),
             mm,
             address: 0,
+            excluded,
+            kept_out,
         })
     }
 
@@ -598,7 +624,7 @@ impl<M: MmPin> Registry<M> {
         true
     }
 
-    /// Ends a visit. `tracked`: whether the engine has page state for this mm now.
+    /// Ends a visit. `tracked`: whether the engine knows something of this mm now.
     ///
     /// The caller has dropped the mmap lock: once the slot is not claimed, nothing but the returned
     /// pin keeps the `mm_struct`.
@@ -715,6 +741,64 @@ impl<M: MmPin> Registry<M> {
         self.address = 0;
     }
 
+    // Excluding.
+
+    /// Excludes the mm with `key`: visits find that it is passed over. Returns whether that is new,
+    /// `None` if the mm is not registered.
+    ///
+    /// `sweep` is the number of the sweep over all processes that says so, not 0. Where `begin` is
+    /// false, an mm that is not yet excluded is left as it is.
+    pub fn exclude(&mut self, key: usize, sweep: u32, begin: bool) -> Option<bool> {
+        let id = self.find(key)?;
+        let slot = self.slot_mut(id)?;
+        let new = slot.excluded == 0;
+        if begin || !new {
+            slot.excluded = sweep;
+        }
+        Some(new)
+    }
+
+    /// Returns whether the mm with `key` is registered and excluded.
+    pub fn is_excluded(&self, key: usize) -> bool {
+        let slot = self.find(key).and_then(|id| self.slot(id));
+        slot.is_some_and(|slot| slot.excluded != 0)
+    }
+
+    /// Readmits those mms of `count` slots from number `from` on that were excluded, but not by
+    /// this sweep. Returns the number of the slot to go on with.
+    pub fn readmit_in(&mut self, from: u32, count: u32, sweep: u32) -> Option<u32> {
+        let end = from.saturating_add(count).min(self.capacity);
+        for id in from..end {
+            if let Some(slot) = self.slot_mut(id) {
+                if slot.excluded != sweep {
+                    slot.excluded = 0;
+                }
+            }
+        }
+        (end < self.capacity).then_some(end)
+    }
+
+    /// Has visits pass over the mm with `key` until as many calls of [`Registry::let_in`]. Returns
+    /// whether it is registered, and not kept out by too many already.
+    pub fn keep_out(&mut self, key: usize) -> bool {
+        let Some(slot) = self.find(key).and_then(|id| self.slot_mut(id)) else {
+            return false;
+        };
+        match slot.kept_out.checked_add(1) {
+            Some(kept_out) => slot.kept_out = kept_out,
+            None => return false,
+        }
+        true
+    }
+
+    /// Undoes one call of [`Registry::keep_out`], unless the mm has left. It is still pinned, so
+    /// that no other has its key.
+    pub fn let_in(&mut self, key: usize) {
+        if let Some(slot) = self.find(key).and_then(|id| self.slot_mut(id)) {
+            slot.kept_out = slot.kept_out.saturating_sub(1);
+        }
+    }
+
     // What is registered.
 
     /// Returns the number of registered mms, without those that have left.
@@ -745,6 +829,27 @@ impl<M: MmPin> Registry<M> {
             next = slot.next;
             Some((SlotId(id), slot.mm.as_ref()?))
         })
+    }
+
+    /// Calls `f` with each registered mm of `count` slots from number `from` on, and whether a rule
+    /// has excluded it, until it returns false. Returns the number of the slot to go on with: that
+    /// of the mm for which `f` returned false.
+    pub fn visit_in(
+        &self,
+        from: u32,
+        count: u32,
+        mut f: impl FnMut(SlotId, &M, bool) -> bool,
+    ) -> Option<u32> {
+        let end = from.saturating_add(count).min(self.capacity);
+        for id in from..end {
+            let live = self.slot(id).filter(|slot| slot.state == State::Live);
+            let Some(slot) = live else { continue };
+            let Some(mm) = &slot.mm else { continue };
+            if !f(SlotId(id), mm, slot.excluded != 0) {
+                return Some(id);
+            }
+        }
+        (end < self.capacity).then_some(end)
     }
 
     /// Calls `f` with each mm of `count` slots from number `from` on, those that left included.

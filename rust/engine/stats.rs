@@ -29,6 +29,42 @@ pub struct Counters {
     pub stable_node_dups: u64,
     /// Pages that there is state for, merged ones included.
     pub tracked: u64,
+    /// What merges have done, ever.
+    pub merges: Merges,
+}
+
+/// What merges have done, in pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Merges {
+    /// Pages that have become mappings of a merged page.
+    pub merged: u64,
+    /// Pages that have become mappings of the zero page.
+    pub zeroed: u64,
+    /// Page frames that this has saved. A merged page that has two mappings saves one.
+    pub saved: u64,
+}
+
+impl Merges {
+    /// Returns what has been done since `before`.
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            merged: self.merged.wrapping_sub(before.merged),
+            zeroed: self.zeroed.wrapping_sub(before.zeroed),
+            saved: self.saved.wrapping_sub(before.saved),
+        }
+    }
+
+    /// Counts a page that has become a mapping of the zero page.
+    pub(super) fn count_zero_page(&mut self) {
+        self.zeroed += 1;
+        self.saved += 1;
+    }
+
+    /// Counts a merge of this many pages, which saves one.
+    pub(super) fn count(&mut self, pages: u64) {
+        self.merged += pages;
+        self.saved += 1;
+    }
 }
 
 impl Counters {
@@ -68,6 +104,12 @@ pub struct Snapshot {
     pub metadata_bytes: u64,
     /// Longest hold of the scan lock by the scanner since the load, in microseconds.
     pub longest_hold_usecs: u64,
+    /// How often the scanner has slept and gone on, since the load.
+    pub wakeups: u64,
+    /// CPU time of the scanner and the threads that help it, since the load, in microseconds.
+    pub cpu_microsecs: u64,
+    /// Registered mms.
+    pub processes: u64,
 }
 
 impl Snapshot {

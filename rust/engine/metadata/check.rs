@@ -19,6 +19,7 @@ use super::super::{
 use super::{
     key_of,
     Metadata,
+    MmStats,
     CANDIDATE_TRIES, //
 };
 use core::cell::Cell;
@@ -36,6 +37,7 @@ impl<B: Backend> Metadata<B> {
     /// Which invariant does not hold.
     pub fn check(&mut self) -> Result<(), &'static str> {
         self.states.check()?;
+        self.events.check(&self.refusals)?;
         let (stable, candidates) = (Cell::new(0), Cell::new(0));
         self.index.check(|entry| {
             let indexed = match entry {
@@ -173,6 +175,7 @@ impl<B: Backend> Metadata<B> {
         let mut slot = 0;
         while seen < self.states.tracked_total() {
             let mut at = 0;
+            let before = (seen, merged, indexed);
             while let Some((page, addr, state)) = self.states.first_in(SlotId(slot), at..usize::MAX)
             {
                 seen += 1;
@@ -202,6 +205,11 @@ impl<B: Backend> Metadata<B> {
                     PageState::Tracked(_) => {}
                 }
                 self.backend.cond_resched();
+            }
+            let MmStats { pages, .. } = self.mm_stats(SlotId(slot));
+            let counted = (pages.total() as usize, pages.merged, pages.unique as usize);
+            if counted != (seen - before.0, merged - before.1, indexed - before.2) {
+                return Err("engine: pages of an mm are counted wrongly");
             }
             slot += 1;
         }

@@ -6,6 +6,7 @@
 mod candidate;
 mod check;
 mod handover;
+pub mod mm_stats;
 mod stable;
 
 use super::{
@@ -33,6 +34,10 @@ use super::{
 };
 use core::ops::Range;
 use kernel::page::PAGE_SIZE;
+use mm_stats::{
+    MmEvents,
+    MmStats, //
+};
 
 /// Maximum number of candidates of one content.
 pub(super) const CANDIDATE_TRIES: u8 = 4;
@@ -57,6 +62,8 @@ pub struct Metadata<B: Backend> {
     pub counters: Counters,
     /// Why pages were not merged.
     pub refusals: Refusals,
+    /// The same and more of each mm.
+    events: MmEvents,
     /// Pages that have been replaced by the zero page in this pass.
     pub(super) zero_pages_placed: usize,
     /// The node that [`Metadata::prune`] examined last.
@@ -74,25 +81,48 @@ impl<B: Backend> Metadata<B> {
             index: Index::new(),
             counters: Counters::default(),
             refusals: Refusals::default(),
+            events: MmEvents::new(),
             zero_pages_placed: 0,
             prune_cursor: None,
             retiring: 0,
         }
     }
 
-    /// Returns how many bytes of memory page states, index, nodes and rmap items take.
+    /// Returns how many bytes of memory page states, counters of mms, index, nodes and rmap items
+    /// take.
     pub fn bytes(&self) -> usize {
-        self.states.bytes() + self.index.bytes() + self.backend.bytes()
+        self.states.bytes() + self.events.bytes() + self.index.bytes() + self.backend.bytes()
     }
 
-    /// Returns whether a page of this mm is tracked.
+    /// Returns whether a page of this mm is tracked, or something is counted for it: whether it
+    /// has to be forgotten before its slot is another's.
     pub fn tracks(&self, slot: SlotId) -> bool {
-        self.states.tracked(slot) != 0
+        self.states.tracked(slot) != 0 || self.events.any(slot)
     }
 
     /// Returns the number of stable nodes, those without mappings included.
     pub fn nodes(&self) -> usize {
         self.backend.count()
+    }
+
+    /// Returns what is counted for an mm, in constant time.
+    ///
+    /// # Context
+    ///
+    /// Any.
+    pub fn mm_stats(&self, slot: SlotId) -> MmStats {
+        self.events.stats(slot, self.states.counts(slot))
+    }
+
+    /// Counts that a page of an mm was not merged.
+    pub(super) fn refuse(&mut self, slot: SlotId, refusal: Refusal) {
+        self.refusals.count(refusal);
+        self.events.refuse(slot, refusal, B::GFP);
+    }
+
+    /// Counts that the scan has found a merged page of an mm replaced by one of its own.
+    pub(super) fn count_broken(&mut self, slot: SlotId) {
+        self.events.break_one(slot, B::GFP);
     }
 
     /// Forgets all pages of an mm that has left or been unmerged, as
@@ -105,8 +135,8 @@ impl<B: Backend> Metadata<B> {
         self.remove_mm(slot, mm, Self::release_state);
     }
 
-    /// Stops tracking all pages of an mm, in ascending order of the addresses. `release` leaves
-    /// each without what its state refers to.
+    /// Stops tracking all pages of an mm, in ascending order of the addresses, and forgets what was
+    /// counted for it. `release` leaves each page without what its state refers to.
     fn remove_mm(
         &mut self,
         slot: SlotId,
@@ -120,6 +150,7 @@ impl<B: Backend> Metadata<B> {
             self.backend.cond_resched();
         }
         let tracked = self.states.remove_slot(slot);
+        self.events.forget(slot);
         self.counters.tracked = self.counters.tracked.wrapping_sub(tracked as u64);
         self.backend.account_tracked(mm, -(tracked as isize));
     }
@@ -138,6 +169,26 @@ impl<B: Backend> Metadata<B> {
             }
         }
         self.forget_mm(slot, mm);
+        true
+    }
+
+    /// As [`Metadata::forget_some`], for the pages of these addresses.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub fn forget_range(
+        &mut self,
+        slot: SlotId,
+        mm: &B::Mm,
+        range: Range<usize>,
+        pause: impl Fn() -> bool,
+    ) -> bool {
+        while !self.forget(slot, mm, range.clone()) {
+            if pause() {
+                return false;
+            }
+        }
         true
     }
 
@@ -165,7 +216,7 @@ impl<B: Backend> Metadata<B> {
         self.counters.tracked += tracked as u64;
         self.backend.account_tracked(mm, tracked as isize);
         for _ in tracked..pages {
-            self.refusals.count(Refusal::NoMemory);
+            self.refuse(slot, Refusal::NoMemory);
         }
     }
 

@@ -363,7 +363,7 @@ impl<B: Backend> Metadata<B> {
         let removed = remove(&mut self.backend, node, &mut |page| {
             left = left.saturating_sub(1);
             counters.mapping_removed(left == 0);
-            states.set(page, PageState::NEW);
+            states.set(page, PageState::ORPHANED);
         });
         if removed {
             self.unlink_node(node, meta);

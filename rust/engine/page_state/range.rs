@@ -17,6 +17,7 @@ use super::super::{
         RANGE_PAGES, //
     },
 };
+use super::counts::RangeCounts;
 
 use kernel::{
     alloc::{
@@ -54,6 +55,7 @@ const MIN_VALUES: usize = 4;
 ///
 /// 1. `values` has one element for each bit set in `present`, in the same order.
 /// 2. Field `w - 1` of `ranks` is the number of bits set in `present[..w]`.
+/// 3. `counts` are those of `values`.
 #[repr(C, align(64))]
 pub(super) struct Range {
     present: [u64; WORDS],
@@ -61,7 +63,10 @@ pub(super) struct Range {
     values: KVec<u64>,
     number: usize,
     slot: SlotId,
+    counts: RangeCounts,
 }
+
+static_assert!(size_of::<Range>() == 128);
 
 impl Range {
     /// Returns a range without tracked pages, with memory for the first one.
@@ -72,7 +77,7 @@ impl Range {
     ///
     /// `AllocError` if there is no memory.
     pub(super) fn new(slot: SlotId, number: usize, flags: Flags) -> Result<Self, AllocError> {
-        // INVARIANT: 1. and 2. hold for a range without pages.
+        // INVARIANT: 1. to 3. hold for a range without pages.
         Ok(Self {
             values: KVec::with_capacity(MIN_VALUES, flags)?,
             number,
@@ -88,6 +93,7 @@ impl Range {
         values: KVec::new(),
         number: usize::MAX,
         slot: SlotId(u32::MAX),
+        counts: RangeCounts::NONE,
     };
 
     /// Returns the address in units of ranges.
@@ -156,11 +162,19 @@ impl Range {
         self.values.get(self.place(offset)?).copied()
     }
 
-    /// Returns the word of the page at `offset` for writing, if it is tracked.
+    /// Returns how many pages are tracked, by what is known of them.
+    pub(super) const fn counts(&self) -> &RangeCounts {
+        &self.counts
+    }
+
+    /// Changes the word of the page at `offset`, if it is tracked. Returns the previous word.
     #[inline]
-    pub(super) fn get_mut(&mut self, offset: usize) -> Option<&mut u64> {
+    pub(super) fn replace(&mut self, offset: usize, value: u64) -> Option<u64> {
         let place = self.place(offset)?;
-        self.values.get_mut(place)
+        let before = core::mem::replace(self.values.get_mut(place)?, value);
+        // INVARIANT: 3.
+        self.counts.change(before, value);
+        Some(before)
     }
 
     /// Starts to track the page at `offset`, if it is not tracked yet.
@@ -191,6 +205,8 @@ impl Range {
         // words increase by one.
         *word |= bit;
         self.ranks += RANK_ONES & u64::MAX << (w * RANK_BITS);
+        // INVARIANT: 3.
+        self.counts.add(value, 1);
         Ok(())
     }
 
@@ -220,6 +236,8 @@ impl Range {
                 let ones = RANK_ONES & u64::MAX << (w * RANK_BITS);
                 self.ranks += ones * u64::from(new.count_ones());
             }
+            // INVARIANT: 3.
+            self.counts.add(value, offsets.len());
             return Ok(());
         }
         for offset in offsets {
@@ -237,9 +255,11 @@ impl Range {
         // decrease by one.
         *self.present.get_mut(w)? &= !bit;
         self.ranks -= RANK_ONES & u64::MAX << (w * RANK_BITS);
-        let value = self.values.remove(place).ok();
+        let value = self.values.remove(place).ok()?;
+        // INVARIANT: 3.
+        self.counts.remove(value);
         shrink(&mut self.values, MIN_VALUES);
-        value
+        Some(value)
     }
 
     /// Returns the offset of the first tracked page at or after `offset`.
@@ -294,6 +314,13 @@ impl Range {
         }
         if count != self.values.len() {
             return Err("page state: as many values as tracked pages are not there");
+        }
+        let mut counts = RangeCounts::NONE;
+        for &value in &self.values {
+            counts.add(value, 1);
+        }
+        if counts != self.counts {
+            return Err("page state: the pages of a range are counted wrongly");
         }
         Ok(())
     }

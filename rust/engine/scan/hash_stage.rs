@@ -99,7 +99,10 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
         match state {
             PageState::Tracked(tracked) => page.recall(id, tracked),
             // The mapping was broken by a write.
-            PageState::Merged(_) => metadata.release_state(id, state),
+            PageState::Merged(_) => {
+                metadata.count_broken(ctx.slot);
+                metadata.release_state(id, state);
+            }
         }
         if ctx.hint.enabled() && !matches!(known, Some((_, PageState::Tracked(_)))) {
             // The next scan sees by the accessed bit whether it has changed. Many pages are gone by
@@ -126,10 +129,14 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
             return false;
         };
         let now = page.fingerprint;
+        if tracked.is_orphaned() {
+            // All mappings of its merged page were broken before the scan came to any.
+            metadata.count_broken(self.ctx.slot);
+        }
         let changed = now != tracked.fingerprint();
         // The page may have changed before its contents have been at rest for a full scan; after
         // that, whoever changed it set no accessed bit, and may do so again.
-        let at_rest = page.unaccessed && !tracked.is_settled();
+        let at_rest = page.unaccessed && (!tracked.is_settled() || tracked.is_orphaned());
         // What was not read now had been read unaccessed, too.
         let mut seen = tracked.with_settled(page.unaccessed);
         if changed {
@@ -139,7 +146,7 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
         if seen != tracked {
             metadata.states.set(id, PageState::Tracked(seen));
         }
-        if changed && !at_rest {
+        if changed && !at_rest && !self.ctx.policy.vouched {
             return false;
         }
         let own = Entry::Candidate(id);
@@ -183,7 +190,7 @@ impl<B: Backend, I> HashStage<'_, '_, B, I> {
         // A child has inherited the mapping, which may exceed max_page_sharing.
         match metadata.backend.adopt(page, batch, i, node) {
             Ok(item) => metadata.set_merged(page.page, item),
-            Err(refusal) => metadata.refusals.count(refusal),
+            Err(refusal) => metadata.refuse(self.ctx.slot, refusal),
         }
         // The first page of a pair whose second page could not be merged. It is write-protected, so
         // its contents no longer change.

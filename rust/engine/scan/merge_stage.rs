@@ -249,12 +249,16 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
             && self
                 .metadata
                 .is_zero(self.ctx.policy, page.fingerprint, page.domain);
-        if in_flight && !zero && !has_content(job, page.fingerprint) {
+        let others = in_flight && !has_content(job, page.fingerprint);
+        if others && !zero {
             return Decision::RetryNextRound;
         }
         let mut decision = None;
         if zero {
             decision = self.try_zero_page(pos, id, &mut page, job);
+        }
+        if decision.is_none() && others {
+            decision = Some(Decision::RetryNextRound);
         }
         if decision.is_none() {
             decision = self.try_stable(pos, id, &mut page, in_flight, job);
@@ -314,7 +318,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         match self.prepare(pos, id, page, MergeTarget::ZeroPage, job) {
             Ok(()) => Some(Decision::Merge),
             Err(refused) => {
-                self.metadata.refusals.count(refused.reason());
+                self.metadata.refuse(self.ctx.slot, refused.reason());
                 None
             }
         }
@@ -346,7 +350,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
             match self.prepare(pos, id, page, MergeTarget::StableNode(node), job) {
                 Ok(()) => return Some(Decision::Merge),
                 Err(Refused::Target(Refusal::Stale)) if in_flight => {
-                    self.metadata.refusals.count(Refusal::Stale);
+                    self.metadata.refuse(self.ctx.slot, Refusal::Stale);
                     return Some(Decision::RetryNextRound);
                 }
                 Err(refused) => {
@@ -480,14 +484,17 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         };
         let done = match (prepared.target, result) {
             (MergeTarget::ZeroPage, Ok(_) | Err(Refused::Page(Refusal::Gone))) => {
-                metadata.zero_pages_placed += usize::from(result.is_ok());
+                if result.is_ok() {
+                    metadata.zero_pages_placed += 1;
+                    metadata.counters.merges.count_zero_page();
+                }
                 if let Some(state) = metadata.states.get(id) {
                     metadata.untrack(self.ctx.mm, id, state);
                 }
                 true
             }
             (MergeTarget::ZeroPage, Err(refused)) => {
-                metadata.refusals.count(refused.reason());
+                metadata.refuse(self.ctx.slot, refused.reason());
                 false
             }
             (MergeTarget::StableNode(_), Ok(Merged::Joined(item))) => {
@@ -496,6 +503,9 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
                     metadata.release_state(id, state);
                 }
                 metadata.set_merged(id, item);
+                if page.moves_from.is_none() {
+                    metadata.counters.merges.count(1);
+                }
                 true
             }
             (MergeTarget::StableNode(node), Err(refused)) => {
@@ -511,6 +521,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
                 }),
             ) => {
                 metadata.set_both_merged((id, first), (other, second));
+                metadata.counters.merges.count(2);
                 // Both may have been written to since they were hashed. No accessed bit would tell:
                 // a device or a debugger sets none, and the split of a huge page may lose it.
                 let fingerprint = Fingerprint::new(hash, page.domain);
@@ -537,7 +548,7 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         page: &mut ScannedPage,
     ) -> bool {
         let refusal = refused.reason();
-        self.metadata.refusals.count(refusal);
+        self.metadata.refuse(self.ctx.slot, refusal);
         match refusal {
             Refusal::Stale => {
                 page.stable_tried = !self.metadata.remove_node(node);
@@ -564,7 +575,9 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
 
     /// Handles a failed merge with a candidate. Returns whether the page needs no more attention.
     ///
-    /// Only the page at fault ceases to be a candidate, so a page that cannot be merged neither
+    /// The refusal counts for the mm of the page at fault.
+    ///
+    /// Only that page ceases to be a candidate, so a page that cannot be merged neither
     /// keeps its equals from being found nor is found itself in their place. Never are two such
     /// pages of one content candidates: the second would have met the first.
     fn candidate_refused(
@@ -575,21 +588,30 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
         refused: Refused,
         page: &mut ScannedPage,
     ) -> bool {
-        self.metadata.refusals.count(refused.reason());
+        let own = self.ctx.slot;
         let refusal = match refused {
-            Refused::Page(_) => {
+            Refused::Page(refusal) => {
+                self.metadata.refuse(own, refusal);
                 // The next full scan tries again.
                 self.metadata.unindex_now(id);
                 return true;
             }
             Refused::Target(refusal) => refusal,
         };
+        let at_fault = match refusal {
+            Refusal::Same => id,
+            Refusal::Differs if self.has_changed(pos, page) => id,
+            _ => other,
+        };
+        let located = self.metadata.states.locate(at_fault);
+        let slot = located.map_or(own, |(slot, _)| slot);
+        self.metadata.refuse(slot, refusal);
         match refusal {
             Refusal::Same => {
                 page.shares_page_already = true;
                 page.next_candidate += 1;
             }
-            Refusal::Differs if self.has_changed(pos, page) => {
+            Refusal::Differs if at_fault == id => {
                 self.metadata.forget_fingerprint(id);
                 return true;
             }
@@ -620,8 +642,12 @@ impl<'a, 'c, B: Backend, P: Pins<B::Mm>> MergeStage<'a, 'c, B, P> {
 
 /// Returns whether a job has a merge of this content. Its merges run one after the other, so they
 /// may have the same.
+///
+/// One with the zero page does not count: other jobs may have merges of that content, too.
 fn has_content<B: Backend>(job: &MergeJob<B>, fingerprint: Fingerprint) -> bool {
-    job.iter().any(|merge| merge.fingerprint == fingerprint)
+    let zero = |merge: &PreparedMerge<B>| matches!(merge.target, MergeTarget::ZeroPage);
+    let mut merges = job.iter().filter(|merge| !zero(merge));
+    merges.any(|merge| merge.fingerprint == fingerprint)
 }
 
 /// The references of the batches of a pass, of which the page that is merged keeps its own.

@@ -99,14 +99,14 @@ impl<B: Backend> PassBuffers<B> {
     }
 }
 
-/// The mm that is scanned next, and where.
+/// The mm that is scanned, and where.
 pub struct ScanTarget<'a, Mm> {
     /// The slot of the mm.
     pub slot: SlotId,
     /// The mm.
     pub mm: &'a Mm,
-    /// The address to start at.
-    pub start: usize,
+    /// The addresses.
+    pub within: Range<usize>,
 }
 
 /// What a visit may take.
@@ -138,10 +138,13 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// Scans an mm until it ends or nothing is allowed any more, with all threads of the pool.
+    /// Scans addresses of an mm until they end or nothing is allowed any more, with all threads of
+    /// the pool.
     ///
     /// A pass takes at least a page of the budget, also where there are no pages, or only those
     /// that smart scan skips.
+    ///
+    /// The full scan that is under way goes on as if there had been no scan of vouched pages.
     ///
     /// # Context
     ///
@@ -155,10 +158,44 @@ impl<B: Backend> Engine<B> {
         buffers: &mut PassBuffers<B>,
         allowance: &mut Allowance<impl Fn() -> bool>,
     ) -> Progress {
+        if policy.vouched {
+            // It touches no accessed bit, and its visits do not cover an mm.
+            let cleared_ahead = core::mem::replace(&mut self.cleared_ahead, (target.slot, 0..0));
+            let hint = core::mem::take(&mut self.hint);
+            self.zero_pages = None;
+            let policy = Policy {
+                smart_scan: false,
+                ..*policy
+            };
+            let progress = self.visit_mm(&policy, pins, target, pool, buffers, allowance);
+            (self.cleared_ahead, self.hint) = (cleared_ahead, hint);
+            return progress;
+        }
         self.hint.update(policy);
-        if self.cleared_ahead.0 != target.slot || target.start == 0 {
+        if self.cleared_ahead.0 != target.slot || target.within.start == 0 {
             self.cleared_ahead = (target.slot, 0..0);
         }
+        let count = self.zero_pages.take();
+        self.zero_pages = ZeroPageCount::resume(
+            count,
+            &self.metadata.backend,
+            target.slot,
+            target.mm,
+            target.within.start,
+        );
+        self.visit_mm(policy, pins, target, pool, buffers, allowance)
+    }
+
+    /// Takes the pages of a target through passes.
+    fn visit_mm<P: Pins<B::Mm>>(
+        &mut self,
+        policy: &Policy,
+        pins: &P,
+        target: &ScanTarget<'_, B::Mm>,
+        pool: &impl WorkerPool,
+        buffers: &mut PassBuffers<B>,
+        allowance: &mut Allowance<impl Fn() -> bool>,
+    ) -> Progress {
         let mut ctx = ScanContext {
             policy,
             hint: self.hint,
@@ -167,14 +204,17 @@ impl<B: Backend> Engine<B> {
             cleared_ahead: self.cleared_ahead.1.clone(),
             moves: self.metadata.any_retiring(),
         };
-        let mut at = target.start;
-        let backend = &mut self.metadata.backend;
-        backend.set_use_zero_pages(policy.use_zero_pages);
-        let count = self.zero_pages.take();
-        self.zero_pages = ZeroPageCount::resume(count, backend, ctx.slot, ctx.mm, at);
+        let Range { start: mut at, end } = target.within;
+        self.metadata
+            .backend
+            .set_use_zero_pages(policy.use_zero_pages);
         while allowance.budget > 0 {
-            let found = self.pass(&ctx, pins, at, pool, buffers, &mut allowance.budget);
+            let found = self.pass(&ctx, pins, at..end, pool, buffers, &mut allowance.budget);
             match found {
+                Collected::More(next) if next >= end => {
+                    clear(pool, buffers);
+                    return Progress::Done;
+                }
                 Collected::More(next) => {
                     at = next;
                     let ahead = &mut self.cleared_ahead.1;
@@ -217,18 +257,19 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// Takes the pages from `start` on through all stages.
+    /// Takes pages of these addresses, from the first on, through all stages.
     fn pass<P: Pins<B::Mm>>(
         &mut self,
         ctx: &ScanContext<'_, B::Mm>,
         pins: &P,
-        start: usize,
+        within: Range<usize>,
         pool: &impl WorkerPool,
         buffers: &mut PassBuffers<B>,
         budget: &mut u32,
     ) -> Collected {
+        let start = within.start;
         let PassBuffers { partitions, merges } = buffers;
-        let begun = partitions.begin_pass(start, *budget);
+        let begun = partitions.begin_pass(within, *budget);
         self.walk(ctx, pool, partitions.first(begun));
         let exiting = |partition: &Partition<B>| partition.found == Collected::Exiting;
         if partitions.first(begun).iter().any(exiting) {

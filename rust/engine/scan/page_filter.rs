@@ -184,6 +184,8 @@ pub(super) struct PageFilter<'a, B, S> {
     cleared_ahead: Range<usize>,
     slot: SlotId,
     moves: bool,
+    /// What is done with a page that is collected.
+    collect: WalkAction,
     /// Pages that the walk may scan; those that smart scan skips do not count.
     budget: u32,
     /// Pages that the walk may still reach.
@@ -210,6 +212,10 @@ impl<'a, B: Backend, S: States> PageFilter<'a, B, S> {
             cleared_ahead: ctx.cleared_ahead.clone(),
             slot: ctx.slot,
             moves: ctx.moves,
+            collect: match ctx.policy.vouched {
+                true => WalkAction::CollectUntouched,
+                false => WalkAction::Collect,
+            },
             budget,
             pages_left: MAX_PAGES_PER_WALK,
             max_steps: budget
@@ -323,7 +329,7 @@ impl<B: Backend, S: States> WalkFilter for PageFilter<'_, B, S> {
                 self.summary.unchanged += 1;
                 WalkAction::SkipClearAccessed
             }
-            _ => WalkAction::Collect,
+            _ => self.collect,
         };
         self.summary.budget_used += 1;
         action

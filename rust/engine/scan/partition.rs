@@ -123,7 +123,7 @@ impl<B: Backend> Partition<B> {
         self.look_up_collected(backend, states, ctx, 1);
     }
 
-    /// Walks the only partition, which has no end.
+    /// Walks the only partition, alone.
     pub(super) fn walk_single(
         &mut self,
         backend: &B,
@@ -308,9 +308,9 @@ impl<B: Backend> Partitions<B> {
         self.partitions.len()
     }
 
-    /// Begins a pass from `start` on over up to `budget` pages. Returns how many partitions take
-    /// part.
-    pub(super) fn begin_pass(&mut self, start: usize, budget: u32) -> usize {
+    /// Begins a pass over up to `budget` pages of these addresses, from the first on. Returns how
+    /// many partitions take part.
+    pub(super) fn begin_pass(&mut self, within: Range<usize>, budget: u32) -> usize {
         // Whole page tables, if the budget is enough for several.
         let parts = match budget as usize / BATCH_PAGES {
             0 | 1 => (budget as usize).div_ceil(WALK_PAGES),
@@ -322,12 +322,15 @@ impl<B: Backend> Partitions<B> {
         let size = self.size.min(share as usize * PAGE_SIZE);
         // Neither a page table nor a huge page is part of two partitions.
         let alignment = if size < MIN_SIZE { PAGE_SIZE } else { MIN_SIZE };
-        let mut start = start;
+        let Range {
+            mut start,
+            end: all,
+        } = within;
         for (n, partition) in self.partitions.iter_mut().take(count).enumerate() {
             let last = n + 1 == count;
             let end = match last {
-                true => usize::MAX,
-                false => start.saturating_add(size) / alignment * alignment,
+                true => all,
+                false => (start.saturating_add(size) / alignment * alignment).min(all),
             };
             partition.within = start..end;
             partition.summary.begin(start);
@@ -340,6 +343,8 @@ impl<B: Backend> Partitions<B> {
         }
         for partition in self.partitions.iter_mut().skip(count) {
             partition.within = 0..0;
+            // A page of the pass before that it still holds could not be merged in this one.
+            partition.batch.clear();
         }
         count
     }

@@ -384,6 +384,47 @@ pub static LONGEST_HOLD_USECS: Attribute = Attribute {
 };
 
 /// See its `doc`.
+pub static WAKEUPS: Attribute = Attribute {
+    name: c"wakeups",
+    origin: Origin::Rksm,
+    doc: "How often rksmd has slept and gone on since the load.",
+    show: |_, stats, out| writeln!(out, "{}", stats.wakeups),
+    store: None,
+    parameter: false,
+};
+
+/// See its `doc`.
+pub static CPU_MICROSECS: Attribute = Attribute {
+    name: c"cpu_microsecs",
+    origin: Origin::Rksm,
+    doc: "CPU time of rksmd and the threads that help it since the load, those that have ended \
+          included, in microseconds.",
+    show: |_, stats, out| writeln!(out, "{}", stats.cpu_microsecs),
+    store: None,
+    parameter: false,
+};
+
+/// See its `doc`.
+pub static PROCESSES: Attribute = Attribute {
+    name: c"processes",
+    origin: Origin::Rksm,
+    doc: "Processes whose memory is registered: that have offered some, or for which a rule did.",
+    show: |_, stats, out| writeln!(out, "{}", stats.processes),
+    store: None,
+    parameter: false,
+};
+
+/// See its `doc`.
+pub static METADATA_BYTES: Attribute = Attribute {
+    name: c"metadata_bytes",
+    origin: Origin::Rksm,
+    doc: "Bytes of rksm's metadata, which general_profit subtracts.",
+    show: |_, stats, out| writeln!(out, "{}", stats.metadata_bytes),
+    store: None,
+    parameter: false,
+};
+
+/// See its `doc`.
 pub static VERSION: Attribute = Attribute {
     name: c"version",
     origin: Origin::Rksm,
@@ -421,6 +462,10 @@ pub static ATTRIBUTES: &[&Attribute] = &[
     &ADVISOR_TARGET_SCAN_TIME,
     &SCAN_THREADS,
     &LONGEST_HOLD_USECS,
+    &WAKEUPS,
+    &CPU_MICROSECS,
+    &PROCESSES,
+    &METADATA_BYTES,
     &VERSION,
 ];
 

@@ -100,6 +100,12 @@ impl Refused {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Refusals([u64; Refusal::ALL.len()]);
 
+impl From<[u32; Refusal::ALL.len()]> for Refusals {
+    fn from(counts: [u32; Refusal::ALL.len()]) -> Self {
+        Self(counts.map(u64::from))
+    }
+}
+
 impl Refusals {
     /// Counts one refusal.
     pub fn count(&mut self, refusal: Refusal) {

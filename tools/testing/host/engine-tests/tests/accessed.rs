@@ -21,6 +21,7 @@ fn policy(smart_scan: bool) -> Policy {
         smart_scan,
         use_zero_pages: false,
         merge_across_nodes: true,
+        vouched: false,
         max_page_sharing: 256,
     }
 }

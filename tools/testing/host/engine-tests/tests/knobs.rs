@@ -118,6 +118,10 @@ fn the_files_are_those_of_the_built_in() {
         // Ours, after theirs.
         ("scan_threads", 0o644, "1"),
         ("longest_hold_usecs", 0o444, "0"),
+        ("wakeups", 0o444, "0"),
+        ("cpu_microsecs", 0o444, "0"),
+        ("processes", 0o444, "0"),
+        ("metadata_bytes", 0o444, "0"),
         ("version", 0o444, RELEASE),
     ];
     let knobs = Knobs::default();
@@ -147,9 +151,14 @@ fn counters_show_in_their_own_files() {
             stable_node_chains: 7,
             stable_node_dups: 8,
             tracked: 100,
+            ..Counters::default()
         },
         zero_pages: -9,
         metadata_bytes: 1000,
+        longest_hold_usecs: 10,
+        wakeups: 11,
+        cpu_microsecs: 12,
+        processes: 13,
         ..Snapshot::default()
     };
     let knobs = Knobs::new();
@@ -165,6 +174,11 @@ fn counters_show_in_their_own_files() {
         (&STABLE_NODE_DUPS, "8\n"),
         (&KSM_ZERO_PAGES, "-9\n"),
         (&GENERAL_PROFIT, "-25576\n"),
+        (&LONGEST_HOLD_USECS, "10\n"),
+        (&WAKEUPS, "11\n"),
+        (&CPU_MICROSECS, "12\n"),
+        (&PROCESSES, "13\n"),
+        (&METADATA_BYTES, "1000\n"),
     ] {
         assert_eq!(shown(&knobs, file, &stats), text, "{file:?}");
     }

@@ -6,6 +6,7 @@ mod common;
 
 use engine_tests::engine::{
     page_state::{
+        PageCounts,
         PageState,
         PageStates,
         Tracked, //
@@ -151,6 +152,11 @@ impl Checked {
 
     fn check(&self) {
         self.states.check().unwrap();
+        for slot in (0..4).map(SlotId) {
+            let of_slot = self.model.range((slot, 0)..=(slot, usize::MAX));
+            let counts = counts(of_slot.map(|(_, (_, state))| *state));
+            assert_eq!(self.states.counts(slot), counts);
+        }
         assert_eq!(self.states.tracked_total(), self.model.len());
         assert_eq!(
             self.states.bytes() as isize,
@@ -189,6 +195,20 @@ impl Checked {
             assert_eq!(down, of_slot);
         }
     }
+}
+
+fn counts(states: impl Iterator<Item = PageState>) -> PageCounts {
+    let mut counts = PageCounts::default();
+    for state in states {
+        let count = match state {
+            PageState::Merged(_) => &mut counts.merged,
+            PageState::Tracked(tracked) if tracked.is_indexed() => &mut counts.unique,
+            PageState::Tracked(t) if t.fingerprint() == Fingerprint::NONE => &mut counts.fresh,
+            PageState::Tracked(_) => &mut counts.changing,
+        };
+        *count += 1;
+    }
+    counts
 }
 
 impl Drop for Checked {
@@ -238,9 +258,14 @@ fn within() -> impl Strategy<Value = Range<usize>> {
     ]
 }
 
+/// Those of a fingerprint, or of none.
+fn bits() -> impl Strategy<Value = u64> {
+    prop_oneof![3 => any::<u64>(), 1 => Just(Fingerprint::NONE.to_bits())]
+}
+
 fn state() -> impl Strategy<Value = PageState> {
     prop_oneof![
-        3 => (any::<u64>(), 0..=MAX_AGE, 0..=MAX_AGE, any::<bool>(), any::<bool>()).prop_map(
+        3 => (bits(), 0..=MAX_AGE, 0..=MAX_AGE, any::<bool>(), any::<bool>()).prop_map(
             |(bits, age, skips, settled, indexed)| {
                 let tracked = Tracked::NEW
                     .with_fingerprint(Fingerprint::from_bits(bits))
@@ -549,4 +574,50 @@ fn a_scan_in_ascending_order() {
         }
         checked.states.check().unwrap();
     }
+}
+
+/// Each page of an mm is in one count, until it is untracked or the mm goes.
+#[test]
+fn pages_are_counted_by_what_is_known() {
+    let mut states = PageStates::new();
+    let other = SlotId(1);
+    assert_eq!(states.track_all(SLOT, 0..4 * PAGE_SIZE, GFP_KERNEL), 4);
+    assert_eq!(states.track_all(other, 0..PAGE_SIZE, GFP_KERNEL), 1);
+    let known = Tracked::NEW.with_fingerprint(Fingerprint::from_bits(5));
+    let [unique, changing, merged] = [1, 2, 3].map(|page| {
+        let page = states.lookup(SLOT, page * PAGE_SIZE);
+        page.unwrap()
+    });
+    states.set(unique, PageState::Tracked(known.with_indexed(true)));
+    states.set(changing, PageState::Tracked(known));
+    states.set(merged, PageState::Merged(ItemId::new(0)));
+    let mut expected = PageCounts {
+        merged: 1,
+        unique: 1,
+        changing: 1,
+        fresh: 1,
+    };
+    assert_eq!(states.counts(SLOT), expected);
+    assert_eq!(states.counts(SLOT).total(), states.tracked(SLOT) as u64);
+    states.untrack(merged);
+    states.set(unique, PageState::ORPHANED);
+    (expected.merged, expected.unique, expected.fresh) = (0, 0, 2);
+    assert_eq!(states.counts(SLOT), expected);
+    states.remove_slot(SLOT);
+    assert_eq!(states.counts(SLOT), PageCounts::default());
+    assert_eq!(states.counts(other).fresh, 1);
+    states.check().unwrap();
+}
+
+/// Only what was merged and has not been looked at since is orphaned, whatever smart scan does.
+#[test]
+fn an_orphan_is_one_until_it_is_hashed() {
+    let history = History { age: 3, skips: 1 };
+    let known = Fingerprint::from_bits(1);
+    assert!(!Tracked::NEW.is_orphaned());
+    assert!(Tracked::ORPHANED.is_orphaned());
+    assert!(Tracked::ORPHANED.with_history(history).is_orphaned());
+    let looked_at = Tracked::ORPHANED.with_fingerprint(known);
+    assert!(!looked_at.is_orphaned());
+    assert!(!looked_at.with_settled(true).is_orphaned());
 }

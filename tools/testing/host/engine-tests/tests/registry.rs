@@ -545,6 +545,235 @@ fn draining_takes_the_dead_first_and_leaves_the_claimed() {
     assert!(registry.with(|registry| registry.drain()).is_none());
 }
 
+impl Locked {
+    /// Whether a visit to the mm with this key passes over it.
+    fn passes_over(&mut self, key: usize) -> bool {
+        let claim = self.with(|registry| registry.claim_key(key)).unwrap();
+        let passed_over = claim.is_passed_over();
+        drop(self.release(claim, false));
+        passed_over
+    }
+
+    fn exclude(&mut self, key: usize, sweep: u32, begin: bool) -> Option<bool> {
+        self.with(|registry| registry.exclude(key, sweep, begin))
+    }
+
+    /// Visits slots until the `most`th mm, and returns key and exclusion of each, and where to go
+    /// on.
+    fn visit_in(
+        &mut self,
+        from: u32,
+        count: u32,
+        most: usize,
+    ) -> (Vec<(usize, bool)>, Option<u32>) {
+        let mut seen = Vec::new();
+        let next = self.with(|registry| {
+            registry.visit_in(from, count, |id, pin, excluded| {
+                assert_eq!(
+                    registry
+                        .iter()
+                        .find(|(_, p)| p.key() == pin.key())
+                        .unwrap()
+                        .0,
+                    id
+                );
+                if seen.len() == most {
+                    return false;
+                }
+                seen.push((pin.key(), excluded));
+                true
+            })
+        });
+        (seen, next)
+    }
+}
+
+/// A registry with these mms, in slots from 0 on.
+fn with_mms(keys: &[usize]) -> Locked {
+    let mut registry = Locked::new();
+    for &key in keys {
+        assert!(registered(registry.enter(&mm(key))));
+    }
+    registry
+}
+
+#[test]
+fn an_excluded_mm_is_passed_over_until_a_sweep_does_not_see_it() {
+    let mut registry = with_mms(&[1, 2, 3]);
+    assert_eq!(registry.exclude(9, 1, true), None);
+    assert!(!registry.0.is_excluded(9));
+    // Whether it is new can be asked first.
+    assert_eq!(registry.exclude(2, 1, false), Some(true));
+    assert!(!registry.0.is_excluded(2) && !registry.passes_over(2));
+    assert_eq!(registry.exclude(2, 1, true), Some(true));
+    assert_eq!(registry.exclude(2, 1, true), Some(false));
+    assert_eq!(registry.exclude(3, 1, true), Some(true));
+    let passed: Vec<_> = [1, 2, 3].map(|key| registry.passes_over(key)).into();
+    assert_eq!(passed, [false, true, true]);
+
+    // The second sweep sees only one of them, and does not begin with it again.
+    assert_eq!(registry.exclude(3, 2, false), Some(false));
+    assert_eq!(
+        registry.with(|registry| registry.readmit_in(0, 256, 2)),
+        None
+    );
+    let excluded: Vec<_> = [1, 2, 3].map(|key| registry.0.is_excluded(key)).into();
+    assert_eq!(excluded, [false, false, true]);
+    // All of them are still visited by a scan, in their order.
+    assert_eq!(registry.scan(false), [1, 2, 3]);
+}
+
+#[test]
+fn mms_are_readmitted_slot_by_slot() {
+    let mut registry = with_mms(&[1, 2, 3, 4]);
+    for key in 1..=4 {
+        assert_eq!(registry.exclude(key, 7, true), Some(true));
+    }
+    let excluded = |registry: &Locked| (1..=4).filter(|key| registry.0.is_excluded(*key)).count();
+    assert_eq!(
+        registry.with(|registry| registry.readmit_in(1, 0, 8)),
+        Some(1)
+    );
+    assert_eq!(
+        registry.with(|registry| registry.readmit_in(1, 2, 8)),
+        Some(3)
+    );
+    assert!(registry.0.is_excluded(1) && registry.0.is_excluded(4));
+    assert_eq!(excluded(&registry), 2);
+    assert_eq!(
+        registry.with(|registry| registry.readmit_in(3, 253, 7)),
+        None
+    );
+    assert_eq!(excluded(&registry), 2);
+    for (from, count) in [(256, 1), (u32::MAX, u32::MAX), (300, 0)] {
+        assert_eq!(
+            registry.with(|registry| registry.readmit_in(from, count, 8)),
+            None
+        );
+    }
+    assert_eq!(
+        registry.with(|registry| registry.readmit_in(0, u32::MAX, 8)),
+        None
+    );
+    assert_eq!(excluded(&registry), 0);
+}
+
+#[test]
+fn an_mm_is_excluded_while_it_is_visited() {
+    let mut registry = with_mms(&[1]);
+    assert!(registry.with(|registry| registry.begin()));
+    let claim = registry.visit();
+    assert_eq!(registry.exclude(1, 1, true), Some(true));
+    // This visit goes on as it has begun.
+    assert!(!claim.is_passed_over());
+    registry.with(|registry| registry.move_to(&claim, 0x1000));
+    let again = registry.visit();
+    assert!(again.is_passed_over() && again.address() == 0x1000);
+    assert_eq!(
+        registry.with(|registry| registry.readmit_in(0, 256, 2)),
+        None
+    );
+    assert!(again.is_passed_over() && !registry.passes_over(1));
+    drop(registry.release(claim, false));
+    drop(registry.release(again, false));
+}
+
+#[test]
+fn a_slot_that_is_used_again_is_not_excluded() {
+    for excluded in [true, false] {
+        let mut registry = with_mms(&[1]);
+        if excluded {
+            assert_eq!(registry.exclude(1, 1, true), Some(true));
+        } else {
+            assert!(registry.with(|registry| registry.keep_out(1)));
+        }
+        let id = registry.0.iter().next().unwrap().0;
+        assert!(matches!(registry.exit(1), Exit::Freed(_)));
+        assert!(!registry.0.is_excluded(1));
+        assert_eq!(registry.exclude(1, 1, true), None);
+        assert!(registered(registry.enter(&mm(2))));
+        assert_eq!(registry.0.iter().next().unwrap().0, id);
+        assert!(!registry.0.is_excluded(2) && !registry.passes_over(2));
+    }
+}
+
+#[test]
+fn an_mm_is_kept_out_as_often_as_it_is_let_in() {
+    let mut registry = with_mms(&[1, 2]);
+    assert!(!registry.with(|registry| registry.keep_out(3)));
+    registry.with(|registry| registry.let_in(3));
+    for _ in 0..2 {
+        assert!(registry.with(|registry| registry.keep_out(1)));
+    }
+    assert!(registry.passes_over(1) && !registry.passes_over(2));
+    // That is no rule's doing.
+    assert!(!registry.0.is_excluded(1));
+    assert_eq!(
+        registry.visit_in(0, 256, 9),
+        (vec![(1, false), (2, false)], None)
+    );
+    assert_eq!(
+        registry.with(|registry| registry.readmit_in(0, 256, 1)),
+        None
+    );
+    registry.with(|registry| registry.let_in(1));
+    assert!(registry.passes_over(1));
+    registry.with(|registry| registry.let_in(1));
+    assert!(!registry.passes_over(1));
+    registry.with(|registry| registry.let_in(1));
+    assert!(!registry.passes_over(1));
+
+    // Both reasons at once.
+    assert!(registry.with(|registry| registry.keep_out(1)));
+    assert_eq!(registry.exclude(1, 1, true), Some(true));
+    registry.with(|registry| registry.let_in(1));
+    assert!(registry.passes_over(1));
+
+    // One more than there is room for is refused, and those before it still count.
+    let most = usize::from(u16::MAX);
+    let kept = (0..most + 1).filter(|_| registry.0.keep_out(2)).count();
+    assert_eq!(kept, most);
+    (1..most).for_each(|_| registry.0.let_in(2));
+    assert!(registry.passes_over(2));
+    registry.0.let_in(2);
+    assert!(!registry.passes_over(2));
+}
+
+#[test]
+fn a_visit_of_slots_goes_on_where_it_has_stopped() {
+    let mut registry = with_mms(&[1, 2, 3, 4, 5]);
+    assert_eq!(registry.exclude(4, 1, true), Some(true));
+    // Slots without an mm, and one whose mm has left and is claimed.
+    assert!(matches!(registry.exit(1), Exit::Freed(_)));
+    let claim = registry.with(|registry| registry.claim_key(3)).unwrap();
+    assert!(matches!(registry.exit(3), Exit::Deferred { .. }));
+    assert_eq!(
+        registry.visit_in(0, 256, 9).0,
+        [(2, false), (4, true), (5, false)]
+    );
+
+    for most in 1..5 {
+        for count in 1..7 {
+            let (mut seen, mut next) = (Vec::new(), Some(0));
+            while let Some(from) = next {
+                let (keys, to) = registry.visit_in(from, count, most);
+                assert!(to.is_none_or(|to| to > from));
+                seen.extend(keys);
+                next = to;
+            }
+            assert_eq!(seen, [(2, false), (4, true), (5, false)]);
+        }
+    }
+    // No room for a single one: the same is next.
+    assert_eq!(registry.visit_in(0, 256, 0), (vec![], Some(1)));
+    assert_eq!(registry.visit_in(3, 1, 0), (vec![], Some(3)));
+    assert_eq!(registry.visit_in(2, 1, 0), (vec![], Some(3)));
+    for (from, count) in [(256, 1), (u32::MAX, u32::MAX)] {
+        assert_eq!(registry.visit_in(from, count, 9), (vec![], None));
+    }
+    drop(registry.release(claim, false));
+}
+
 /// One step of a random history. `who` chooses among the mms, claims or dead that there are.
 #[derive(Clone, Copy, Debug)]
 enum Step {
@@ -563,6 +792,17 @@ enum Step {
     UnmergeEnd,
     Pin { who: usize },
     Drain,
+    Exclude { who: usize, sweep: u32, begin: bool },
+    Readmit { from: u32, count: u32, sweep: u32 },
+    KeepOut { who: usize },
+    LetIn { who: usize },
+    VisitSlots { from: u32, count: u32, most: usize },
+}
+
+/// Slots, of which the first 16 are in use at most.
+fn slots() -> impl Strategy<Value = (u32, u32)> {
+    let any = prop_oneof![12 => 0..20u32, 1 => 250..260u32, 1 => Just(u32::MAX)];
+    (any.clone(), any)
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -582,8 +822,16 @@ fn step() -> impl Strategy<Value = Step> {
         1 => who.clone().prop_map(|who| Step::PutBack { who }),
         1 => Just(Step::UnmergeBegin),
         1 => Just(Step::UnmergeEnd),
-        1 => who.prop_map(|who| Step::Pin { who }),
+        1 => who.clone().prop_map(|who| Step::Pin { who }),
         1 => Just(Step::Drain),
+        4 => (who.clone(), 1..4u32, any::<bool>())
+            .prop_map(|(who, sweep, begin)| Step::Exclude { who, sweep, begin }),
+        2 => (slots(), 1..4u32)
+            .prop_map(|((from, count), sweep)| Step::Readmit { from, count, sweep }),
+        2 => who.clone().prop_map(|who| Step::KeepOut { who }),
+        2 => who.prop_map(|who| Step::LetIn { who }),
+        1 => (slots(), 0..9usize)
+            .prop_map(|((from, count), most)| Step::VisitSlots { from, count, most }),
     ]
 }
 
@@ -598,15 +846,35 @@ struct Model {
     unmerging: bool,
     tracked: BTreeMap<usize, bool>,
     dead: Vec<usize>,
+    /// The slot of each mm on the list, its sweep, and how often it is kept out.
+    slots: BTreeMap<usize, (u32, u32, usize)>,
 }
 
 impl Model {
+    fn passed_over(&self, key: usize) -> bool {
+        let slot = self.slots.get(&key);
+        slot.is_some_and(|&(_, sweep, kept_out)| sweep != 0 || kept_out != 0)
+    }
+
+    /// The mms of slots, in that order: slot, key, and whether a rule has excluded each.
+    fn in_slots(&self, from: u32, count: u32) -> Vec<(u32, usize, bool)> {
+        let within = from..from.saturating_add(count);
+        let slots = self.slots.iter();
+        let mut found: Vec<_> = slots
+            .filter(|(_, (slot, ..))| within.contains(slot))
+            .map(|(key, (slot, sweep, _))| (*slot, *key, *sweep != 0))
+            .collect();
+        found.sort();
+        found
+    }
+
     fn remove(&mut self, key: usize) {
         let at = self.list.iter().position(|&other| other == key).unwrap();
         if self.cursor == Some(key) {
             self.step();
         }
         self.list.remove(at);
+        self.slots.remove(&key);
     }
 
     fn step(&mut self) {
@@ -647,6 +915,8 @@ fn run(steps: &[Step]) {
                         let at = model.list.iter().position(|&key| Some(key) == before);
                         model.list.insert(at.unwrap_or(model.list.len()), mm.key);
                         model.tracked.insert(mm.key, false);
+                        let (id, _) = registry.0.iter().find(|(_, p)| p.key() == mm.key).unwrap();
+                        model.slots.insert(mm.key, (id.0, 0, 0));
                     }
                     Enter::AlreadyThere(_) => assert!(model.list.contains(&mm.key)),
                     Enter::Exiting(_) => assert!(mm.exiting.get()),
@@ -693,6 +963,7 @@ fn run(steps: &[Step]) {
                     assert!(model.scanning);
                     assert_eq!(Some(claim.mm().key()), model.cursor);
                     assert_eq!(claim.address(), model.address);
+                    assert_eq!(claim.is_passed_over(), model.passed_over(claim.mm().key()));
                     model.visited = true;
                     claims.push(claim);
                 }
@@ -795,11 +1066,65 @@ fn run(steps: &[Step]) {
                     None => assert!(model.dead.is_empty() && idle.is_none()),
                 }
             }
+            Step::Exclude { who, sweep, begin } => {
+                let key = alive[who].key;
+                let slot = model.slots.get_mut(&key);
+                assert_eq!(
+                    registry.exclude(key, sweep, begin),
+                    slot.as_ref().map(|slot| slot.1 == 0)
+                );
+                if let Some(slot) = slot.filter(|slot| begin || slot.1 != 0) {
+                    slot.1 = sweep;
+                }
+            }
+            Step::Readmit { from, count, sweep } => {
+                let next = registry.with(|registry| registry.readmit_in(from, count, sweep));
+                let end = from.saturating_add(count);
+                assert_eq!(next, (end < 256).then_some(end));
+                for (_, key, _) in model.in_slots(from, count) {
+                    let slot = model.slots.get_mut(&key).unwrap();
+                    if slot.1 != sweep {
+                        slot.1 = 0;
+                    }
+                }
+            }
+            Step::KeepOut { who } => {
+                let key = alive[who].key;
+                let kept_out = registry.with(|registry| registry.keep_out(key));
+                assert_eq!(kept_out, model.slots.contains_key(&key));
+                if let Some(slot) = model.slots.get_mut(&key) {
+                    slot.2 += 1;
+                }
+            }
+            Step::LetIn { who } => {
+                let key = alive[who].key;
+                registry.with(|registry| registry.let_in(key));
+                if let Some(slot) = model.slots.get_mut(&key) {
+                    slot.2 = slot.2.saturating_sub(1);
+                }
+            }
+            Step::VisitSlots { from, count, most } => {
+                let expected = model.in_slots(from, count);
+                let end = from.saturating_add(count);
+                let stopped = expected.get(most).map(|(slot, ..)| *slot);
+                let keys = expected.iter().map(|(_, key, excluded)| (*key, *excluded));
+                assert_eq!(
+                    registry.visit_in(from, count, most),
+                    (
+                        keys.take(most).collect(),
+                        stopped.or((end < 256).then_some(end))
+                    )
+                );
+            }
             _ => {}
         }
         assert_eq!(registry.keys(), model.list);
         assert_eq!(registry.0.len(), model.list.len());
         assert_eq!(registry.0.scanning(), model.scanning);
+        for key in 1..=16 {
+            let excluded = model.slots.get(&key).is_some_and(|slot| slot.1 != 0);
+            assert_eq!(registry.0.is_excluded(key), excluded);
+        }
         assert_eq!(
             registry.0.nr_left(),
             leaving.len() + model.dead.len() + reaping.len()

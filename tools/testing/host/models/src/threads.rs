@@ -165,6 +165,12 @@ impl Module {
         }
     }
 
+    /// What a task that asks for it does with one mm, wherever the scanner is.
+    fn merge_now(&self, key: usize) {
+        let mut engine = self.engine.lock().unwrap();
+        self.visit_key(key, |claim| look_at(&mut engine, claim).tracked);
+    }
+
     /// What the scanner does when it is woken, whether it may scan or not.
     fn reap_dead(&self) {
         let mut engine = self.engine.lock().unwrap();
@@ -415,6 +421,25 @@ pub fn everything_at_once() {
     exit.join().unwrap();
     let second = enter.join().unwrap();
     module.all_gone(&[first, second]);
+}
+
+/// A process exits while a task has it merged, and while it is scanned.
+pub fn merge_now_against_scan_and_exit() {
+    let module = Module::with_room();
+    let a = module.fork(1);
+    let mm = a.mm;
+    let exit = {
+        let module = module.clone();
+        spawn(move || a.exit(&module))
+    };
+    let merge = {
+        let module = module.clone();
+        spawn(move || module.merge_now(1))
+    };
+    module.scan();
+    exit.join().unwrap();
+    merge.join().unwrap();
+    module.all_gone(&[mm]);
 }
 
 /// Memory runs out while everything is unmerged, and comes back only with the victim's exit.

@@ -80,6 +80,7 @@ holds! {
     scan_against_exit_and_reaper,
     two_scanners_against_exit within 3 preemptions,
     everything_at_once within 2 preemptions,
+    merge_now_against_scan_and_exit within 3 preemptions,
     unload_against_exit,
     unmerge_against_oom_kill,
     unmerge_against_fork,

@@ -3,6 +3,7 @@
 //! Random histories of a few processes and the scanner.
 
 use crate::{
+    control::MergeNow,
     machine::{
         Machine,
         Op, //
@@ -82,6 +83,24 @@ fn threads() -> impl Strategy<Value = Op> {
         .prop_map(|(threads, seed)| Op::ScanThreads(threads, seed))
 }
 
+/// Pages that are merged at once, all at a time or few.
+fn merge_now() -> impl Strategy<Value = MergeNow> {
+    let budget = prop_oneof![2 => 1..100u32, 1 => Just(1024)];
+    let scan = option::weighted(0.3, 1..40u32);
+    let all = prop_oneof![3 => Just(false), 1 => Just(true)];
+    (place(), all, budget, any::<bool>(), scan, interleaved()).prop_map(
+        |((mm, page, count), all, budget, pool, scan, interleaved)| MergeNow {
+            mm,
+            page: if all { 0 } else { page },
+            count: if all { PAGES } else { count },
+            budget,
+            pool,
+            scan,
+            interleaved,
+        },
+    )
+}
+
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         12 => event().prop_map(Op::Happen),
@@ -104,6 +123,9 @@ fn op() -> impl Strategy<Value = Op> {
         1 => threads(),
         1 => chance(12).prop_map(Op::Chance),
         1 => chance(6).prop_map(Op::Fail),
+        6 => merge_now().prop_map(Op::Merge),
+        1 => (0..8usize, 1..4usize).prop_map(|(mm, walks)| Op::Why { mm, walks }),
+        1 => place().prop_map(|(mm, page, count)| Op::UnmergeRange { mm, page, count }),
     ]
 }
 

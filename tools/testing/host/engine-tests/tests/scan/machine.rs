@@ -3,6 +3,7 @@
 //! The engine with its registry over the simulated mm, driven as `rksmd` drives them.
 
 use crate::{
+    control::MergeNow,
     memory::SimMemory,
     sim::{
         Batch,
@@ -107,15 +108,35 @@ pub(crate) enum Op {
     Chance(Option<Chance>),
     /// Allocations that fail.
     Fail(Option<Chance>),
+    Merge(MergeNow),
+    /// Why pages of an mm are not merged, asked for so many walks at once.
+    Why {
+        mm: usize,
+        walks: usize,
+    },
+    /// Pages of an mm are unmerged, and forgotten.
+    UnmergeRange {
+        mm: usize,
+        page: usize,
+        count: usize,
+    },
 }
 
 /// A pool of one thread, which runs what several threads could run at once in a random order.
-struct RandomOrderPool {
+pub(crate) struct RandomOrderPool {
     threads: usize,
     random: Cell<u64>,
 }
 
 impl RandomOrderPool {
+    /// A pool of the calling thread alone.
+    pub(crate) fn single() -> Self {
+        Self {
+            threads: 1,
+            random: Cell::new(0),
+        }
+    }
+
     /// A number below `n`.
     fn below(&self, n: usize) -> usize {
         // Knuth's MMIX generator; its high bits are the random ones.
@@ -149,7 +170,7 @@ impl WorkerPool for RandomOrderPool {
 }
 
 /// Buffers of the simulation for a number of threads.
-fn pass_buffers(threads: usize, world: &Rc<RefCell<World>>) -> PassBuffers<SimMemory> {
+pub(crate) fn pass_buffers(threads: usize, world: &Rc<RefCell<World>>) -> PassBuffers<SimMemory> {
     PassBuffers::new(threads, |_| Ok(Batch::new(world.clone()))).unwrap()
 }
 
@@ -157,13 +178,13 @@ pub(crate) struct Machine {
     pub(crate) world: Rc<RefCell<World>>,
     pub(crate) list: Rc<List>,
     pub(crate) engine: Engine<SimMemory>,
-    buffers: PassBuffers<SimMemory>,
-    pool: RandomOrderPool,
+    pub(crate) buffers: PassBuffers<SimMemory>,
+    pub(crate) pool: RandomOrderPool,
     threads: usize,
     pub(crate) policy: Policy,
-    fail: Fail,
+    pub(crate) fail: Fail,
     /// Pages visited before the world's list of visits was cleared.
-    visits_before: u64,
+    pub(crate) visits_before: u64,
 }
 
 impl Machine {
@@ -175,6 +196,7 @@ impl Machine {
             use_zero_pages: false,
             merge_across_nodes: world.merge_across_nodes,
             max_page_sharing: world.max_page_sharing,
+            vouched: false,
         };
         let world = Rc::new(RefCell::new(world));
         testing::fail(Fail::Never);
@@ -183,10 +205,7 @@ impl Machine {
             list,
             buffers: pass_buffers(1, &world),
             world,
-            pool: RandomOrderPool {
-                threads: 1,
-                random: Cell::new(0),
-            },
+            pool: RandomOrderPool::single(),
             threads: 1,
             policy,
             fail: Fail::Never,
@@ -255,6 +274,15 @@ impl Machine {
                 self.pool.threads = *threads;
                 self.threads = *threads;
             }
+            Op::Merge(merge) => {
+                self.interleaved(&merge.interleaved);
+                self.merge_now(merge);
+                self.deliver_rest();
+            }
+            Op::Why { mm, walks } => {
+                self.why(*mm, *walks);
+            }
+            Op::UnmergeRange { mm, page, count } => self.unmerge_range(*mm, *page, *count),
             Op::Chance(chance) => self.world.borrow_mut().chance = *chance,
             Op::Fail(chance) => {
                 self.fail = chance.map_or(Fail::Never, |chance| Fail::Random {
@@ -336,7 +364,7 @@ impl Machine {
                 let target = ScanTarget {
                     slot: id,
                     mm,
-                    start: claim.address(),
+                    within: claim.address()..usize::MAX,
                 };
                 let mut allowance = Allowance { budget, pause };
                 let progress =
@@ -489,6 +517,7 @@ impl Machine {
             ..counters
         };
         assert_eq!(counters, recounted);
+        assert_eq!(counters.merges, world.merges);
         let not_volatile = counters.pages_shared + counters.pages_sharing + counters.pages_unshared;
         assert!(counters.tracked >= not_volatile);
         let visits = counters.pages_scanned + counters.pages_skipped;
@@ -595,7 +624,7 @@ impl Machine {
     }
 
     /// What a full scan has to visit: the pages in mergeable memory.
-    fn collectable(&self) -> Vec<(usize, usize)> {
+    pub(crate) fn collectable(&self) -> Vec<(usize, usize)> {
         let world = self.world.borrow();
         let pages = world.spaces.iter().flat_map(|(key, space)| {
             let pages = space

@@ -4,6 +4,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod control;
+mod control_stories;
 mod history;
 mod machine;
 mod memory;
@@ -32,7 +34,7 @@ use std::{
 };
 
 /// Runs a property, and shows no more than the failure that is left after shrinking.
-fn check<S: Strategy>(cases: u32, strategy: S, property: impl Fn(S::Value)) {
+pub(crate) fn check<S: Strategy>(cases: u32, strategy: S, property: impl Fn(S::Value)) {
     thread_local! {
         static QUIET: Cell<bool> = const { Cell::new(false) };
     }

@@ -164,6 +164,14 @@ impl backend::Batch for Batch {
         world.hash(world.page(self.frame(i)).content)
     }
 
+    fn is_pinned(&self, i: usize) -> bool {
+        let (world, frame) = (self.world.borrow(), self.frame(i));
+        match world.huge(frame) {
+            Some(huge) => world.huge_refs(frame) != self.huge_refs(huge),
+            None => world.page(frame).pinned,
+        }
+    }
+
     fn huge_refs(&self, huge: HugeId) -> usize {
         let world = self.world.borrow();
         let held = self.pages.iter().zip(&self.released);
@@ -336,6 +344,9 @@ impl Backend for SimMemory {
                 self.0.borrow().accessed(mm.key(), addr) || batch.cleared.contains(&addr);
             match filter.filter(addr, self.kind_of(frame), nid(frame), accessed) {
                 WalkAction::Collect => self.0.borrow_mut().collect(batch, addr, frame),
+                WalkAction::CollectUntouched => {
+                    self.0.borrow_mut().collect_untouched(batch, addr, frame)
+                }
                 WalkAction::Skip => self.0.borrow_mut().skipped(batch, addr),
                 WalkAction::SkipClearAccessed => {
                     self.0.borrow_mut().skipped_clear_accessed(batch, addr)
@@ -380,7 +391,9 @@ impl Backend for SimMemory {
         target: MergeTarget<PageAddr<'_, Mm>>,
         nid: Option<u32>,
     ) -> Result<Merge, Refused> {
-        drop(self.sleep_at(&page, batch, i));
+        let world = self.sleep_at(&page, batch, i);
+        world.assert_asked_for(page.mm.key(), page.addr);
+        drop(world);
         let with = match target {
             MergeTarget::ZeroPage => With::Zero,
             MergeTarget::StableNode(node) => {
@@ -457,6 +470,7 @@ impl backend::Merge for Merge {
     fn run(&mut self, huge: &mut impl HugeFolioRefs) {
         let memory = self.memory.clone();
         drop(memory.sleep());
+        let moves = memory.0.borrow().is_known(self.key, self.addr, self.frame);
         self.outcome = match self.with {
             With::Zero => memory
                 .share(self, &Target::Zero, huge)
@@ -468,6 +482,15 @@ impl backend::Merge for Merge {
                 .map_err(Refused::Page),
             With::Page { .. } => memory.merge_pair(self, huge),
         };
+        let mut world = memory.0.borrow_mut();
+        match self.outcome {
+            Ok(Merged::ZeroPage) => world.merges.zeroed += 1,
+            Ok(Merged::Joined(_)) if moves => return,
+            Ok(Merged::Joined(_)) => world.merges.merged += 1,
+            Ok(Merged::NewNode { .. }) => world.merges.merged += 2,
+            Err(_) => return,
+        }
+        world.merges.saved += 1;
     }
 }
 

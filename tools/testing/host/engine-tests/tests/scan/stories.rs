@@ -11,6 +11,7 @@ use crate::{
         Op, //
     },
     sim::{
+        Chance,
         Content,
         Event,
         Hash,
@@ -20,13 +21,20 @@ use crate::{
     },
 };
 
-use engine_tests::engine::types::Refusal;
+use engine_tests::engine::{
+    metadata::mm_stats::MmStats,
+    page_state::PageCounts,
+    types::{
+        Refusal,
+        SlotId, //
+    },
+};
 
 /// A machine with a number of processes, all of whose memory is mergeable.
-struct Story(Machine);
+pub(crate) struct Story(pub(crate) Machine);
 
 impl Story {
-    fn new(processes: usize) -> Self {
+    pub(crate) fn new(processes: usize) -> Self {
         let mut story = Self(Machine::new(Hash::Good));
         for _ in 0..processes {
             let mergeable = [true; AREAS.len()];
@@ -36,23 +44,23 @@ impl Story {
     }
 
     /// The same, with one knob changed.
-    fn with(processes: usize, knob: Op) -> Self {
+    pub(crate) fn with(processes: usize, knob: Op) -> Self {
         let mut story = Self::new(processes);
         story.0.run(&knob);
         story
     }
 
-    fn happens(&mut self, event: Event) {
+    pub(crate) fn happens(&mut self, event: Event) {
         self.0.run(&Op::Happen(event));
     }
 
     /// A process writes the same content to pages from `page` on.
-    fn write(&mut self, mm: usize, page: usize, count: usize, content: Content) {
+    pub(crate) fn write(&mut self, mm: usize, page: usize, count: usize, content: Content) {
         self.happens(write(mm, page, count, content));
     }
 
     /// A process writes to all of its pages, to each another content from `content` on.
-    fn write_distinct(&mut self, mm: usize, content: Content) {
+    pub(crate) fn write_distinct(&mut self, mm: usize, content: Content) {
         self.happens(Event::Write {
             mm,
             page: 0,
@@ -62,7 +70,7 @@ impl Story {
         });
     }
 
-    fn scans(&mut self, full_scans: usize) {
+    pub(crate) fn scans(&mut self, full_scans: usize) {
         for _ in 0..full_scans {
             self.0.run(&Op::FullScan {
                 interleaved: Vec::new(),
@@ -71,17 +79,27 @@ impl Story {
     }
 
     /// `pages_shared` and `pages_sharing`.
-    fn shared(&self) -> (u64, u64) {
+    pub(crate) fn shared(&self) -> (u64, u64) {
         let counters = &self.0.engine.metadata.counters;
         (counters.pages_shared, counters.pages_sharing)
     }
 
-    fn refused(&self, refusal: Refusal) -> u64 {
+    pub(crate) fn refused(&self, refusal: Refusal) -> u64 {
         self.0.engine.metadata.refusals.get(refusal)
+    }
+
+    /// What is counted for a process of those that came first.
+    pub(crate) fn stats(&self, mm: u32) -> MmStats {
+        self.0.engine.metadata.mm_stats(SlotId(mm))
+    }
+
+    pub(crate) fn unmap(&mut self, mm: usize, page: usize) {
+        let count = 1;
+        self.happens(Event::Unmap { mm, page, count });
     }
 }
 
-fn write(mm: usize, page: usize, count: usize, content: Content) -> Event {
+pub(crate) fn write(mm: usize, page: usize, count: usize, content: Content) -> Event {
     Event::Write {
         mm,
         page,
@@ -430,6 +448,55 @@ fn pages_of_zeroes_need_no_ksm_page() {
     assert_eq!(story.0.world.borrow().zero_pages, 3);
 }
 
+/// A mapping that leaves its node is not prepared beside another thread's merge of that content
+/// because one with the zero page is: the simulation would find `max_page_sharing` exceeded. As a
+/// random history had it.
+#[test]
+fn a_merge_with_the_zero_page_hides_no_merge_in_flight() {
+    let mergeable = [true; AREAS.len()];
+    let scan = |budget, interleaved| Op::Scan {
+        budget,
+        pause_after: None,
+        interleaved,
+    };
+    let full_scan = |interleaved| Op::FullScan { interleaved };
+    let fork = |mm| Event::Fork {
+        mm,
+        dont_fork: None,
+    };
+    let mut machine = Machine::new(Hash::Colliding);
+    for op in [
+        Op::UseZeroPages(true),
+        Op::MaxPageSharing(3),
+        Op::Happen(Event::Spawn { mergeable }),
+        Op::Happen(Event::Spawn { mergeable }),
+        Op::Happen(Event::Spawn { mergeable }),
+        Op::Happen(write(0, 44, 3, 4)),
+        Op::Happen(write(7, 35, 80, 3)),
+        Op::Happen(write(0, 47, 1, 2)),
+        Op::Happen(write(7, 11, 39, 1)),
+        Op::Happen(fork(1)),
+        Op::Chance(Some(Chance {
+            seed: 14013986550193927285,
+            one_in: 5,
+        })),
+        full_scan(vec![]),
+        scan(44, vec![(8, fork(1))]),
+        Op::ScanThreads(2, 6133589852849562263),
+        full_scan(vec![(0, fork(2)), (0, Event::Hold { mm: 0, tries: 2 })]),
+        Op::Happen(write(6, 0, 1, 1)),
+        Op::Happen(write(6, 1, 1, 3)),
+        Op::Happen(write(3, 23, 1, 0)),
+        scan(1, vec![]),
+        scan(56, vec![]),
+        scan(29, vec![(0, Event::Exit { mm: 7, steps: 1 })]),
+        full_scan(vec![]),
+    ] {
+        machine.run(&op);
+    }
+    machine.tear_down();
+}
+
 /// A child inherits the count of its parent's zero pages, but not all of them: the next scan
 /// corrects the count.
 #[test]
@@ -523,7 +590,7 @@ fn a_batch_releases_a_huge_page_that_is_split() {
     assert_eq!(huge_pages(&story), 0);
 }
 
-fn huge_pages(story: &Story) -> usize {
+pub(crate) fn huge_pages(story: &Story) -> usize {
     let world = story.0.world.borrow();
     let frames = world.frames.keys();
     frames.filter(|frame| world.huge(**frame).is_some()).count()
@@ -610,4 +677,127 @@ fn a_process_that_is_busy_is_scanned_later() {
     story.happens(Event::Hold { mm: 0, tries: 3 });
     story.scans(1);
     assert_eq!(story.shared(), (1, 1));
+}
+
+/// Each page of a process is counted by what is known of it.
+#[test]
+fn pages_are_counted_for_their_process() {
+    let mut story = Story::new(2);
+    story.write(0, 0, 2, 7);
+    story.write(0, 2, 1, 8);
+    for scan in 0..4 {
+        story.write(0, 3, 1, 20 + scan);
+        if scan == 3 {
+            story.write(0, 4, 3, 30);
+            story.write(1, 0, 1, 31);
+        }
+        story.scans(1);
+    }
+    let counts = PageCounts {
+        merged: 2,
+        unique: 1,
+        changing: 1,
+        fresh: 3,
+    };
+    assert_eq!(story.stats(0).pages, counts);
+    assert_eq!(story.stats(1).pages.fresh, 1);
+    assert_eq!(story.stats(1).pages.total(), 1);
+    story.happens(Event::Exit { mm: 0, steps: 3 });
+    story.scans(1);
+    assert_eq!(story.stats(0), MmStats::default());
+    assert_eq!(story.stats(1).pages.unique, 1);
+}
+
+/// A refusal is counted for the process whose page is at fault, whichever is scanned first, and is
+/// not inherited by the next process of the slot.
+#[test]
+fn refusals_are_counted_for_the_process_at_fault() {
+    for pinned in [0, 1] {
+        let mut story = Story::new(2);
+        story.write(0, 0, 1, 7);
+        story.write(1, 0, 1, 7);
+        let mm = pinned as usize;
+        story.happens(Event::Pin { mm, page: 0 });
+        story.scans(4);
+        let all = story.refused(Refusal::Pinned);
+        assert!(all > 0);
+        assert_eq!(story.stats(pinned).refusals.get(Refusal::Pinned), all);
+        assert_eq!(story.stats(1 - pinned).refusals.get(Refusal::Pinned), 0);
+        // It has no page left, and is not known by its pages any more.
+        story.unmap(mm, 0);
+        story.scans(1);
+        assert_eq!(story.stats(pinned).pages.total(), 0);
+        assert_eq!(story.stats(pinned).refusals.get(Refusal::Pinned), all);
+        story.happens(Event::Exit { mm, steps: 3 });
+        let mergeable = [true; AREAS.len()];
+        story.scans(1);
+        story.happens(Event::Spawn { mergeable });
+        story.scans(1);
+        assert_eq!(story.stats(pinned), MmStats::default());
+        assert_eq!(story.refused(Refusal::Pinned), all);
+    }
+}
+
+/// A merged page that is written to counts as broken once, for the process that wrote; one that is
+/// unmapped does not.
+#[test]
+fn broken_pages_are_counted() {
+    let broken = |story: &Story| [0, 1].map(|mm| story.stats(mm).broken);
+    let mut story = Story::new(2);
+    story.write(0, 0, 4, 7);
+    story.write(1, 0, 1, 7);
+    story.scans(2);
+    assert_eq!(story.stats(0).pages.merged, 4);
+    story.write(0, 1, 1, 8);
+    story.unmap(0, 2);
+    story.scans(3);
+    assert_eq!(broken(&story), [1, 0]);
+    story.write(1, 0, 1, 9);
+    story.scans(3);
+    assert_eq!(broken(&story), [1, 1]);
+    assert_eq!(story.stats(0).pages.merged, 2);
+}
+
+/// The merged page may be freed, and its node pruned, before the scan comes to where it was.
+#[test]
+fn broken_pages_of_a_pruned_node_are_counted() {
+    for smart_scan in [false, true] {
+        for threads in [1, 2] {
+            let mut story = Story::with(2, Op::SmartScan(smart_scan));
+            story.0.run(&Op::ScanThreads(threads, 3));
+            story.write(0, 0, 3, 7);
+            story.write(1, 0, 1, 7);
+            story.scans(2);
+            assert_eq!(story.shared(), (1, 3));
+            story.write(0, 0, 1, 8);
+            story.write(0, 1, 1, 9);
+            story.unmap(0, 2);
+            story.unmap(1, 0);
+            story.0.run(&Op::Prune(10));
+            assert_eq!(story.0.engine.metadata.nodes(), 0);
+            assert_eq!(story.stats(0).pages.fresh, 3);
+            story.scans(30);
+            assert_eq!(story.stats(0).broken, 2);
+            assert_eq!(story.stats(1).broken, 0);
+            assert_eq!(story.stats(0).pages.total(), 2);
+        }
+    }
+}
+
+/// What is found there is at rest as soon as any other page that was not looked at before.
+#[test]
+fn pages_of_a_pruned_node_are_new() {
+    let mut story = Story::new(1);
+    story.write(0, 0, 2, 7);
+    story.scans(2);
+    story.write(0, 0, 1, 8);
+    story.write(0, 1, 1, 9);
+    story.0.run(&Op::Prune(10));
+    story.happens(Event::Age {
+        mm: 0,
+        page: 0,
+        count: 2,
+    });
+    story.scans(1);
+    assert_eq!((story.stats(0).broken, story.stats(0).pages.unique), (2, 2));
 }

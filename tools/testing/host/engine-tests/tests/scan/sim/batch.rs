@@ -5,6 +5,7 @@
 use super::{
     types::{
         Pte,
+        Purpose,
         AREAS,
         PAGE, //
     },
@@ -68,6 +69,14 @@ impl Batch {
         self.failures = testing::failures();
     }
 
+    /// Adds a page.
+    fn push(&mut self, addr: usize, frame: usize, accessed: bool) {
+        self.pages.push((addr, frame));
+        self.accessed.push(accessed);
+        self.released.push(false);
+        self.released_for_split.push(false);
+    }
+
     /// The frame of a page, to which the batch has to hold a reference.
     pub(crate) fn frame(&self, i: usize) -> usize {
         assert!(!self.released[i], "a released page is looked at");
@@ -111,17 +120,28 @@ impl World {
     pub(crate) fn collect(&mut self, batch: &mut Batch, addr: usize, frame: usize) {
         self.page_mut(frame).refs += 1;
         self.excused.remove(&(batch.key, addr));
-        batch.pages.push((addr, frame));
         self.classified.remove(&(batch.key, addr));
         let accessed = self.clear_accessed(batch, addr);
-        batch.accessed.push(accessed);
-        batch.released.push(false);
-        batch.released_for_split.push(false);
+        batch.push(addr, frame, accessed);
+    }
+
+    /// A walk collects a page, and leaves its accessed bit.
+    pub(crate) fn collect_untouched(&mut self, batch: &mut Batch, addr: usize, frame: usize) {
+        assert_ne!(self.purpose, Purpose::Scan, "a change would not be seen");
+        self.page_mut(frame).refs += 1;
+        if self.purpose != Purpose::Why {
+            self.excused.remove(&(batch.key, addr));
+            self.classified.remove(&(batch.key, addr));
+        }
+        self.assert_asked_for(batch.key, addr);
+        let accessed = self.accessed(batch.key, addr);
+        batch.push(addr, frame, accessed);
     }
 
     /// Clears the accessed bit of an entry, which is that of a whole huge mapping. Returns whether
     /// it was set before the walk.
     fn clear_accessed(&mut self, batch: &mut Batch, addr: usize) -> bool {
+        assert_eq!(self.purpose, Purpose::Scan, "an accessed bit is cleared");
         let key = batch.key;
         let all = self.mapping_at(key, addr);
         let accessed = self.accessed(key, addr);
@@ -137,8 +157,20 @@ impl World {
 
     /// A walk skips a page, which the engine has finished with.
     pub(crate) fn skipped(&mut self, batch: &mut Batch, addr: usize) {
+        self.assert_asked_for(batch.key, addr);
+        if self.purpose == Purpose::Why {
+            return;
+        }
         batch.skipped.push(addr);
         self.assert_known(batch.key, addr);
+    }
+
+    /// A page that is vouched for is one of those that are.
+    pub(crate) fn assert_asked_for(&self, key: usize, addr: usize) {
+        if let Purpose::Vouched(mm, within) = &self.purpose {
+            let asked_for = *mm == key && within.contains(&addr);
+            assert!(asked_for, "{addr:#x} of {key:#x} is not vouched for");
+        }
     }
 
     /// A walk skips a page, and clears its accessed bit.

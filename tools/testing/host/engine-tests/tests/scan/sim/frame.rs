@@ -104,7 +104,7 @@ impl World {
     }
 
     /// References to the huge page that `frame` is part of, other than of page tables.
-    pub(super) fn huge_refs(&self, frame: usize) -> usize {
+    pub(crate) fn huge_refs(&self, frame: usize) -> usize {
         let huge = self.page(frame).huge;
         let pages = self.frames.values().filter(|page| page.huge == huge);
         pages

@@ -46,6 +46,14 @@ impl World {
         found.map(|(_, item)| item.node)
     }
 
+    /// Whether a frame is a merged page, and the mapping of it has its item.
+    pub(crate) fn is_known(&self, key: usize, addr: usize, frame: usize) -> bool {
+        match self.page(frame).mapping {
+            Mapping::Ksm(node) => self.item_at(key, addr) == Some(node),
+            Mapping::Anon | Mapping::Orphan => false,
+        }
+    }
+
     pub(crate) fn new_item(
         &mut self,
         key: usize,

@@ -7,6 +7,7 @@ use super::{
         Content,
         Mapping,
         Pte,
+        Purpose,
         Space,
         AREAS,
         HUGE,
@@ -25,7 +26,7 @@ impl World {
         &self.spaces[&key]
     }
 
-    pub(super) fn space_mut(&mut self, key: usize) -> &mut Space {
+    pub(crate) fn space_mut(&mut self, key: usize) -> &mut Space {
         self.spaces.get_mut(&key).unwrap()
     }
 
@@ -106,6 +107,7 @@ impl World {
 
     /// Drops what the TLBs have of an mm.
     pub(crate) fn flush_tlb(&mut self, key: usize) {
+        assert_eq!(self.purpose, Purpose::Scan, "a TLB is flushed for nothing");
         self.space_mut(key).tlb.clear();
     }
 
@@ -130,7 +132,7 @@ impl World {
     }
 
     /// The `n`th mm with users.
-    pub(super) fn nth(&self, n: usize) -> Option<usize> {
+    pub(crate) fn nth(&self, n: usize) -> Option<usize> {
         let live: Vec<usize> = self.live().collect();
         live.get(n.checked_rem(live.len())?).copied()
     }

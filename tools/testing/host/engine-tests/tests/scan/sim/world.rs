@@ -11,10 +11,12 @@ use super::types::{
     List,
     Node,
     Page,
+    Purpose,
     Slab,
     Space, //
 };
 use engine_tests::engine::{
+    stats::Merges,
     types::{
         ItemId,
         Refusal,
@@ -72,6 +74,10 @@ pub(crate) struct World {
     pub(crate) walks: u64,
     /// Pages whose kind the engine has asked for since a walk collected them.
     pub(super) classified: BTreeSet<(usize, usize)>,
+    /// What the walks are for that there are now.
+    pub(crate) purpose: Purpose,
+    /// What merges have done.
+    pub(crate) merges: Merges,
     pub(super) next_key: usize,
     pub(super) next_huge: u32,
 }
@@ -104,6 +110,8 @@ impl World {
             steps: 0,
             walks: 0,
             classified: BTreeSet::new(),
+            purpose: Purpose::Scan,
+            merges: Merges::default(),
             next_key: 0xffff_0000,
             next_huge: 0,
         }

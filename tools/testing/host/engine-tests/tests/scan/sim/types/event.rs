@@ -6,6 +6,7 @@ use super::{
     frame::Content,
     process::AREAS, //
 };
+use std::ops::Range;
 
 /// What processes and the rest of the kernel do.
 #[derive(Clone, Debug)]
@@ -104,6 +105,16 @@ pub(crate) enum Event {
 pub(crate) struct Chance {
     pub(crate) seed: u64,
     pub(crate) one_in: u64,
+}
+
+/// What walks are for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    Scan,
+    /// Pages of an mm are vouched for, at these addresses.
+    Vouched(usize, Range<usize>),
+    /// To say why pages are not merged.
+    Why,
 }
 
 /// How contents are hashed.

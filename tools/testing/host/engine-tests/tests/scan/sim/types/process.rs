@@ -147,7 +147,7 @@ pub(crate) struct Space {
     /// Its exit has been reported.
     pub(in super::super) exited: bool,
     /// How often the scanner will find that another task holds the mmap lock.
-    pub(in super::super) held: u32,
+    pub(crate) held: u32,
 }
 
 impl Space {
@@ -169,6 +169,11 @@ impl Space {
 
     pub(crate) fn live(&self) -> bool {
         !self.mm.exiting()
+    }
+
+    /// What is mapped, and what accesses have left.
+    pub(crate) fn mapped(&self) -> (&BTreeMap<usize, Pte>, &BTreeSet<usize>, &BTreeSet<usize>) {
+        (&self.ptes, &self.accessed, &self.tlb)
     }
 
     /// The mappings of the zero page that there are.
