@@ -39,6 +39,35 @@ int rksm_mmap_read_lock_interruptible(struct mm_struct *mm)
 	return down_read_interruptible(&mm->mmap_lock);
 }
 
+int rksm_mmap_write_lock_killable(struct mm_struct *mm)
+{
+	return mmap_write_lock_killable(mm);
+}
+
+bool rksm_mmap_write_trylock(struct mm_struct *mm)
+{
+	/* mmap_write_lock_killable() without the wait; there is no such inline. */
+	if (!down_write_trylock(&mm->mmap_lock))
+		return false;
+	mm_lock_seqcount_begin(mm);
+	return true;
+}
+
+void rksm_mmap_write_unlock(struct mm_struct *mm)
+{
+	mmap_write_unlock(mm);
+}
+
+int rksm_ksm_enable_merge_any(struct mm_struct *mm)
+{
+	return ksm_enable_merge_any(mm);
+}
+
+int rksm_ksm_disable(struct mm_struct *mm)
+{
+	return ksm_disable(mm);
+}
+
 bool rksm_mmap_lock_is_contended(struct mm_struct *mm)
 {
 	return mmap_lock_is_contended(mm);

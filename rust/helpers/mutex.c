@@ -6,3 +6,8 @@ int rksm_mutex_lock_killable(struct mutex *lock)
 {
 	return mutex_lock_killable(lock);
 }
+
+int rksm_mutex_lock_interruptible(struct mutex *lock)
+{
+	return mutex_lock_interruptible(lock);
+}

@@ -17,6 +17,7 @@
 #include <linux/mmu_notifier.h>
 #include <linux/mutex.h>
 #include <linux/pagewalk.h>
+#include <linux/pid.h>
 #include <linux/rbtree.h>
 #include <linux/rmap.h>
 #include <linux/sched/cputime.h>

@@ -23,7 +23,12 @@ F(void, btf_put, (struct btf *btf), (btf))
 /* kernel/sched/core.c */
 F(unsigned long long, task_sched_runtime, (struct task_struct *task), (task))
 
+/* kernel/pid.c */
+F(struct task_struct *, pidfd_get_task, (int pidfd, unsigned int *flags), (pidfd, flags))
+
 /* mm/ksm.c */
+F(int, ksm_enable_merge_any, (struct mm_struct *mm), (mm))
+F(int, ksm_disable, (struct mm_struct *mm), (mm))
 D(const struct attribute_group, ksm_attr_group)
 D(unsigned long, ksm_run)
 D(struct mutex, ksm_thread_mutex)

@@ -10,7 +10,10 @@
 //! C headers: [`include/linux/sched/mm.h`](srctree/include/linux/sched/mm.h),
 //! [`include/linux/mmap_lock.h`](srctree/include/linux/mmap_lock.h)
 
-use crate::bindings::raw;
+use crate::{
+    bindings::raw,
+    kernel_ext::symbols::Symbols, //
+};
 use core::ops::Range;
 use kernel::{
     error::to_result,
@@ -158,6 +161,39 @@ impl PinnedMm {
     }
 }
 
+impl PinnedMm {
+    /// Whether all memory of the mm is mergeable (`MMF_VM_MERGE_ANY`), as after
+    /// `prctl(PR_SET_MEMORY_MERGE)`.
+    ///
+    /// # Context
+    ///
+    /// Any.
+    pub(crate) fn merges_any(&self) -> bool {
+        merges_any(&self.0)
+    }
+
+    /// The process that the mm belongs to, in the pid namespace of the current task; 0 if there is
+    /// none.
+    ///
+    /// # Context
+    ///
+    /// Any, in a task.
+    pub(crate) fn pid(&self) -> i32 {
+        // SAFETY: The mm is pinned.
+        unsafe { raw::rksm_mm_pid(self.as_ptr()) }
+    }
+}
+
+/// As [`PinnedMm::merges_any`].
+///
+/// # Context
+///
+/// Any.
+pub(crate) fn merges_any(mm: &Mm) -> bool {
+    // SAFETY: A reference to an mm is to a valid one.
+    unsafe { raw::rksm_mm_merge_any(mm.as_raw().cast()) }
+}
+
 /// An mm held by `mm_users`: its address space stays.
 ///
 /// # Invariants
@@ -169,6 +205,86 @@ impl<'a> MmUser<'a> {
     /// The mm.
     pub(crate) fn mm(&self) -> &'a PinnedMm {
         self.0
+    }
+}
+
+impl<'a> MmUser<'a> {
+    /// Takes the mmap lock for writing, unless a fatal signal comes first.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes the mmap lock.
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` when a fatal signal came.
+    pub(crate) fn mmap_write_lock_killable(&self) -> Result<MmapWriteGuard<'_>> {
+        // SAFETY: The mm is pinned.
+        to_result(unsafe { raw::rksm_mmap_write_lock_killable(self.0.as_ptr()) })?;
+        Ok(MmapWriteGuard {
+            user: self,
+            _nts: NotThreadSafe,
+        })
+    }
+
+    /// Takes the mmap lock for writing, if that needs no wait.
+    ///
+    /// # Context
+    ///
+    /// Any that may take a lock. Takes the mmap lock.
+    pub(crate) fn mmap_write_trylock(&self) -> Option<MmapWriteGuard<'_>> {
+        // SAFETY: The mm is pinned.
+        let locked = unsafe { raw::rksm_mmap_write_trylock(self.0.as_ptr()) };
+        locked.then(|| MmapWriteGuard {
+            user: self,
+            _nts: NotThreadSafe,
+        })
+    }
+}
+
+/// The mmap lock of an mm that has users, held for writing.
+pub(crate) struct MmapWriteGuard<'a> {
+    user: &'a MmUser<'a>,
+    _nts: NotThreadSafe,
+}
+
+impl MmapWriteGuard<'_> {
+    /// Makes all memory of the mm mergeable, as `prctl(PR_SET_MEMORY_MERGE, 1)` by its process.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn ksm_enable_merge_any(&self, _symbols: Symbols) -> Result {
+        // SAFETY: The mmap lock is held for writing. The mm has users, so its exit from KSM is yet
+        // to come. The symbol has been resolved.
+        to_result(unsafe { raw::rksm_ksm_enable_merge_any(self.user.0.as_ptr()) })
+    }
+
+    /// Makes none of its memory mergeable, by whatever means it became so. Unmerges what is merged
+    /// meanwhile, without a pause.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, `ERESTARTSYS` when a signal came. Nothing has changed then but that pages are
+    /// unmerged.
+    pub(crate) fn ksm_disable(&self, _symbols: Symbols) -> Result {
+        // SAFETY: As above.
+        to_result(unsafe { raw::rksm_ksm_disable(self.user.0.as_ptr()) })
+    }
+}
+
+impl Drop for MmapWriteGuard<'_> {
+    fn drop(&mut self) {
+        // SAFETY: The guard holds the lock.
+        unsafe { raw::rksm_mmap_write_unlock(self.user.0.as_ptr()) };
     }
 }
 

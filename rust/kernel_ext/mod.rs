@@ -2,6 +2,7 @@
 
 //! Safe wrappers of kernel interfaces that the `kernel` crate lacks, written as if for upstream.
 
+pub(crate) mod device;
 pub(crate) mod folio;
 pub(crate) mod gfp;
 pub(crate) mod ksm_objects;
@@ -10,6 +11,7 @@ pub(crate) mod memory_notifier;
 pub(crate) mod mm;
 pub(crate) mod mutex;
 pub(crate) mod oom;
+pub(crate) mod process;
 pub(crate) mod pte;
 pub(crate) mod race_window;
 pub(crate) mod slab;

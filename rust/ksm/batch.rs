@@ -246,6 +246,23 @@ impl backend::Batch for Batch {
         self.page(i).map_or(0, |page| page::content_hash(key, page))
     }
 
+    fn is_pinned(&self, i: usize) -> bool {
+        let Some(page) = self.page(i) else {
+            return false;
+        };
+        let own = match self.huge(i) {
+            Some(huge) => self.huge_refs(huge),
+            None => 1,
+        };
+        // SAFETY: The page is referenced by the invariant.
+        unsafe {
+            match page.is_large() {
+                true => raw::rksm_folio_held_beyond(page.folio(), own as c_int),
+                false => raw::rksm_folio_pinned_beyond(page.folio(), own as c_int),
+            }
+        }
+    }
+
     fn huge_refs(&self, huge: HugeId) -> usize {
         let huge = huge.0 as *mut raw::folio;
         let holds = |entry: &&Collected| {

@@ -80,6 +80,7 @@ impl<F: MappedFilter> Walk<'_, F> {
                 self.batch.push(addr, &mapped);
                 return true;
             }
+            WalkAction::CollectUntouched => self.batch.push(addr, &mapped),
             WalkAction::SkipClearAccessed => return true,
             WalkAction::Skip => {}
             WalkAction::Stop => self.stopped = true,

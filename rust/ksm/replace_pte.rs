@@ -49,6 +49,7 @@ use crate::{
         split::HugeMappings, //
     },
 };
+use core::ops::Range;
 use kernel::{
     mm::virt::VmaRef,
     page::PAGE_SIZE,
@@ -375,7 +376,8 @@ unsafe fn share_locked(
     Ok(())
 }
 
-/// Unshares merged pages in `start..end` of a vma, at most `faults` of them.
+/// Unshares merged pages in a part of a vma, at most `faults` of them, and adds their number to
+/// `pages`.
 ///
 /// Returns where to go on, or `None` when nothing merged is left. `_user` pins the vma's mm: a
 /// fault can put a page back into an address space that is being torn down.
@@ -386,11 +388,13 @@ unsafe fn share_locked(
 pub(crate) fn break_ksm(
     _user: &MmUser<'_>,
     vma: &VmaRef,
-    start: usize,
-    end: usize,
+    part: Range<usize>,
     faults: usize,
+    pages: &mut u64,
 ) -> kernel::error::Result<Option<usize>> {
-    let (mut at, mut tables) = (start, MAX_TABLES);
+    let Range { start: mut at, end } = part;
+    let mut tables = MAX_TABLES;
+    let mut last = None;
     for _ in 0..faults {
         if at >= end {
             return Ok(None);
@@ -400,6 +404,8 @@ pub(crate) fn break_ksm(
             Search::Stopped(next) => return Ok(Some(next)),
             Search::End => return Ok(None),
         };
+        // A fault may have backed out.
+        *pages += u64::from(last.replace(addr) != Some(addr));
         // SAFETY: The vma is valid and its mm's lock is held.
         let fault = unsafe { raw::rksm_unshare_fault(vma.as_ptr().cast(), addr) };
         if fault & raw::vm_fault_reason_VM_FAULT_OOM != 0 {
@@ -430,7 +436,7 @@ pub(crate) fn unmerge_one(user: &MmUser<'_>, addr: usize) {
     };
     let end = addr + PAGE_SIZE;
     let mut at = addr;
-    while let Ok(Some(next)) = break_ksm(user, vma, at, end, 4) {
+    while let Ok(Some(next)) = break_ksm(user, vma, at..end, 4, &mut 0) {
         if next >= end {
             break;
         }
