@@ -34,6 +34,7 @@ use engine::sysfs::{
     },
 };
 use kernel_ext::{
+    device::Device,
     kthread::{
         online_cpus, //
         Kthread,
@@ -52,6 +53,7 @@ use service::{
         builtin,
         OwnFiles, //
     },
+    sweep::Sweeper,
     Ksm, //
 };
 use takeover::{
@@ -101,6 +103,7 @@ module! {
 struct Rksm {
     /// KSM is ours. Until then the built-in keeps its `run`.
     in_charge: bool,
+    device: Option<Pin<KBox<Device<Ksm>>>>,
     files: Option<OwnFiles>,
     thread: Option<Kthread>,
     notifier: Option<Pin<KBox<MemoryNotifier<Ksm>>>>,
@@ -170,6 +173,7 @@ impl Rksm {
         // From here on dropping it undoes whatever has been done.
         let mut rksm = Self {
             in_charge: false,
+            device: None,
             files: None,
             thread: None,
             notifier: None,
@@ -183,15 +187,17 @@ impl Rksm {
         ksm.register_all()?;
         rksm.notifier = Some(MemoryNotifier::register(ksm.clone())?);
         let scanner = ksm.clone();
+        let sweeper = Sweeper::new()?;
         let thread = Kthread::run(symbols, c"rksmd", NICE, move |current| {
-            scanner.scan_thread(current)
+            scanner.scan_thread(current, sweeper)
         })?;
         rksm.thread = Some(thread);
         rksm.files = Some(OwnFiles::create(symbols, &ksm)?);
         rksm.take_pages(run)?;
         ksm.set_run(run);
         rksm.in_charge = true;
-        rksm.takeover.open(ksm);
+        rksm.takeover.open(ksm.clone());
+        rksm.device = Some(Device::register(c"rksm", ksm)?);
         Ok(rksm)
     }
 
@@ -245,6 +251,7 @@ impl Rksm {
 
 impl Drop for Rksm {
     fn drop(&mut self) {
+        self.device = None;
         self.files = None;
         self.takeover.close();
         kernel_ext::race_window::sleep();

@@ -4,6 +4,7 @@
 
 use crate::{
     engine::{
+        mm_list::MmList,
         sysfs::{
             attribute::{
                 chosen,
@@ -14,6 +15,7 @@ use crate::{
                 GENERAL_PROFIT,
                 KSM_ZERO_PAGES,
                 PAGES_TO_SCAN,
+                PROCESSES,
                 RUN, //
             },
             knobs::{
@@ -124,6 +126,9 @@ impl AttributeHandler<&'static Attribute> for Ksm {
         let (knobs, mut stats) = self.values();
         if [&KSM_ZERO_PAGES, &GENERAL_PROFIT].contains(&attribute) {
             stats.zero_pages = self.zero_pages() as i64;
+        }
+        if *attribute == PROCESSES {
+            stats.processes = self.locked(|registry| registry.len()) as u64;
         }
         let line = attribute.line(&knobs, &stats)?;
         copy(line.as_bytes(), text)

@@ -4,32 +4,38 @@
 //! together.
 //!
 //! [`scanner`] is the thread, [`run`] what a write to `run` and to the two knobs that need it to
-//! stand still does, [`attributes`] the reads and writes of all files, [`events`] what the kernel
-//! reports: mms that come and go, memory that goes offline.
+//! stand still does, [`attributes`] the reads and writes of all files, [`control`] the calls of
+//! `/dev/rksm`, [`sweep`] how rules are applied, [`events`] what the kernel reports: mms that come
+//! and go, memory that goes offline.
 //!
 //! # Locks
 //!
 //! The one list of locks. From the outermost to the innermost: a lock further down is never held
 //! while one further up is taken.
 //!
-//! 1. `thread_mutex`, a mutex: the engine. Held by `rksmd` for a few passes, also for the threads
+//! 1. `rules`, a mutex: the rules for processes and cgroups. Held by `rksmd` while it looks cgroups
+//!    up, which takes kernfs's locks, and while it looks at all processes, where it takes the
+//!    `alloc_lock` of one task at a time, under which only `mmlist_lock` is taken.
+//! 2. `thread_mutex`, a mutex: the engine. Held by `rksmd` for a few passes, also for the threads
 //!    that help it, and released as soon as another task waits for it; by a write to `run`,
-//!    `merge_across_nodes` or `max_page_sharing` for as long as it takes; by the memory notifier;
-//!    while what is merged is taken over or handed back. Exit never takes it.
-//! 2. The built-in's `ksm_thread_mutex`: its `ksm_run`, and its trees, lists and counters of what
+//!    `merge_across_nodes` or `max_page_sharing` for as long as it takes; by a call of `/dev/rksm`
+//!    as by `rksmd`; by the memory notifier; while what is merged is taken over or handed back.
+//!    Exit never takes it.
+//! 3. The built-in's `ksm_thread_mutex`: its `ksm_run`, and its trees, lists and counters of what
 //!    is merged. Held briefly when unmerging begins or ends, and by an unload while it waits for
 //!    tasks to sleep; throughout while what is merged is taken over or handed back.
-//! 3. The `mmap_lock` of one mm, for reading: its vmas and page tables against being freed. Never
-//!    two at once.
-//! 4. Folio locks: the `hlist` of a stable node, the `mapping` of a folio. A merge takes the page's
+//! 4. The `mmap_lock` of one mm, for reading: its vmas and page tables against being freed; for
+//!    writing, and then not under `thread_mutex`, where a process is enabled or disabled. Never two
+//!    at once.
+//! 5. Folio locks: the `hlist` of a stable node, the `mapping` of a folio. A merge takes the page's
 //!    and the KSM page's, both by trylock.
-//! 5. Secondary page tables: the bracket of the mmu notifiers around the replacement of one page.
-//! 6. Page table locks: a walk of one page table, the replacement of one page. See
+//! 6. Secondary page tables: the bracket of the mmu notifiers around the replacement of one page.
+//! 7. Page table locks: a walk of one page table, the replacement of one page. See
 //!    [`crate::ksm`].
-//! 7. The worker pool's two spinlocks: the work that is published, and the queue of jobs. Leaves.
-//! 8. `mmlist_lock`, a spinlock: the registry. A leaf; nothing is dropped or allocated under it.
-//! 9. `published`, a spinlock: the values of the knobs and the counters last published. A leaf.
-//! 10. The built-in's `ksm_mmlist_lock`, a spinlock: its list of mms, ksmd's place there, and
+//! 8. The worker pool's two spinlocks: the work that is published, and the queue of jobs. Leaves.
+//! 9. `mmlist_lock`, a spinlock: the registry. A leaf; nothing is dropped or allocated under it.
+//! 10. `published`, a spinlock: the values of the knobs and the counters last published. A leaf.
+//! 11. The built-in's `ksm_mmlist_lock`, a spinlock: its list of mms, ksmd's place there, and
 //!     whether an mm has rmap items. A leaf. Held for a batch of mms; for a walk over all of them
 //!     to find those with items.
 //!
@@ -38,13 +44,16 @@
 //! mm.
 
 pub(crate) mod attributes;
+mod control;
 mod events;
 pub(crate) mod handover;
 mod run;
 mod scanner;
+pub(crate) mod sweep;
 
 use crate::{
     engine::{
+        control::rules::Rules,
         mm_list::MmList,
         pace::{
             Hold,
@@ -64,7 +73,11 @@ use crate::{
     kernel_ext::{
         gfp::GFP_METADATA,
         mm::PinnedMm,
-        mutex::lock_killable,
+        mutex::{
+            lock_interruptible,
+            lock_killable, //
+        },
+        process::ProcessId,
         symbols::Symbols,
         wait::{
             new_wait_queue, //
@@ -123,6 +136,10 @@ struct ScanState {
     pace: Pace,
     /// Longest hold of the lock by `rksmd`, ns.
     longest_hold: i64,
+    /// How often `rksmd` has slept and gone on.
+    wakeups: u64,
+    /// CPU time of `rksmd` and the other threads when it last released the lock, ns.
+    cpu_time: u64,
 }
 
 fn pass_buffers(threads: u32) -> Result<PassBuffers<StableNodes>> {
@@ -149,11 +166,15 @@ pub(crate) struct Ksm {
     /// Tasks other than `rksmd` that wait for `thread_mutex`.
     waiting: Atomic<i32>,
     #[pin]
+    rules: Mutex<Rules<ProcessId>>,
+    #[pin]
     mmlist_lock: SpinLock<Registry<PinnedMm>>,
     #[pin]
     published: SpinLock<Published>,
     /// `rksmd` has something to do that does not depend on `run`.
     housekeeping_due: Atomic<bool>,
+    /// The rules have changed since `rksmd` last applied them.
+    sweep_due: Atomic<bool>,
     /// Where `rksmd` waits for `run` to be 1 and for mms to scan.
     #[pin]
     thread_wait: WaitQueue,
@@ -191,6 +212,8 @@ impl Ksm {
             busy_tries: 0,
             pace: Pace::new(),
             longest_hold: 0,
+            wakeups: 0,
+            cpu_time: 0,
         };
         let published = Published {
             knobs,
@@ -205,9 +228,11 @@ impl Ksm {
                 check,
                 thread_mutex <- new_mutex!(state, "rksm_thread_mutex"),
                 waiting: Atomic::new(0),
+                rules <- new_mutex!(Rules::new(), "rksm_rules"),
                 mmlist_lock <- new_spinlock!(Registry::new(), "rksm_mmlist_lock"),
                 published <- new_spinlock!(published, "rksm_published"),
                 housekeeping_due: Atomic::new(false),
+                sweep_due: Atomic::new(false),
                 thread_wait <- new_wait_queue!(c"rksm_thread_wait"),
                 iter_wait <- new_wait_queue!(c"rksm_iter_wait"),
                 offline_wait <- new_wait_queue!(c"rksm_offline_wait"),
@@ -256,6 +281,13 @@ impl Ksm {
         self.iter_wait.wake_up_interruptible();
     }
 
+    /// Has `rksmd` apply the rules now.
+    fn kick_sweep(&self) {
+        self.sweep_due.store(true, Relaxed);
+        self.thread_wait.wake_up_interruptible();
+        self.iter_wait.wake_up_interruptible();
+    }
+
     /// Nanoseconds since the module was loaded.
     fn now(&self) -> i64 {
         self.loaded.elapsed().as_nanos()
@@ -280,6 +312,32 @@ impl Ksm {
             }
             drop(state);
             self.offline_wait.wait_killable(|| !self.offlining())?;
+        }
+    }
+
+    /// As [`Self::with_scan_state`], until any signal comes. `f` is told when its hold is over.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Takes `thread_mutex`.
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` when a signal came while this waited.
+    fn with_scan_state_interruptible<R>(
+        &self,
+        f: impl FnOnce(&mut ScanState, Hold) -> R,
+    ) -> Result<R> {
+        loop {
+            let mut state = self.waiting(lock_interruptible)?;
+            if !self.offlining() {
+                let result = f(&mut state, Hold::begin(self.now()));
+                self.publish(&state);
+                return Ok(result);
+            }
+            drop(state);
+            let online = self.offline_wait.wait_freezable(|| !self.offlining());
+            online.map_err(|_| EINTR)?;
         }
     }
 
@@ -329,6 +387,9 @@ impl Ksm {
             refusals: state.engine.metadata.refusals,
             zero_pages: 0,
             longest_hold_usecs: (state.longest_hold / NSEC_PER_USEC) as u64,
+            wakeups: state.wakeups,
+            cpu_microsecs: state.cpu_time / NSEC_PER_USEC as u64,
+            processes: 0,
             metadata_bytes: (state.engine.metadata.bytes() + slots) as u64,
         };
         self.published.lock().snapshot = snapshot;

@@ -29,6 +29,7 @@ use crate::{
     },
     service::{
         pass_buffers,
+        sweep::Sweeper,
         Ksm,
         ScanState, //
     }, //
@@ -46,7 +47,7 @@ use kernel::{
 };
 
 /// Most pages of each partition in a visit.
-const SLICE: u32 = 1024;
+pub(super) const SLICE: u32 = 1024;
 
 /// How often a visit is tried again, one after the other, while the process holds its mmap lock.
 /// Then its turn comes with the next full scan.
@@ -56,7 +57,7 @@ const BUSY_TRIES: u32 = 50;
 const BUSY_TRIES_PER_SCAN: u32 = 500;
 
 /// Microseconds between two tries.
-const BUSY_USECS: i64 = 200;
+pub(super) const BUSY_USECS: i64 = 200;
 
 /// Fewest stable nodes that are checked for a page that is gone after each batch.
 const PRUNE_MIN: usize = 32;
@@ -107,11 +108,13 @@ enum Next {
 
 impl Ksm {
     /// The body of `rksmd`.
-    pub(crate) fn scan_thread(&self, current: &Current) {
+    pub(crate) fn scan_thread(&self, current: &Current, mut sweeper: Sweeper) {
         let mut pause: Option<Pause> = None;
-        let mut drained = false;
+        let (mut drained, mut slept) = (false, false);
         while !current.should_stop() {
+            let due = self.apply_rules(&mut sweeper);
             let (next, settled) = self.hold_scan_state(|state, hold| {
+                state.wakeups += u64::from(core::mem::take(&mut slept));
                 let settled = self.housekeeping(state, hold);
                 // A wake-up for housekeeping buys no batch: rksmd waits for what is left of the
                 // pause. A scanner that was stopped begins with a batch.
@@ -123,9 +126,15 @@ impl Ksm {
                     Some(rest) => Next::Pause(rest),
                     None => self.scan_batch(state, current, hold, &mut drained),
                 };
+                // Once a hold: a sleep costs far more, and without one a hold takes milliseconds.
+                state.cpu_time = current.cpu_time() + state.pool.cpu_time();
                 (next, settled && state.engine.metadata.nodes() == 0)
             });
-            let woken = || current.should_stop() || self.housekeeping_due.load(Relaxed);
+            let woken = || {
+                current.should_stop()
+                    || self.housekeeping_due.load(Relaxed)
+                    || self.sweep_due.load(Relaxed)
+            };
             pause = None;
             match next {
                 Next::Batch => {}
@@ -134,24 +143,30 @@ impl Ksm {
                     folio::lru_add_drain_all(self.symbols);
                     drained = true;
                 }
-                Next::Retry => fsleep(Delta::from_micros(BUSY_USECS)),
+                Next::Retry => {
+                    fsleep(Delta::from_micros(BUSY_USECS));
+                    slept = true;
+                }
                 Next::Pause(rest) => {
                     let left = msecs_to_jiffies(rest.left(self.now()));
+                    let most = due.jiffies(self.now()).unwrap_or(left).min(left);
                     // The freezer needs a wait, and zero jiffies are none.
-                    let jiffies = left.max(current.freezing().into());
+                    let jiffies = most.max(current.freezing().into());
                     let awake = || woken() || self.knobs().sleep_millisecs != rest.msecs;
+                    slept = jiffies > 0;
                     let waited = self.iter_wait.wait_freezable_timeout(jiffies, awake);
                     // Otherwise all jiffies have passed. The clock may differ from them by a tick.
-                    pause = (waited != Ok(false)).then_some(rest);
+                    pause = (waited != Ok(false) || most < left).then_some(rest);
                 }
                 Next::Idle => {
                     let awake = || woken() || self.ksmd_should_run();
+                    let retry = (!settled).then(|| msecs_to_jiffies(IDLE_MSECS));
+                    let timeout = [retry, due.jiffies(self.now())].into_iter().flatten().min();
+                    slept = timeout != Some(0);
                     // The result of a wait does not matter: the loop looks at everything again.
-                    let _ = if settled {
-                        self.thread_wait.wait_freezable(awake).map(|()| true)
-                    } else {
-                        self.thread_wait
-                            .wait_freezable_timeout(msecs_to_jiffies(IDLE_MSECS), awake)
+                    let _ = match timeout {
+                        None => self.thread_wait.wait_freezable(awake).map(|()| true),
+                        Some(jiffies) => self.thread_wait.wait_freezable_timeout(jiffies, awake),
                     };
                 }
             }
@@ -245,13 +260,7 @@ impl Ksm {
         hold: Hold,
         drained: &mut bool,
     ) -> Option<Next> {
-        let knobs = self.knobs();
-        let policy = Policy {
-            smart_scan: knobs.smart_scan,
-            use_zero_pages: knobs.use_zero_pages,
-            merge_across_nodes: knobs.merge_across_nodes,
-            max_page_sharing: knobs.max_page_sharing,
-        };
+        let policy = self.policy();
         let stopping = || current.freezing() || current.should_stop();
         while state.batch_left > 0 && !stopping() {
             if !self.locked(|registry| registry.scanning()) {
@@ -285,10 +294,16 @@ impl Ksm {
                 pause: || stopping() || self.is_over(hold),
             };
             let step = self.visit(|claim| {
+                if claim.is_passed_over() {
+                    return Visited {
+                        progress: Progress::Done,
+                        tracked: engine.metadata.tracks(claim.id()),
+                    };
+                }
                 let target = ScanTarget {
                     slot: claim.id(),
                     mm: claim.mm(),
-                    start: claim.address(),
+                    within: claim.address()..usize::MAX,
                 };
                 let progress =
                     match engine.scan_mm(&policy, self, &target, pool, buffers, &mut allowance) {
@@ -333,6 +348,18 @@ impl Ksm {
             }
         }
         None
+    }
+
+    /// Returns the knobs that decide about a page.
+    pub(super) fn policy(&self) -> Policy {
+        let knobs = self.knobs();
+        Policy {
+            smart_scan: knobs.smart_scan,
+            use_zero_pages: knobs.use_zero_pages,
+            merge_across_nodes: knobs.merge_across_nodes,
+            max_page_sharing: knobs.max_page_sharing,
+            vouched: false,
+        }
     }
 
     /// Begins a full scan. False if there is no mm to scan.
