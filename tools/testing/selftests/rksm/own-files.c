@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * The files of rksm's own, in /sys/kernel/mm/rksm, and none besides the built-in's in
- * /sys/kernel/mm/ksm: what is there, what it says, that reasons for refusing a page are
- * counted, that nothing can be written that is only read, and that all of it goes with the
- * module while others read it.
+ * /sys/kernel/mm/ksm: what is there, what it says, that reasons for refusing a page, processes
+ * and what the scanner costs are counted, that nothing can be written that is only read, and
+ * that all of it goes with the module while others read it.
  *
  * guest: --no-module
  * runs: cloud-amd64
@@ -21,6 +21,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "util.h"
@@ -30,7 +31,8 @@
 #define READERS		3
 
 static const char *const own[] = {
-	"longest_hold_usecs", "refused", "scan_threads", "version",
+	"cpu_microsecs", "longest_hold_usecs", "metadata_bytes", "processes", "refused",
+	"scan_threads", "version", "wakeups",
 };
 static const char *const reasons[] = {
 	"busy", "differs", "far_node", "gone", "locked", "no_memory", "pinned", "same", "stale",
@@ -174,6 +176,68 @@ static bool counts_pinned(void)
 	return counted;
 }
 
+/* Whether the file comes to show this within two seconds */
+static bool shows(const char *file, long value)
+{
+	for (int n = 0; n < 200 && ksm_get(file) != value; n++)
+		usleep(10000);
+	return ksm_get(file) == value;
+}
+
+/* A process is in `processes` from when it offers memory until it has exited */
+static bool counts_processes(void)
+{
+	long before = ksm_get("processes");
+	int pipes[2], status;
+	bool counted;
+	pid_t pid;
+
+	if (pipe2(pipes, O_CLOEXEC))
+		die("pipe");
+	pid = fork();
+	if (pid < 0)
+		die("fork");
+	if (!pid) {
+		char c;
+
+		close(pipes[1]);
+		mergeable(map_pages(1), 1);
+		/* Until the parent closes its end */
+		_exit(read(pipes[0], &c, 1) != 0);
+	}
+	close(pipes[0]);
+	counted = shows("processes", before + 1);
+	close(pipes[1]);
+	counted &= waitpid(pid, &status, 0) == pid && !status;
+	return counted && shows("processes", before);
+}
+
+/* The scanner sleeps, wakes up and takes CPU time, and nothing of the kind when idle */
+static bool counts_cost(void)
+{
+	char *area = map_pages(256);
+	long cpu = ksm_get("cpu_microsecs"), wakeups = ksm_get("wakeups"), slept;
+	bool counted;
+
+	for (int i = 0; i < 256; i++)
+		fill_page(area + i * PAGE, unique_key());
+	mergeable(area, 256);
+	ksm_reset();
+	ksm_start();
+	ksm_scans(3);
+	counted = ksm_get("cpu_microsecs") > cpu && ksm_get("wakeups") > wakeups &&
+		  ksm_get("metadata_bytes") > 0;
+	ksm_set("run", 2);
+	munmap(area, 256 * PAGE);
+	/* Nothing is merged and nobody comes: it sleeps on */
+	usleep(1500000);
+	slept = ksm_get("wakeups");
+	usleep(1000000);
+	ksft_print_msg("%ld us of CPU, %ld wake-ups\n", ksm_get("cpu_microsecs") - cpu,
+		       slept - wakeups);
+	return counted && ksm_get("wakeups") == slept;
+}
+
 /* Readers that are inside while the files come and go */
 
 static atomic_bool stop;
@@ -253,7 +317,7 @@ int main(int argc, char **argv)
 		ksft_exit_skip("there is no module\n");
 	if (module_loaded())
 		ksft_exit_skip("the module is loaded already\n");
-	test_plan(9);
+	test_plan(11);
 	ksft_test_result(access(DIR_OWN, F_OK) && errno == ENOENT,
 			 "not there without the module\n");
 	if (module_insert(""))
@@ -265,7 +329,9 @@ int main(int argc, char **argv)
 			 "/sys/kernel/mm/rksm has ours\n");
 	ksft_test_result(all_refused_zero(), "nothing has been refused at the load\n");
 	ksft_test_result(same_version(), "the version is that of modinfo\n");
-	ok &= unwritable("version") && unwritable("longest_hold_usecs");
+	for (size_t i = 0; i < ARRAY_SIZE(own); i++)
+		if (strcmp(own[i], "refused") && strcmp(own[i], "scan_threads"))
+			ok &= unwritable(own[i]);
 	for (size_t i = 0; i < ARRAY_SIZE(reasons); i++) {
 		char file[64];
 
@@ -274,6 +340,9 @@ int main(int argc, char **argv)
 	}
 	ksft_test_result(ok, "what can only be read is EACCES or EIO to write\n");
 	ksft_test_result(counts_pinned(), "a pinned page counts in refused/pinned\n");
+
+	ksft_test_result(counts_processes(), "a process counts while it offers memory\n");
+	ksft_test_result(counts_cost(), "CPU time and wake-ups count, and none while it idles\n");
 
 	fd = open(DIR_OWN "/refused/pinned", O_RDONLY | O_CLOEXEC);
 	ksft_test_result(!module_remove() && access(DIR_OWN, F_OK) && errno == ENOENT &&
