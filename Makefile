@@ -24,6 +24,10 @@ run: ## Set everything up and show the main job; VMS=3 with as many real VMs
 modules: ## Build rksm.ko in build/KVER/
 	@scripts/build
 
+.PHONY: rksmctl
+rksmctl: ## Build the command line tool, build/rksmctl
+	@scripts/rksmctl
+
 .PHONY: shell
 shell: modules ## A shell in a guest with rksm loaded
 	@scripts/vm --interactive
