@@ -6,7 +6,12 @@
 cargo_tap() {
 	cd "$RKSM_TOP/tools/testing/host" || return
 	in_sysroot env CARGO_TARGET_DIR="$RKSM_TOP/build/host" CARGO_TERM_COLOR=never \
-		cargo test --no-fail-fast "$@" 2>&1 | awk '
+		cargo test --no-fail-fast "$@" 2>&1 | to_tap
+}
+
+# to_tap - what `cargo test` prints, in TAP.
+to_tap() {
+	awk '
 		/^test .* \.\.\. (ok|FAILED|ignored)/ {
 			result = $0; sub(/.* \.\.\. /, "", result)
 			name = $0; sub(/^test /, "", name); sub(/ \.\.\. .*/, "", name)
