@@ -59,14 +59,16 @@ bool rksm_pid_has_task(struct pid *pid)
 	return has;
 }
 
-/* Every process, by its leader. `f` runs in an RCU read-side section. */
+/* Every process of user space, by its leader. `f` runs in an RCU read-side section. */
 void rksm_visit_processes(void (*f)(struct task_struct *task, void *data), void *data)
 {
 	struct task_struct *task;
 
 	rcu_read_lock();
-	for_each_process(task)
-		f(task, data);
+	for_each_process(task) {
+		if (!(task->flags & PF_KTHREAD))
+			f(task, data);
+	}
 	rcu_read_unlock();
 }
 

@@ -166,7 +166,11 @@ impl Ksm {
                     // The result of a wait does not matter: the loop looks at everything again.
                     let _ = match timeout {
                         None => self.thread_wait.wait_freezable(awake).map(|()| true),
-                        Some(jiffies) => self.thread_wait.wait_freezable_timeout(jiffies, awake),
+                        Some(jiffies) => {
+                            // The freezer needs a wait, and zero jiffies are none.
+                            let jiffies = jiffies.max(current.freezing().into());
+                            self.thread_wait.wait_freezable_timeout(jiffies, awake)
+                        }
                     };
                 }
             }

@@ -65,6 +65,8 @@ pub(crate) struct Sweeper {
     number: u32,
     /// An mm may be excluded.
     any_excluded: bool,
+    /// There are mms to exclude for which the last sweep had no room.
+    more_to_exclude: bool,
     /// The cgroups of the rules, as long as there are any by their paths.
     cgroups: KVVec<Option<Cgroup>>,
     /// Mms to enable.
@@ -119,6 +121,7 @@ impl Sweeper {
             next_at: i64::MAX,
             number: 0,
             any_excluded: false,
+            more_to_exclude: false,
             cgroups: KVVec::new(),
             enabling: KVec::with_capacity(AT_ONCE, GFP_KERNEL)?,
             leaving: KVec::with_capacity(AT_ONCE, GFP_KERNEL)?,
@@ -156,21 +159,26 @@ impl Ksm {
         if changed || now >= sweeper.next_at {
             self.sweep_due.store(false, Relaxed);
             sweeper.next_at = now.saturating_add(INTERVAL);
-            if let Ok(more) = self.sweep(sweeper) {
+            if let Ok(more_to_enable) = self.sweep(sweeper) {
                 // Where none could be enabled the next sweep would find the same ones.
-                if self.enable(sweeper) && more {
+                if self.enable(sweeper) && more_to_enable {
                     sweeper.next_at = now;
                 }
             }
         }
-        match self.exclude(sweeper) {
-            true => Due::Now,
-            false if sweeper.leaving.is_empty() => sweeper.due(),
-            false => Due::At(sweeper.next_at.min(now.saturating_add(INTERVAL))),
+        if self.exclude(sweeper) {
+            return Due::Now;
         }
+        if !sweeper.leaving.is_empty() {
+            return Due::At(sweeper.next_at.min(now.saturating_add(INTERVAL)));
+        }
+        if core::mem::take(&mut sweeper.more_to_exclude) {
+            sweeper.next_at = now;
+        }
+        sweeper.due()
     }
 
-    /// Looks at all processes. Returns whether there is more to do than there was room for.
+    /// Looks at all processes. Returns whether there are more to enable than there was room for.
     ///
     /// # Errors
     ///
@@ -186,7 +194,7 @@ impl Ksm {
         sweeper.resolve(&rules)?;
         sweeper.number = sweeper.number.wrapping_add(1).max(1);
         let number = sweeper.number;
-        let (mut more, mut any_excluded) = (false, false);
+        let (mut more_to_enable, mut more_to_exclude, mut any_excluded) = (false, false, false);
         rules.begin_sweep();
         for_each_process(|running| {
             let inside =
@@ -198,7 +206,7 @@ impl Ksm {
                 Action::Always => running.process().with_own_mm(|mm| {
                     if !merges_any(mm) {
                         let room = sweeper.enabling.len() < sweeper.enabling.capacity();
-                        more |= !room;
+                        more_to_enable |= !room;
                         if room {
                             let _ = sweeper.enabling.push_within_capacity(PinnedMm::mmgrab(mm));
                         }
@@ -209,7 +217,7 @@ impl Ksm {
                     let key = mm.as_raw() as usize;
                     let new = self.locked(|registry| registry.exclude(key, number, room));
                     any_excluded |= new.is_some();
-                    more |= new == Some(true) && !room;
+                    more_to_exclude |= new == Some(true) && !room;
                     if new == Some(true) && room {
                         let all = (PinnedMm::mmgrab(mm), 0..usize::MAX);
                         let _ = sweeper.leaving.push_within_capacity(all);
@@ -225,8 +233,8 @@ impl Ksm {
                 next = self.locked(|registry| registry.readmit_in(from, SLOTS_AT_ONCE, number));
             }
         }
-        sweeper.any_excluded = any_excluded;
-        Ok(more)
+        (sweeper.any_excluded, sweeper.more_to_exclude) = (any_excluded, more_to_exclude);
+        Ok(more_to_enable)
     }
 
     /// Makes all memory of those mergeable for whom a rule says so. Those that hold their mmap lock
