@@ -134,7 +134,7 @@ static void interrupted(void)
 	struct target target = target_start(MANY, 64, unique_key(), OPT_MADVISE);
 	struct rksm_merge merge = { .pidfd = target.pidfd, ALL_MEMORY };
 	struct rksm_unmerge unmerge = { .pidfd = target.pidfd, ALL_MEMORY };
-	unsigned long scanned = 0, merged = 0, pages = 0, times = 0, partly = 0;
+	unsigned long scanned = 0, merged = 0, refused = 0, pages = 0, times = 0, partly = 0;
 	struct rksm_stat_record stat;
 	long before = saved_bytes(), saved = 0;
 	bool ok = true;
@@ -150,14 +150,18 @@ static void interrupted(void)
 		scanned += merge.scanned;
 		merged += merge.merged;
 		saved += merge.bytes_saved;
+		for (size_t i = 0; i < RKSM_NR_REFUSALS; i++)
+			refused += merge.refused[i];
 		ok &= merge.at >= merge.start;
 		merge.start = merge.at;
 	} while (err == -EINTR);
 	ksft_print_msg("interrupted %lu times, %lu of them on the way\n", times, partly);
-	ksft_print_msg("%lu pages, %lu merged, %ld bytes saved (%ld)\n", scanned, merged, saved,
-		       saved_bytes() - before);
-	ksft_test_result(ok && !err && partly && merged == MANY && scanned == MANY &&
-			 saved == saved_bytes() - before && target_merged(&target) == MANY,
+	ksft_print_msg("%lu pages, %lu merged, %lu refused, %ld bytes saved (%ld)\n", scanned,
+		       merged, refused, saved, saved_bytes() - before);
+	/* Reclaim or migration may have had a page for a moment */
+	ksft_test_result(ok && !err && partly && merged + refused >= MANY && refused < MANY / 100 &&
+			 scanned == MANY && saved == saved_bytes() - before &&
+			 target_merged(&target) == merged,
 			 "a merge that signals interrupt goes on, and its sums are right\n");
 	times = 0;
 	do {
@@ -169,7 +173,7 @@ static void interrupted(void)
 		unmerge.start = unmerge.at;
 	} while (err == -EINTR);
 	ksft_print_msg("interrupted %lu times, %lu pages\n", times, pages);
-	ksft_test_result(!err && times && pages == MANY && !target_merged(&target) &&
+	ksft_test_result(!err && times && pages == merged && !target_merged(&target) &&
 			 device_stat(target.child.pid, &stat) && !stat.merged && !stat.broken &&
 			 target_do(&target, OP_INTACT, 0), "so does an unmerge\n");
 	target_end(&target);
@@ -196,6 +200,23 @@ static void huge(void)
 static bool is_merged(void *target)
 {
 	return target_merged(target) == ((struct target *)target)->pages;
+}
+
+/* Merges all; who is refused for a moment, as reclaim or migration has the page, comes again */
+static bool merges_all(struct target *target, struct rksm_merge *merge)
+{
+	static const char *const names[] = { RKSM_REFUSALS };
+
+	for (int n = 0; n < 10; n++) {
+		if (device_merge(merge))
+			return false;
+		if (is_merged(target))
+			return true;
+		for (size_t i = 0; i < ARRAY_SIZE(names); i++)
+			if (merge->refused[i])
+				ksft_print_msg("%llu refused: %s\n", merge->refused[i], names[i]);
+	}
+	return false;
 }
 
 static void beside_scanner(void)
@@ -248,7 +269,7 @@ static void killed(void)
 }
 
 static char *written;
-static volatile bool over;
+static volatile bool over, begun;
 
 static void *writer(void *wrong)
 {
@@ -261,6 +282,7 @@ static void *writer(void *wrong)
 			*(bool *)wrong = true;
 		keys[i] = n % 5;
 		fill_page(written + i * PAGE, keys[i]);
+		begun = n > PAGES;
 	}
 	for (size_t i = 0; i < PAGES; i++)
 		if (!page_holds(written + i * PAGE, keys[i]))
@@ -280,7 +302,10 @@ static void changing_memory(void)
 	ksm_set("use_zero_pages", 1);
 	if (pthread_create(&thread, NULL, writer, &wrong))
 		die("no thread");
-	for (int n = 0; n < 2 * TRIES; n++) {
+	while (!begun)
+		usleep(100);
+	/* Until some are merged, however seldom the thread lets go of what it has written */
+	for (int n = 0; n < 2 * TRIES || !merged; n++) {
 		struct rksm_merge merge = { .pidfd = pidfd, .start = (uintptr_t)written,
 					    .end = (uintptr_t)written + PAGES * PAGE };
 		struct rksm_unmerge unmerge = { .pidfd = pidfd, ALL_MEMORY };
@@ -350,7 +375,7 @@ static void unmerged(enum opt opt, const char *by)
 	struct rksm_stat_record stat;
 	bool ok;
 
-	ok = !device_merge(&merge) && is_merged(&target);
+	ok = merges_all(&target, &merge);
 	ok &= !device_unmerge(&unmerge) && unmerge.pages == PAGES / 2 && unmerge.at == unmerge.end;
 	ok &= target_merged(&target) == PAGES / 2 &&
 	      !ksm_mappings(target.child.pid, part, PAGES / 2);
@@ -360,7 +385,7 @@ static void unmerged(enum opt opt, const char *by)
 	ok &= device_stat(target.child.pid, &stat) && !stat.merged && !stat.broken;
 	ksft_test_result(ok, "%s: a range and all is unmerged, and not counted as broken\n", by);
 
-	ok = !device_merge(&merge) && is_merged(&target);
+	ok = merges_all(&target, &merge);
 	unmerge.flags = RKSM_UNMERGE_DISABLE;
 	ksm_set("pages_to_scan", 100000);
 	ksm_start();
@@ -390,7 +415,7 @@ static bool disabled(bool outside, long *longest, long *took)
 	struct rksm_merge merge = { .pidfd = target.pidfd, .flags = RKSM_MERGE_ENABLE, ALL_MEMORY };
 	struct rksm_unmerge unmerge = { .pidfd = target.pidfd, .flags = RKSM_UNMERGE_DISABLE,
 					ALL_MEMORY };
-	bool ok = !device_merge(&merge) && is_merged(&target) && target_do(&target, OP_CHURN, 0);
+	bool ok = merges_all(&target, &merge) && target_do(&target, OP_CHURN, 0);
 
 	*took = microseconds();
 	ok &= outside ? !device_unmerge(&unmerge) : target_do(&target, OP_PRCTL, 0);

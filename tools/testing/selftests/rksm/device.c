@@ -291,6 +291,7 @@ static bool hold_huge(void)
 static bool carry_out(struct target_state *state)
 {
 	bool ok = true;
+	pid_t pid;
 
 	switch (state->op) {
 	case OP_INTACT:
@@ -332,12 +333,14 @@ static bool carry_out(struct target_state *state)
 	case OP_PRCTL:
 		return !prctl(PR_SET_MEMORY_MERGE, state->n, 0, 0, 0);
 	case OP_FORK:
-		state->forked = fork();
-		if (!state->forked) {
+		/* Only the parent may say so: both see the state */
+		pid = fork();
+		if (!pid) {
 			prctl(PR_SET_PDEATHSIG, SIGKILL);
 			pause();
 		}
-		return state->forked > 0;
+		state->forked = pid;
+		return pid > 0;
 	case OP_EXEC:
 		/* PR_SET_PDEATHSIG stays */
 		execl("/proc/self/exe", "target", HELD, NULL);

@@ -326,7 +326,8 @@ static void joining(void)
 	ksft_test_result(rule_processes(0, "/rksm") == 4 && !is_merge_any(&outside),
 			 "they are counted, and nobody else is touched\n");
 
-	kill(forked, SIGKILL);
+	if (forked > 0)
+		kill(forked, SIGKILL);
 	end_process(begun);
 	move_to("", later.child.pid);
 	target_end(&inside);
