@@ -34,11 +34,6 @@ struct pid *rksm_get_task_tgid(struct task_struct *task)
 	return get_task_pid(task, PIDTYPE_TGID);
 }
 
-struct pid *rksm_get_pid(struct pid *pid)
-{
-	return get_pid(pid);
-}
-
 bool rksm_pid_is_of(struct pid *pid, struct task_struct *task)
 {
 	bool same;

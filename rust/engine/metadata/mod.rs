@@ -105,7 +105,7 @@ impl<B: Backend> Metadata<B> {
         self.backend.count()
     }
 
-    /// Returns what is counted for an mm, in constant time.
+    /// Returns what is counted for an mm, in time proportional to the number of its ranges.
     ///
     /// # Context
     ///

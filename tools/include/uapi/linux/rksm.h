@@ -79,7 +79,7 @@ struct rksm_stat_record {
 	__u64 changing; /* changed between the last two looks */
 	__u64 fresh; /* looked at once, or not yet */
 	__u64 zero; /* mappings of the zero page placed by KSM */
-	__u64 broken; /* merged pages that have been written to, since the process began */
+	__u64 broken; /* merged pages found written to, since it came or was last unmerged */
 	__u64 refused[RKSM_NR_REFUSALS]; /* in the order of RKSM_REFUSALS */
 };
 

@@ -20,7 +20,7 @@ pub struct Facts {
     pub saved: Option<u64>,
     pub unique: Option<u64>,
     pub changing: Option<u64>,
-    /// Merged pages that have been written to since the process began.
+    /// Merged pages found written to, since the process came or was last unmerged.
     pub broken: Option<u64>,
 }
 
