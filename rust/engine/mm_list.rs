@@ -31,8 +31,8 @@ use kernel::{
     prelude::*, //
 };
 
-/// Slots that [`MmList::sum`] looks at under one lock.
-const SLOTS_AT_ONCE: u32 = 64;
+/// Most slots that are looked at under one lock.
+pub const SLOTS_AT_ONCE: u32 = 64;
 
 /// What the caller of [`MmList::enter`] has to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -219,12 +219,32 @@ pub trait MmList {
     /// Does not sleep; `f` must not either. Takes `mmlist_lock`, each time for a bounded number of
     /// slots.
     fn sum(&self, f: impl Fn(&Self::Mm) -> isize) -> isize {
-        let (mut sum, mut next) = (0, Some(0));
-        while let Some(from) = next {
-            next = self
-                .locked(|registry| registry.for_each_in(from, SLOTS_AT_ONCE, |mm| sum += f(mm)));
-        }
+        let mut sum = 0;
+        self.for_all_slots(|registry, from, count| {
+            registry.for_each_in(from, count, |mm| sum += f(mm))
+        });
         sum
+    }
+
+    /// Ends the exclusion of mms that were excluded, but not by this sweep.
+    ///
+    /// # Context
+    ///
+    /// As [`MmList::sum`].
+    fn readmit(&self, sweep: u32) {
+        self.for_all_slots(|registry, from, count| registry.readmit_in(from, count, sweep));
+    }
+
+    /// Calls `f` with the number of a slot and a count, until it returns no slot to go on with.
+    ///
+    /// # Context
+    ///
+    /// As [`MmList::sum`].
+    fn for_all_slots(&self, mut f: impl FnMut(&mut Registry<Self::Mm>, u32, u32) -> Option<u32>) {
+        let mut next = Some(0);
+        while let Some(from) = next {
+            next = self.locked(|registry| f(registry, from, SLOTS_AT_ONCE));
+        }
     }
 
     /// Drops the mms that have left, until `pause` returns true. `forget` drops their page state,

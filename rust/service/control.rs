@@ -32,7 +32,8 @@ use crate::{
         },
         mm_list::{
             MmList,
-            Step, //
+            Step,
+            SLOTS_AT_ONCE, //
         },
         pace::Hold,
         policy::Policy,
@@ -94,9 +95,6 @@ use kernel::{
 
 /// Most bytes of records that one call returns.
 const RECORDS: usize = 64 << 10;
-
-/// Slots that are looked at under one spinlock.
-const SLOTS_AT_ONCE: u32 = 64;
 
 /// Keeps the scanner out of an mm while this lives.
 struct KeptOut<'a> {

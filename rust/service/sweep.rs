@@ -51,9 +51,6 @@ const INTERVAL: i64 = NSEC_PER_SEC;
 /// Most mms that one sweep enables or excludes. If there are more, the next one follows at once.
 const AT_ONCE: usize = 64;
 
-/// Slots that are looked at under one spinlock.
-const SLOTS_AT_ONCE: u32 = 64;
-
 /// Nanoseconds for which merged pages are given back at a time.
 const UNMERGE_NSECS: i64 = 2_000_000;
 
@@ -228,10 +225,7 @@ impl Ksm {
         rules.end_sweep();
         drop(rules);
         if sweeper.any_excluded {
-            let mut next = Some(0);
-            while let Some(from) = next {
-                next = self.locked(|registry| registry.readmit_in(from, SLOTS_AT_ONCE, number));
-            }
+            self.readmit(number);
         }
         (sweeper.any_excluded, sweeper.more_to_exclude) = (any_excluded, more_to_exclude);
         Ok(more_to_enable)
