@@ -444,9 +444,8 @@ fn innermost<'a>(rules: &'a [Rule], path: &str) -> Option<(&'a str, Action)> {
 mod tests {
     use super::*;
     use crate::device::abi;
-    use crate::device::fake::{golden, Fake};
+    use crate::device::fake::{golden, rksm_host, Fake};
     use crate::fixture::Fixture;
-    use crate::host::Host;
     use nix::errno::Errno;
 
     struct Machine {
@@ -457,14 +456,7 @@ mod tests {
 
     impl Machine {
         fn new() -> Self {
-            let fixture = Fixture::new();
-            fixture.rksm();
-            fixture.processes();
-            let cx = Context {
-                host: Host::new(fixture.root()),
-                json: false,
-                width: 80,
-            };
+            let (fixture, cx) = rksm_host();
             let fake = Fake::new(&[1, 800, 4211, 4212]);
             let pages = abi::Unmerge {
                 pages: 2048,

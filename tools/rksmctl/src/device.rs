@@ -925,6 +925,8 @@ pub fn interrupted() -> bool {
 #[cfg(test)]
 pub mod fake {
     use super::*;
+    use crate::fixture::Fixture;
+    use crate::host::Context;
     use std::cell::RefCell;
     use std::collections::{HashMap, VecDeque};
     use std::rc::Rc;
@@ -950,6 +952,19 @@ pub mod fake {
         pub patience: Option<u32>,
         /// All calls, in words.
         pub log: Vec<String>,
+    }
+
+    /// Files of a host with rksm and some processes, and what a verb is told of it.
+    pub(crate) fn rksm_host() -> (Fixture, Context) {
+        let fixture = Fixture::new();
+        fixture.rksm();
+        fixture.processes();
+        let cx = Context {
+            host: Host::new(fixture.root()),
+            json: false,
+            width: 80,
+        };
+        (fixture, cx)
     }
 
     #[derive(Clone, Default)]

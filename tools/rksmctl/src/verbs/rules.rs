@@ -306,9 +306,8 @@ fn remove_rules(aim: &Aim, save: bool, device: &Device, cx: &Context) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::fake::{golden, Fake};
+    use crate::device::fake::{golden, rksm_host, Fake};
     use crate::fixture::Fixture;
-    use crate::host::Host;
     use nix::errno::Errno;
 
     struct Machine {
@@ -319,14 +318,7 @@ mod tests {
 
     impl Machine {
         fn new() -> Self {
-            let fixture = Fixture::new();
-            fixture.rksm();
-            fixture.processes();
-            let cx = Context {
-                host: Host::new(fixture.root()),
-                json: false,
-                width: 80,
-            };
+            let (fixture, cx) = rksm_host();
             let fake = Fake::new(&[4211, 4212]);
             Self { fixture, fake, cx }
         }
