@@ -78,8 +78,24 @@ key_of() {
 	} | sha256sum | cut -c1-12
 }
 
+# What kernels.toml says; see scripts/kernels --help.
+kernels() {
+	command -v python3 >/dev/null || "$RKSM_TOP/scripts/setup" >&2
+	python3 -B "$RKSM_TOP/scripts/kernels" "$@"
+}
+
+# The suite whose sysroot is meant: that of RKSM_SUITE, or the one that has all tools.
+sysroot_suite() {
+	local suites
+	suites=$(kernels suites) || return 1
+	echo "${RKSM_SUITE:-${suites%%$'\n'*}}"
+}
+
 sysroot_dir() {
-	printf '%s/sysroot-%s\n' "$RKSM_CACHE" "$(key_of "$RKSM_TOP/scripts/sysroot")"
+	local suite text key
+	suite=$(sysroot_suite) && text=$(kernels suite "$suite") || return 1
+	key=$(key_of "$RKSM_TOP/scripts/sysroot" "$text") || return 1
+	printf '%s/sysroot-%s-%s\n' "$RKSM_CACHE" "$suite" "$key"
 }
 
 # What a compiler may have a say in, as it is in the sysroot.
@@ -118,16 +134,21 @@ add_to_sysroot() {
 # copy_module_source DIR - what the module is built of; what was built there of it stays.
 copy_module_source() {
 	local part
-	for part in Kbuild Makefile rust scripts tools/testing/sanitizer tools/testing/host; do
+	for part in Kbuild Makefile kernels.toml rust scripts tools/testing/sanitizer tools/testing/host; do
 		rm -rf "${1:?}/$part"
 		mkdir -p "$(dirname "$1/$part")"
 		cp -rp "$RKSM_TOP/$part" "$1/$part"
 	done
 }
 
-# Build the module for what scripts/vm calls --kernel WHAT, where that names a flavour.
+# Whether scripts/vm takes --kernel WHAT for the name of a kernel, as kernels.toml has them.
+is_kernel() {
+	local names
+	names=$(kernels names) || return 1
+	[ "$1" = sanitizer ] || grep -qxF -- "$1" <<<"$names"
+}
+
+# Build the module for what scripts/vm calls --kernel WHAT, where that is a name.
 build_for() {
-	case $1 in
-	amd64 | cloud-amd64 | sanitizer) KVER='' FLAVOUR=$1 "$RKSM_TOP/scripts/build" >/dev/null ;;
-	esac
+	! is_kernel "$1" || KVER='' FLAVOUR=$1 "$RKSM_TOP/scripts/build" >/dev/null
 }
