@@ -2,6 +2,7 @@
 
 #include <linux/pagemap.h>
 
+#include "compat.h"
 #include "symbols.h"
 
 void rksm_folio_lock(struct folio *folio)

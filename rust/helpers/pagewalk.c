@@ -4,6 +4,7 @@
 #include <linux/mmu_notifier.h>
 #include <linux/pagewalk.h>
 
+#include "compat.h"
 #include "symbols.h"
 
 typedef int rksm_p4d_entry_t(p4d_t *p4d, unsigned long addr, unsigned long next,

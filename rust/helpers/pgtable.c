@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 #include <linux/ksm.h>
-#include <linux/leafops.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
 #include <linux/page_idle.h>
@@ -9,6 +8,7 @@
 #include <linux/rmap.h>
 #include <asm/tlbflush.h>
 
+#include "compat.h"
 #include "pte.h"
 #include "symbols.h"
 

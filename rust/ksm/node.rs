@@ -33,6 +33,7 @@ use crate::engine::types::{
 use crate::{
     bindings::raw,
     kernel_ext::{
+        compat,
         folio::{
             FolioLock,
             FolioMapping, //
@@ -93,6 +94,7 @@ pub(super) struct RmapItem {
     pub(super) mm: PinnedMm,
     /// The address of the page, and [`STABLE_FLAG`].
     pub(super) address: c_ulong,
+    /// Not used where [`compat::ITEM_HAS_INDEX`] is not set.
     pub(super) linear_page_index: c_ulong,
     /// The node that the item is on; `None` before.
     pub(super) head: Option<NonNull<StableNode>>,
@@ -115,11 +117,8 @@ const _: () = {
     assert!(offset_of!(RmapItem, anon_vma) == offset_of!(layout::ksm_rmap_item, __bindgen_anon_1));
     assert!(offset_of!(RmapItem, mm) == offset_of!(layout::ksm_rmap_item, mm));
     assert!(offset_of!(RmapItem, address) == offset_of!(layout::ksm_rmap_item, address));
-    assert!(
-        offset_of!(RmapItem, linear_page_index)
-            == offset_of!(layout::ksm_rmap_item, __bindgen_anon_2)
-    );
-    assert!(offset_of!(RmapItem, head) == offset_of!(layout::ksm_rmap_item, __bindgen_anon_3));
+    assert!(offset_of!(RmapItem, linear_page_index) == compat::ITEM_INDEX.1);
+    assert!(offset_of!(RmapItem, head) == compat::ITEM_LINKS);
     // In the last union, after `head`.
     assert!(offset_of!(RmapItem, hlist) == offset_of!(RmapItem, head) + 8);
     // An item's number is its address without the highest bit, which every kernel address has.
@@ -341,8 +340,10 @@ impl UnlinkedItem {
                 raw::rksm_get_anon_vma(anon_vma.as_ptr());
                 item.anon_vma = Some(anon_vma);
             }
-            let vma = vma.as_ptr().cast();
-            item.linear_page_index = raw::rksm_linear_anon_page_index(vma, item.address);
+            if compat::ITEM_HAS_INDEX {
+                let vma = vma.as_ptr().cast();
+                item.linear_page_index = raw::rksm_linear_anon_page_index(vma, item.address);
+            }
         }
         Ok(())
     }

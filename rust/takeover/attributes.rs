@@ -24,6 +24,7 @@
 use crate::{
     bindings::raw,
     kernel_ext::{
+        compat,
         symbols::Symbols,
         sysfs::{
             to_errno,
@@ -56,7 +57,6 @@ use kernel::{
             Relaxed,
             Release, //
         },
-        barrier::smp_mb,
         Arc,
         SetOnce, //
     }, //
@@ -258,7 +258,7 @@ impl<A: Copy + Send + Sync + 'static, H: AttributeHandler<A>> BuiltinAttributes<
     fn wait_for_builtin(&self) -> Result {
         // Orders the new pointers before the counts: a thread that is not counted yet will see
         // them.
-        smp_mb(Full);
+        compat::smp_mb();
         for file in &self.inner.attributes {
             loop {
                 // All that come to us stay inside until `phase` changes, so if there are no more

@@ -11,7 +11,10 @@ use crate::{
         self,
         layout, //
     },
-    kernel_ext::symbols::Symbols, //
+    kernel_ext::{
+        compat,
+        symbols::Symbols, //
+    }, //
 };
 use core::{
     mem::offset_of,
@@ -27,12 +30,16 @@ struct Layout {
     name: &'static CStr,
     size: usize,
     members: &'static [(&'static CStr, usize)],
+    /// Those that not every kernel has in the same place.
+    more: &'static [(&'static CStr, usize)],
 }
 
 macro_rules! layouts {
+    (@more) => { &[] };
+    (@more $more:expr) => { &$more };
     ($($name:literal $type:ident {
         $($member:literal => $($path:ident).+ $(+ $inner:ident: $($rest:ident).+)?),+ $(,)?
-    })+) => {
+    } $(and $more:expr;)?)+) => {
         &[$(Layout {
             name: $name,
             size: size_of::<layout::$type>(),
@@ -41,6 +48,7 @@ macro_rules! layouts {
                 offset_of!(layout::$type, $($path).+)
                     $(+ offset_of!(layout::$inner, $($rest).+))?
             )),+],
+            more: layouts!(@more $($more)?),
         }),+]
     };
 }
@@ -66,10 +74,11 @@ const LAYOUTS: &[Layout] = layouts! {
         c"anon_vma" => __bindgen_anon_1,
         c"mm" => mm,
         c"address" => address,
-        c"linear_page_index" => __bindgen_anon_2,
-        c"head" => __bindgen_anon_3 + ksm_rmap_item__bindgen_ty_3__bindgen_ty_1: head,
-        c"hlist" => __bindgen_anon_3 + ksm_rmap_item__bindgen_ty_3__bindgen_ty_1: hlist,
-    }
+    } and [
+        compat::ITEM_INDEX,
+        (c"head", compat::ITEM_LINKS + offset_of!(compat::ItemLinks, head)),
+        (c"hlist", compat::ITEM_LINKS + offset_of!(compat::ItemLinks, hlist)),
+    ];
     c"mm_slot" mm_slot {
         c"hash" => hash,
         c"mm_node" => mm_node,
@@ -216,7 +225,7 @@ pub(crate) fn check_layouts(symbols: Symbols) -> Result<Layouts> {
             );
             return Err(EINVAL);
         }
-        for &(name, offset) in layout.members {
+        for &(name, offset) in [layout.members, layout.more].into_iter().flatten() {
             let there = found.offset_of(name);
             if there != Some(offset) {
                 // A member that is not there is at no offset.

@@ -22,6 +22,10 @@ use crate::{
         layout, //
     },
     kernel_ext::{
+        compat::{
+            ItemLinks,
+            ITEM_LINKS, //
+        },
         gfp::GFP_METADATA,
         ksm_objects::{
             BuiltinItem,
@@ -38,7 +42,6 @@ use crate::{
             flags,
             DupLinks,
             Item,
-            ItemLinks,
             MergedPages,
             Node,
             Slot,
@@ -358,7 +361,7 @@ impl Inventory {
                 unsafe {
                     let links = kernel::container_of!(at, ItemLinks, hlist);
                     let item = links
-                        .wrapping_byte_sub(offset_of!(layout::ksm_rmap_item, __bindgen_anon_3))
+                        .wrapping_byte_sub(ITEM_LINKS)
                         .cast::<layout::ksm_rmap_item>();
                     let item = NonNull::new_unchecked(item);
                     if (*links).head != node.as_ptr()

@@ -52,9 +52,6 @@ pub(super) type Slot = NonNull<layout::ksm_mm_slot>;
 /// The links of a node that is in no tree: `head`, `hlist_dup`, `list`.
 pub(super) type DupLinks = layout::ksm_stable_node__bindgen_ty_1__bindgen_ty_1;
 
-/// The `head` and the `hlist` of an item on a node.
-pub(super) type ItemLinks = layout::ksm_rmap_item__bindgen_ty_3__bindgen_ty_1;
-
 /// The built-in's merged pages, with nobody else at work on them.
 ///
 /// # Invariants
