@@ -119,6 +119,15 @@ impl AccessedHint {
         self.enabled = policy.merge_across_nodes && self.disabled_for_full_scans == 0;
     }
 
+    /// Returns the hint for pages at whose look with this number it is decided which are read,
+    /// where full scans are not what counts their looks.
+    pub(super) fn at_look(self, look: u8) -> Self {
+        Self {
+            full_scan: usize::from(look),
+            ..self
+        }
+    }
+
     /// Begins the next full scan.
     pub fn end_full_scan(&mut self) {
         self.full_scan = self.full_scan.wrapping_add(1);

@@ -8,6 +8,7 @@
 //! exit waits for no other thread.
 
 use super::{
+    governor::watch::Watch,
     registry::{
         Claim,
         Enter,
@@ -37,6 +38,8 @@ pub const SLOTS_AT_ONCE: u32 = 64;
 /// What the caller of [`MmList::enter`] has to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entered {
+    /// The mm has a slot now, and had none before.
+    pub registered: bool,
     /// Wake the scanner: this is the first mm.
     pub wake_scanner: bool,
     /// Arrange for a call of [`MmList::refill`], where memory can be allocated. If the mm itself
@@ -84,12 +87,13 @@ pub trait MmList {
         // An mm that is not kept is dropped at the end of the match, after unlocking.
         match self.locked(|registry| registry.enter(mm)) {
             Enter::Registered { was_empty, low } => Entered {
+                registered: true,
                 wake_scanner: was_empty,
                 refill: low,
             },
             Enter::NoRoom(_) => Entered {
-                wake_scanner: false,
                 refill: true,
+                ..Entered::default()
             },
             Enter::AlreadyThere(_) | Enter::Exiting(_) => Entered::default(),
         }
@@ -174,6 +178,34 @@ pub trait MmList {
         let tracked = visit(&claim);
         // What is dropped here has the claim's pin.
         let released = self.locked(|registry| registry.release(claim, tracked));
+        Step::Visited {
+            reap: released.reap,
+        }
+    }
+
+    /// Visits the mm in a slot, if it is registered, wherever the cursor is. `visit` changes what
+    /// the governor remembers of it.
+    ///
+    /// # Context
+    ///
+    /// As [`MmList::visit`].
+    fn visit_slot(
+        &self,
+        slot: SlotId,
+        visit: impl FnOnce(&Claim<Self::Mm>, &mut Watch) -> Visited,
+    ) -> Step {
+        let Some((claim, mut watch)) = self.locked(|registry| registry.claim_slot(slot)) else {
+            return Step::Idle;
+        };
+        let Visited { progress, tracked } = visit(&claim, &mut watch);
+        // What is dropped here has the claim's pin.
+        let released = self.locked(|registry| {
+            registry.set_watch(&claim, watch);
+            if progress == Progress::Exiting {
+                registry.unregister(&claim);
+            }
+            registry.release(claim, tracked)
+        });
         Step::Visited {
             reap: released.reap,
         }

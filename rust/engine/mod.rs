@@ -18,6 +18,7 @@
 //! | [`container`] | a vector in pages of memory, values by numbers, what allocations cost |
 //! | [`policy`], [`smart_scan`], [`accessed`] | when a page is merged, skipped, or read again |
 //! | [`pace`] | how long the scanner works before it lets others in |
+//! | [`governor`] | `governor=auto`: when a range is looked at, an mm visited; the CPU budget |
 //! | [`content_hash`], [`stats`] | the hash of a page's contents; what is counted |
 //! | [`sysfs`] | the files in sysfs: parsing, values, effects; `advisor_mode` |
 //! | [`control`] | `/dev/rksm`: arguments, replies and records as bytes; the rules |
@@ -66,6 +67,7 @@ pub mod backend;
 pub mod container;
 pub mod content_hash;
 pub mod control;
+pub mod governor;
 pub mod index;
 pub mod metadata;
 pub mod mm_list;

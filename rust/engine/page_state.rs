@@ -35,12 +35,14 @@
 
 mod counts;
 mod directory;
+mod due;
 mod range;
 mod range_arena;
 mod state;
 
 use super::{
     container::paged_vec::PagedVec,
+    governor::watch::Watch,
     types::{
         Fingerprint,
         PageId,
@@ -55,11 +57,16 @@ use directory::{
     Directory,
     Position, //
 };
+use due::Ranges;
 use range::Range;
 use range_arena::RangeArena;
 use state::LINKED;
 
 pub use counts::PageCounts;
+pub use due::{
+    Run,
+    View, //
+};
 pub use state::{
     PageState,
     Tracked, //
@@ -437,6 +444,43 @@ impl PageStates {
         }
     }
 
+    /// Returns what is to be looked at first at or after `from`, `None` if there is nothing. Tells
+    /// `watch` of the ranges that are passed.
+    ///
+    /// `from` is the start of a range, or lies in one that is being looked at.
+    pub fn next_run(
+        &self,
+        slot: SlotId,
+        from: usize,
+        view: &View,
+        watch: &mut Watch,
+    ) -> Option<Run> {
+        self.table.ranges(slot).next_run(from, view, watch)
+    }
+
+    /// Records that the pages of those ranges which start in `within` have been looked at. Tells
+    /// `watch` of them.
+    pub fn looked(
+        &mut self,
+        slot: SlotId,
+        within: core::ops::Range<usize>,
+        view: &View,
+        watch: &mut Watch,
+    ) {
+        // The first may have been begun before.
+        let mut start = within.start >> RANGE_SHIFT << RANGE_SHIFT;
+        let end = within.end >> RANGE_SHIFT << RANGE_SHIFT;
+        while let Some((id, next)) = self.table.ranges(slot).next_in(start..end) {
+            if let Some(range) = self.table.arena.get_mut(id) {
+                range.looked(view.now, view.pressure);
+                if let Some(due) = range.pause().due(view.pressure, range.number()) {
+                    watch.pass(1, view.now, due);
+                }
+            }
+            start = next;
+        }
+    }
+
     /// Stops tracking all pages of an mm. Returns their number.
     ///
     /// The caller has released what their states refer to. Takes time in proportion to the number
@@ -641,6 +685,15 @@ impl Table {
     #[inline]
     fn directory(&self, slot: SlotId) -> Option<&Directory> {
         self.slots.get(slot.0 as usize)
+    }
+
+    /// Returns the ranges of a slot.
+    fn ranges(&self, slot: SlotId) -> Ranges<'_> {
+        static NONE: Directory = Directory::new();
+        Ranges {
+            arena: &self.arena,
+            directory: self.directory(slot).unwrap_or(&NONE),
+        }
     }
 
     /// Returns the range of a slot with this number, and makes it the cursor.

@@ -92,9 +92,15 @@
 //! # Ok::<(), Error>(())
 //! ```
 
-use super::types::{
-    MmPin,
-    SlotId, //
+use super::{
+    governor::{
+        pause::Tick,
+        watch::Watch, //
+    },
+    types::{
+        MmPin,
+        SlotId, //
+    }, //
 };
 
 use kernel::{
@@ -155,6 +161,8 @@ struct MmSlot<M> {
     excluded: u32,
     /// How many tasks keep the scanner out, see [`Registry::keep_out`].
     kept_out: u16,
+    /// What the governor remembers of the mm.
+    watch: Watch,
 }
 
 /// Free slots for a registry, allocated by the caller where it can sleep.
@@ -195,6 +203,7 @@ impl<M> SlotChunk<M> {
                     tracked: false,
                     excluded: 0,
                     kept_out: 0,
+                    watch: Watch::default(),
                 },
                 flags,
             )?;
@@ -483,6 +492,7 @@ impl<M: MmPin> Registry<M> {
         slot.claims = 0;
         slot.tracked = false;
         (slot.excluded, slot.kept_out) = (0, 0);
+        slot.watch = Watch::default();
         slot.state = State::Live;
         self.free = free;
         self.nr_free -= 1;
@@ -591,6 +601,28 @@ impl<M: MmPin> Registry<M> {
             excluded,
             kept_out,
         })
+    }
+
+    /// Claims the mm in a slot, if there is one, wherever the cursor is. Returns what the governor
+    /// remembers of it, too.
+    pub fn claim_slot(&mut self, id: SlotId) -> Option<(Claim<M>, Watch)> {
+        let slot = self.slot(id.0).filter(|slot| slot.state == State::Live)?;
+        let (key, watch) = (slot.key, slot.watch);
+        Some((self.claim_key(key)?, watch))
+    }
+
+    /// Changes what the governor remembers of the claimed mm. Has no effect if it has left.
+    pub fn set_watch(&mut self, claim: &Claim<M>, watch: Watch) {
+        if let Some(slot) = self.slot_mut(claim.id.0) {
+            slot.watch = watch;
+        }
+    }
+
+    /// Ends a full scan that is in progress, as the scanner is to go by other rules.
+    pub fn abandon_scan(&mut self) {
+        self.scanning = false;
+        self.cursor = NIL;
+        self.address = 0;
     }
 
     /// Moves the cursor within the claimed mm. Has no effect if the mm has left.
@@ -847,6 +879,29 @@ impl<M: MmPin> Registry<M> {
             let Some(mm) = &slot.mm else { continue };
             if !f(SlotId(id), mm, slot.excluded != 0) {
                 return Some(id);
+            }
+        }
+        (end < self.capacity).then_some(end)
+    }
+
+    /// Calls `f` with each registered mm of `count` slots from number `from` on, and with what the
+    /// governor remembers of it. Those that are to be passed over count as looked at. Returns the
+    /// number of the slot to go on with.
+    pub fn watch_in(
+        &mut self,
+        from: u32,
+        count: u32,
+        now: Tick,
+        mut f: impl FnMut(SlotId, &M, &mut Watch),
+    ) -> Option<u32> {
+        let end = from.saturating_add(count).min(self.capacity);
+        for id in from..end {
+            let live = self.slot_mut(id).filter(|slot| slot.state == State::Live);
+            let Some(slot) = live else { continue };
+            if slot.excluded != 0 || slot.kept_out != 0 {
+                slot.watch.pass_over(now);
+            } else if let Some(mm) = &slot.mm {
+                f(SlotId(id), mm, &mut slot.watch);
             }
         }
         (end < self.capacity).then_some(end)

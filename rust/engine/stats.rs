@@ -110,6 +110,8 @@ pub struct Snapshot {
     pub cpu_microsecs: u64,
     /// Registered mms.
     pub processes: u64,
+    /// The governor finds memory short.
+    pub memory_pressure: bool,
 }
 
 impl Snapshot {

@@ -27,7 +27,7 @@ pub(crate) const fn allocated_bytes(size: usize) -> usize {
 }
 
 /// Returns the memory that the buffer of a vector takes, in bytes.
-pub(crate) const fn vec_bytes<T, A: Allocator>(v: &Vec<T, A>) -> usize {
+pub(crate) fn vec_bytes<T, A: Allocator>(v: &Vec<T, A>) -> usize {
     allocated_bytes(v.capacity() * size_of::<T>())
 }
 

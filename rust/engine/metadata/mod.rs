@@ -11,6 +11,7 @@ mod stable;
 
 use super::{
     backend::Backend,
+    governor::watch::Watch,
     index::{
         Entry,
         Index, //
@@ -18,7 +19,9 @@ use super::{
     pace::MAX_FORGOTTEN,
     page_state::{
         PageState,
-        PageStates, //
+        PageStates,
+        Run,
+        View, //
     },
     policy::Policy,
     stats::Counters,
@@ -112,6 +115,22 @@ impl<B: Backend> Metadata<B> {
     /// Any.
     pub fn mm_stats(&self, slot: SlotId) -> MmStats {
         self.events.stats(slot, self.states.counts(slot))
+    }
+
+    /// As [`PageStates::next_run`].
+    pub fn next_run(
+        &self,
+        slot: SlotId,
+        from: usize,
+        view: &View,
+        watch: &mut Watch,
+    ) -> Option<Run> {
+        self.states.next_run(slot, from, view, watch)
+    }
+
+    /// As [`PageStates::looked`].
+    pub fn looked(&mut self, slot: SlotId, within: Range<usize>, view: &View, watch: &mut Watch) {
+        self.states.looked(slot, within, view, watch);
     }
 
     /// Counts that a page of an mm was not merged.

@@ -3,7 +3,10 @@
 //! How many pages are tracked, by what is known of them.
 
 use super::{
-    super::types::Fingerprint,
+    super::{
+        governor::pause::Found,
+        types::Fingerprint, //
+    },
     state::{
         FINGERPRINT_MASK,
         INDEXED,
@@ -61,13 +64,34 @@ impl RangeCounts {
         *count = count.wrapping_sub(1);
     }
 
-    /// Counts that a page has another word now.
+    /// Counts that a page has another word now. Returns whether the page itself has changed: it
+    /// had other contents before, which were known, or a merged page.
     #[inline]
-    pub(super) fn change(&mut self, from: u64, to: u64) {
+    pub(super) fn change(&mut self, from: u64, to: u64) -> bool {
         // Most changes are of history alone.
-        if (from ^ to) & Class::MASK != 0 {
-            self.remove(from);
-            self.add(to, 1);
+        if (from ^ to) & Class::MASK == 0 {
+            return false;
+        }
+        self.remove(from);
+        self.add(to, 1);
+        let contents = |bits: u64| match Class::of(bits) {
+            Class::Merged => None,
+            _ => Some(bits & FINGERPRINT_MASK),
+        };
+        let unknown = Some(Fingerprint::NONE.to_bits());
+        match (contents(from), contents(to)) {
+            (None, to) => to.is_some(),
+            (from, to) => from != to && from != unknown && to.is_some() && to != unknown,
+        }
+    }
+
+    /// Returns what the last look at the range has found.
+    pub(super) const fn found(&self) -> Found {
+        let [merged, unique, changing, fresh] = self.0;
+        Found {
+            pages: merged + unique + changing + fresh,
+            merged,
+            fresh,
         }
     }
 

@@ -12,6 +12,12 @@ use super::super::{
         shrink,
         vec_bytes, //
     },
+    governor::pause::{
+        Found,
+        Pressure,
+        RangePause,
+        Tick, //
+    },
     types::{
         SlotId,
         RANGE_PAGES, //
@@ -64,6 +70,7 @@ pub(super) struct Range {
     number: usize,
     slot: SlotId,
     counts: RangeCounts,
+    pause: RangePause,
 }
 
 static_assert!(size_of::<Range>() == 128);
@@ -94,6 +101,7 @@ impl Range {
         number: usize::MAX,
         slot: SlotId(u32::MAX),
         counts: RangeCounts::NONE,
+        pause: RangePause::NEW,
     };
 
     /// Returns the address in units of ranges.
@@ -116,7 +124,7 @@ impl Range {
 
     /// Returns the memory that the values take, in bytes.
     #[inline]
-    pub(super) const fn value_bytes(&self) -> usize {
+    pub(super) fn value_bytes(&self) -> usize {
         vec_bytes(&self.values)
     }
 
@@ -167,13 +175,26 @@ impl Range {
         &self.counts
     }
 
+    /// Returns when the range is looked at again.
+    pub(super) const fn pause(&self) -> &RangePause {
+        &self.pause
+    }
+
+    /// Records a look at all pages of the range.
+    pub(super) fn looked(&mut self, now: Tick, pressure: Pressure) {
+        let found: Found = self.counts.found();
+        self.pause.looked(now, &found, pressure);
+    }
+
     /// Changes the word of the page at `offset`, if it is tracked. Returns the previous word.
     #[inline]
     pub(super) fn replace(&mut self, offset: usize, value: u64) -> Option<u64> {
         let place = self.place(offset)?;
         let before = core::mem::replace(self.values.get_mut(place)?, value);
         // INVARIANT: 3.
-        self.counts.change(before, value);
+        if self.counts.change(before, value) {
+            self.pause.count_change();
+        }
         Some(before)
     }
 

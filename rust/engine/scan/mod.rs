@@ -107,6 +107,9 @@ pub struct ScanTarget<'a, Mm> {
     pub mm: &'a Mm,
     /// The addresses.
     pub within: Range<usize>,
+    /// The number of this look at them, where the visit does not belong to a full scan from one end
+    /// of the mm to the other.
+    pub look: Option<u8>,
 }
 
 /// What a visit may take.
@@ -172,6 +175,14 @@ impl<B: Backend> Engine<B> {
             return progress;
         }
         self.hint.update(policy);
+        if let Some(look) = target.look {
+            let hint = self.hint;
+            self.hint = hint.at_look(look);
+            self.zero_pages = None;
+            let progress = self.visit_mm(policy, pins, target, pool, buffers, allowance);
+            self.hint = hint;
+            return progress;
+        }
         if self.cleared_ahead.0 != target.slot || target.within.start == 0 {
             self.cleared_ahead = (target.slot, 0..0);
         }

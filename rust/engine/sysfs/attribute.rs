@@ -15,6 +15,7 @@ use super::{
     knobs::{
         AdvisorMode,
         Change,
+        GovernorMode,
         Knobs,
         RunState, //
     },
@@ -362,13 +363,77 @@ pub static SCAN_THREADS: Attribute = Attribute {
     doc: "Threads that share the scanning: 1 (default) to the number of CPUs that are online. \
           EINVAL for any other.",
     show: |knobs, _, out| writeln!(out, "{}", knobs.scan_threads),
+    store: Some(|text| Ok(Change::ScanThreads(at_least_1(uint(text)?)?))),
+    parameter: true,
+};
+
+/// See its `doc`.
+pub static GOVERNOR: Attribute = Attribute {
+    name: c"governor",
+    origin: Origin::Rksm,
+    doc: "knobs (default) or auto; the one in force is shown in brackets. With auto the scanner \
+          keeps to cpu_percent, looks at new memory within a second, and at other memory the more \
+          rarely the less that brings. Then pages_to_scan, sleep_millisecs, smart_scan and the \
+          advisor's files keep their values, without effect.",
+    show: |knobs, _, out| {
+        out.write_str(match knobs.governor {
+            GovernorMode::Knobs => "[knobs] auto\n",
+            GovernorMode::Auto => "knobs [auto]\n",
+        })
+    },
     store: Some(|text| {
-        Ok(Change::ScanThreads(match uint(text)? {
-            0 => return Err(EINVAL),
-            threads => threads,
+        Ok(Change::Governor(if sysfs_streq(text, "knobs") {
+            GovernorMode::Knobs
+        } else if sysfs_streq(text, "auto") {
+            GovernorMode::Auto
+        } else {
+            return Err(EINVAL);
         }))
     }),
-    parameter: true,
+    parameter: false,
+};
+
+/// See its `doc`.
+pub static CPU_PERCENT: Attribute = Attribute {
+    name: c"cpu_percent",
+    origin: Origin::Rksm,
+    doc: "CPU time of the scanner with governor=auto, in percent of one CPU, from 1 to 100 for \
+          each CPU that is online. The default is 5, or half the number of CPUs if that is more.",
+    show: |knobs, _, out| writeln!(out, "{}", knobs.limits.percent),
+    store: Some(|text| Ok(Change::CpuPercent(at_least_1(uint(text)?)?))),
+    parameter: false,
+};
+
+/// See its `doc`.
+pub static PRESSURE_CPU_PERCENT: Attribute = Attribute {
+    name: c"pressure_cpu_percent",
+    origin: Origin::Rksm,
+    doc: "The same while memory is short: less than 15 % of it is available, or pages have been \
+          swapped within the last 10 seconds. No less than cpu_percent; the default is twice that.",
+    show: |knobs, _, out| writeln!(out, "{}", knobs.limits.pressure_percent),
+    store: Some(|text| Ok(Change::PressureCpuPercent(at_least_1(uint(text)?)?))),
+    parameter: false,
+};
+
+/// See its `doc`.
+pub static CPU_BURST_MILLISECS: Attribute = Attribute {
+    name: c"cpu_burst_millisecs",
+    origin: Origin::Rksm,
+    doc: "CPU time that a scanner which has had little to do may use at once with governor=auto, \
+          from 1 to 60000 milliseconds (default 2000). Half of it is kept for new memory.",
+    show: |knobs, _, out| writeln!(out, "{}", knobs.limits.burst_msecs),
+    store: Some(|text| Ok(Change::CpuBurstMillisecs(at_least_1(uint(text)?)?))),
+    parameter: false,
+};
+
+/// See its `doc`.
+pub static MEMORY_PRESSURE: Attribute = Attribute {
+    name: c"memory_pressure",
+    origin: Origin::Rksm,
+    doc: "1 while governor=auto finds memory short, else 0.",
+    show: |_, stats, out| writeln!(out, "{}", u8::from(stats.memory_pressure)),
+    store: None,
+    parameter: false,
 };
 
 /// See its `doc`.
@@ -461,6 +526,11 @@ pub static ATTRIBUTES: &[&Attribute] = &[
     &ADVISOR_MAX_PAGES_TO_SCAN,
     &ADVISOR_TARGET_SCAN_TIME,
     &SCAN_THREADS,
+    &GOVERNOR,
+    &CPU_PERCENT,
+    &PRESSURE_CPU_PERCENT,
+    &CPU_BURST_MILLISECS,
+    &MEMORY_PRESSURE,
     &LONGEST_HOLD_USECS,
     &WAKEUPS,
     &CPU_MICROSECS,
@@ -540,6 +610,14 @@ impl Attribute {
         }
         knobs.set(change);
         Ok(())
+    }
+}
+
+/// Refuses 0.
+fn at_least_1(value: u32) -> Result<u32> {
+    match value {
+        0 => Err(EINVAL),
+        value => Ok(value),
     }
 }
 

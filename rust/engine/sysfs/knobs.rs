@@ -2,7 +2,10 @@
 
 //! The values of the files that can be written, and what a change of one brings about.
 
-use super::advisor;
+use super::{
+    super::governor::Limits,
+    advisor, //
+};
 
 use kernel::prelude::*;
 
@@ -31,6 +34,18 @@ pub enum AdvisorMode {
     /// The scan-time advisor, after each full scan.
     ScanTime,
 }
+
+/// Who paces the scanner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GovernorMode {
+    /// The built-in's files: `pages_to_scan`, `sleep_millisecs`, `smart_scan`, the advisor.
+    Knobs,
+    /// The [governor](super::super::governor).
+    Auto,
+}
+
+/// Largest `cpu_burst_millisecs`: a minute.
+const MAX_BURST_MSECS: u32 = 60_000;
 
 /// A write that was understood, and is valid by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,12 +78,27 @@ pub enum Change {
     AdvisorTargetScanTime(u64),
     /// Of `scan_threads`; at least 1.
     ScanThreads(u32),
+    /// Of `governor`.
+    Governor(GovernorMode),
+    /// Of `cpu_percent`; at least 1.
+    CpuPercent(u32),
+    /// Of `pressure_cpu_percent`; at least 1.
+    PressureCpuPercent(u32),
+    /// Of `cpu_burst_millisecs`; at least 1.
+    CpuBurstMillisecs(u32),
 }
 
 impl Change {
     /// Whether the change makes sense where so many CPUs are online.
     pub(super) fn possible_with(self, cpus: u32) -> bool {
-        !matches!(self, Self::ScanThreads(threads) if threads > cpus)
+        match self {
+            Self::ScanThreads(threads) => threads <= cpus,
+            Self::CpuPercent(percent) | Self::PressureCpuPercent(percent) => {
+                percent <= cpus.saturating_mul(100)
+            }
+            Self::CpuBurstMillisecs(msecs) => msecs <= MAX_BURST_MSECS,
+            _ => true,
+        }
     }
 }
 
@@ -141,6 +171,10 @@ pub struct Knobs {
     pub advisor_target_scan_time: u64,
     /// `scan_threads`, at least 1.
     pub scan_threads: u32,
+    /// `governor`.
+    pub governor: GovernorMode,
+    /// `cpu_percent`, `pressure_cpu_percent` and `cpu_burst_millisecs`.
+    pub limits: Limits,
     /// What the advisor remembers.
     advisor: advisor::Context,
 }
@@ -164,6 +198,8 @@ impl Knobs {
             advisor_max_pages_to_scan: 30_000,
             advisor_target_scan_time: 200,
             scan_threads: 1,
+            governor: GovernorMode::Knobs,
+            limits: Limits::for_cpus(1),
             advisor: advisor::Context::new(),
         }
     }
@@ -195,7 +231,11 @@ impl Knobs {
             self.set_advisor_defaults();
         }
         Ok(match change {
-            Change::SleepMillisecs(_) => Action::WakeIter,
+            Change::SleepMillisecs(_)
+            | Change::Governor(_)
+            | Change::CpuPercent(_)
+            | Change::PressureCpuPercent(_)
+            | Change::CpuBurstMillisecs(_) => Action::WakeIter,
             Change::Run(RunState::Unmerge) if run != RunState::Unmerge => Action::Unmerge,
             Change::Run(_) => Action::RunChanged,
             _ => Action::Done,
@@ -227,6 +267,10 @@ impl Knobs {
             Change::AdvisorMaxPagesToScan(pages) => self.advisor_max_pages_to_scan = pages,
             Change::AdvisorTargetScanTime(seconds) => self.advisor_target_scan_time = seconds,
             Change::ScanThreads(threads) => self.scan_threads = threads,
+            Change::Governor(mode) => self.governor = mode,
+            Change::CpuPercent(percent) => self.limits.percent = percent,
+            Change::PressureCpuPercent(percent) => self.limits.pressure_percent = percent,
+            Change::CpuBurstMillisecs(msecs) => self.limits.burst_msecs = msecs,
         }
     }
 
