@@ -23,17 +23,21 @@ mod ksm;
 mod service;
 mod takeover;
 
-use engine::sysfs::{
-    attribute::{
-        self,
-        Attribute, //
-    },
-    knobs::{
-        Knobs,
-        RunState, //
-    },
+use engine::{
+    governor::Limits,
+    sysfs::{
+        attribute::{
+            self,
+            Attribute, //
+        },
+        knobs::{
+            Knobs,
+            RunState, //
+        },
+    }, //
 };
 use kernel_ext::{
+    compat,
     device::Device,
     kthread::{
         online_cpus, //
@@ -88,14 +92,6 @@ module! {
             default: -1,
             description: "scan_threads: threads that share the scanning, 1 (default) to the number of CPUs",
         },
-        adopt: bool {
-            default: true,
-            description: "adopt: take over what the built-in has merged, 1 (default); 0 unmerges it",
-        },
-        check: bool {
-            default: false,
-            description: "check: test all invariants after each full scan, which takes long (default 0)",
-        },
     },
 }
 
@@ -114,7 +110,8 @@ struct Rksm {
 
 impl kernel::Module for Rksm {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        kernel_ext::race_window::widen(module_parameters::delay.value());
+        compat::check_kernel()?;
+        kernel_ext::race_window::widen(compat::param(module_parameters::delay.value()));
         let symbols = Symbols::resolve()?;
         let layouts = takeover::btf::check_layouts(symbols)?;
         let ours = builtin().map(|file| (file.name, file));
@@ -168,7 +165,7 @@ impl Rksm {
             takeover.builtin(),
             nodes,
             knobs,
-            module_parameters::check.value(),
+            compat::param_check(),
         )?;
         // From here on dropping it undoes whatever has been done.
         let mut rksm = Self {
@@ -229,7 +226,7 @@ impl Rksm {
     /// With nothing changed: `ENOMEM`, `EINTR` after a signal, `EINVAL` if what the built-in has is
     /// not known here. Those of [`Takeover::drain`].
     fn take_pages(&self, run: RunState) -> Result<(), Failure> {
-        if module_parameters::adopt.value() && run != RunState::Unmerge {
+        if compat::param_adopt() && run != RunState::Unmerge {
             match self.ksm.adopt() {
                 Ok(()) => return Ok(()),
                 Err(Unfit::NoMemory) => return Err(ENOMEM.into()),
@@ -274,22 +271,26 @@ impl Drop for Rksm {
 /// The built-in's knob values, overridden by the module's parameters.
 fn initial_knobs(takeover: &Takeover<&'static Attribute, Ksm>) -> Result<Knobs, Failure> {
     let mut knobs = Knobs::new();
+    knobs.limits = Limits::for_cpus(online_cpus());
     for file in builtin().filter(|file| file.store.is_some()) {
         file.take_over(&mut knobs, &takeover.builtin_show(file.name)?)?;
     }
     let parameters = [
-        (&attribute::RUN, i64::from(module_parameters::run.value())),
+        (
+            &attribute::RUN,
+            i64::from(compat::param::<i32>(module_parameters::run.value())),
+        ),
         (
             &attribute::PAGES_TO_SCAN,
-            module_parameters::pages_to_scan.value(),
+            compat::param(module_parameters::pages_to_scan.value()),
         ),
         (
             &attribute::SLEEP_MILLISECS,
-            module_parameters::sleep_millisecs.value(),
+            compat::param(module_parameters::sleep_millisecs.value()),
         ),
         (
             &attribute::SCAN_THREADS,
-            module_parameters::scan_threads.value(),
+            compat::param(module_parameters::scan_threads.value()),
         ),
     ];
     for (file, value) in parameters {

@@ -13,6 +13,12 @@ int rksm_mm_users(struct mm_struct *mm)
 	return atomic_read(&mm->mm_users);
 }
 
+/* As the core shows it; each CPU may keep some to itself. */
+unsigned long rksm_mm_anon_pages(struct mm_struct *mm)
+{
+	return get_mm_counter(mm, MM_ANONPAGES);
+}
+
 /* False once exit_mmap() has ended; the mm need only be pinned. */
 bool rksm_mm_has_vmas(struct mm_struct *mm)
 {
@@ -126,6 +132,12 @@ struct folio *rksm_pfn_folio(unsigned long pfn)
 unsigned long rksm_read_once(const unsigned long *word)
 {
 	return READ_ONCE(*word);
+}
+
+void rksm_smp_mb(void)
+{
+	/* What it pairs with is said where it is called. */
+	smp_mb();
 }
 
 void rksm_smp_rmb(void)

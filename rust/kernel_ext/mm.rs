@@ -76,6 +76,16 @@ impl PinnedMm {
         unsafe { raw::rksm_mm_users(self.as_ptr()) == 0 }
     }
 
+    /// Returns the anonymous pages that are mapped (`get_mm_counter`), but for a few for each CPU.
+    ///
+    /// # Context
+    ///
+    /// Any.
+    pub(crate) fn anon_pages(&self) -> usize {
+        // SAFETY: The mm is pinned, and with it its counters.
+        unsafe { raw::rksm_mm_anon_pages(self.as_ptr()) as usize }
+    }
+
     /// Takes the mmap lock for reading, if it can be had at once or within [`LOCK_RETRIES`] more
     /// tries: a process can keep its lock for as long as it likes.
     ///

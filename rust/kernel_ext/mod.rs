@@ -2,11 +2,13 @@
 
 //! Safe wrappers of kernel interfaces that the `kernel` crate lacks, written as if for upstream.
 
+pub(crate) mod compat;
 pub(crate) mod device;
 pub(crate) mod folio;
 pub(crate) mod gfp;
 pub(crate) mod ksm_objects;
 pub(crate) mod kthread;
+pub(crate) mod memory;
 pub(crate) mod memory_notifier;
 pub(crate) mod mm;
 pub(crate) mod mutex;

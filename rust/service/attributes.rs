@@ -145,7 +145,7 @@ impl AttributeHandler<&'static Attribute> for Ksm {
         };
         let action = self.published.lock().knobs.apply(change, &ctx)?;
         if action == Action::WakeIter {
-            self.iter_wait.wake_up_interruptible();
+            self.wake_governed();
         }
         Ok(())
     }

@@ -54,6 +54,7 @@ use crate::{
         }, //
     },
     kernel_ext::{
+        compat,
         device::DeviceCalls,
         folio,
         mm::PinnedMm,
@@ -299,6 +300,7 @@ impl Ksm {
                 slot: claim.id(),
                 mm: claim.mm(),
                 within,
+                look: None,
             };
             let mut allowance = Allowance {
                 budget: SLICE,
@@ -390,6 +392,7 @@ impl Ksm {
                 slot: claim.id(),
                 mm: claim.mm(),
                 within,
+                look: None,
             };
             let pause = || self.is_over(hold) || signal_pending();
             Ok(state.engine.why(&target, &mut batch, &mut reasons, pause))
@@ -434,7 +437,7 @@ impl Ksm {
             if signal_pending() {
                 return Err(EINTR);
             }
-            let mut progress = Err(ENODATA);
+            let mut progress = Err(compat::no_data());
             self.with_scan_state_interruptible(|state, hold| {
                 let step = self.visit_key(mm.key(), |claim| {
                     progress = visit(state, claim, *at..end, hold);

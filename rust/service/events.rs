@@ -42,7 +42,7 @@ impl MmEvents for Ksm {
     fn exit(&self, mm: &Mm) {
         race_window::spin();
         if MmList::exit(self, mm.as_raw() as usize) {
-            self.kick_housekeeping();
+            self.kick_reaping();
         }
     }
 }

@@ -5,7 +5,8 @@
 //!
 //! [`scanner`] is the thread, [`run`] what a write to `run` and to the two knobs that need it to
 //! stand still does, [`attributes`] the reads and writes of all files, [`control`] the calls of
-//! `/dev/rksm`, [`sweep`] how rules are applied, [`events`] what the kernel reports: mms that come
+//! `/dev/rksm`, [`sweep`] how rules are applied, [`governor`](self::governor) what it does with
+//! `governor=auto`, [`events`] what the kernel reports: mms that come
 //! and go, memory that goes offline.
 //!
 //! # Locks
@@ -46,6 +47,7 @@
 pub(crate) mod attributes;
 mod control;
 mod events;
+mod governor;
 pub(crate) mod handover;
 mod run;
 mod scanner;
@@ -54,6 +56,11 @@ pub(crate) mod sweep;
 use crate::{
     engine::{
         control::rules::Rules,
+        governor::{
+            nap::AWAKE,
+            pause::Pressure,
+            Governor, //
+        },
         mm_list::MmList,
         pace::{
             Hold,
@@ -138,6 +145,13 @@ struct ScanState {
     longest_hold: i64,
     /// How often `rksmd` has slept and gone on.
     wakeups: u64,
+    governor: Governor,
+    /// It has begun.
+    governed: bool,
+    /// Pages that had been refused as pinned when the LRU caches were last drained for that, and
+    /// when that was, ns since the load.
+    pinned_at: u64,
+    drained_at: i64,
     /// CPU time of `rksmd` and the other threads when it last released the lock, ns.
     cpu_time: u64,
 }
@@ -175,6 +189,10 @@ pub(crate) struct Ksm {
     housekeeping_due: Atomic<bool>,
     /// The rules have changed since `rksmd` last applied them.
     sweep_due: Atomic<bool>,
+    /// Mms have come that the governor has not seen.
+    newcomers: Atomic<bool>,
+    /// Until when `rksmd` sleeps under the governor, ns since the load, or [`AWAKE`].
+    asleep_until: Atomic<i64>,
     /// Where `rksmd` waits for `run` to be 1 and for mms to scan.
     #[pin]
     thread_wait: WaitQueue,
@@ -213,6 +231,10 @@ impl Ksm {
             pace: Pace::new(),
             longest_hold: 0,
             wakeups: 0,
+            governor: Governor::new(),
+            governed: false,
+            pinned_at: 0,
+            drained_at: 0,
             cpu_time: 0,
         };
         let published = Published {
@@ -233,6 +255,8 @@ impl Ksm {
                 published <- new_spinlock!(published, "rksm_published"),
                 housekeeping_due: Atomic::new(false),
                 sweep_due: Atomic::new(false),
+                newcomers: Atomic::new(false),
+                asleep_until: Atomic::new(AWAKE),
                 thread_wait <- new_wait_queue!(c"rksm_thread_wait"),
                 iter_wait <- new_wait_queue!(c"rksm_iter_wait"),
                 offline_wait <- new_wait_queue!(c"rksm_offline_wait"),
@@ -272,20 +296,33 @@ impl Ksm {
         } else if entered.wake_scanner {
             self.thread_wait.wake_up_interruptible();
         }
+        if entered.registered {
+            self.announce_newcomer();
+        }
     }
 
     /// Wakes `rksmd` for [`Ksm::housekeeping`], whatever `run` is.
     fn kick_housekeeping(&self) {
         self.housekeeping_due.store(true, Relaxed);
         self.thread_wait.wake_up_interruptible();
-        self.iter_wait.wake_up_interruptible();
+        self.wake_governed();
+    }
+
+    /// Has `rksmd` drop an mm that has left. Under the governor it does so when it goes on by
+    /// itself: there may be many.
+    fn kick_reaping(&self) {
+        self.housekeeping_due.store(true, Relaxed);
+        self.thread_wait.wake_up_interruptible();
+        if self.asleep_until.load(Relaxed) == AWAKE {
+            self.iter_wait.wake_up_interruptible();
+        }
     }
 
     /// Has `rksmd` apply the rules now.
     fn kick_sweep(&self) {
         self.sweep_due.store(true, Relaxed);
         self.thread_wait.wake_up_interruptible();
-        self.iter_wait.wake_up_interruptible();
+        self.wake_governed();
     }
 
     /// Nanoseconds since the module was loaded.
@@ -390,6 +427,7 @@ impl Ksm {
             wakeups: state.wakeups,
             cpu_microsecs: state.cpu_time / NSEC_PER_USEC as u64,
             processes: 0,
+            memory_pressure: state.governed && state.governor.pressure() != Pressure::None,
             metadata_bytes: (state.engine.metadata.bytes() + slots) as u64,
         };
         self.published.lock().snapshot = snapshot;

@@ -4,6 +4,10 @@
 
 use crate::{
     engine::{
+        governor::{
+            pause::tick_at,
+            watch::Watch, //
+        },
         mm_list::{
             MmList,
             Visited, //
@@ -49,7 +53,7 @@ impl Ksm {
         match action {
             Action::Done => Ok(()),
             Action::WakeIter => {
-                self.iter_wait.wake_up_interruptible();
+                self.wake_governed();
                 Ok(())
             }
             Action::RunChanged => {
@@ -101,6 +105,10 @@ impl Ksm {
             self.kick_housekeeping();
             result = result.and(Err(ERESTARTSYS));
         }
+        let tick = tick_at(self.now());
+        self.for_all_slots(|registry, from, count| {
+            registry.watch_in(from, count, tick, |_, _, watch| Watch::forget(watch))
+        });
         result?;
         // Nodes of pages that are just going, with their last process, are left to `prune`.
         state.engine.metadata.remove_all_nodes();

@@ -29,7 +29,10 @@ use crate::{
     },
     service::{
         pass_buffers,
-        sweep::Sweeper,
+        sweep::{
+            Due,
+            Sweeper, //
+        },
         Ksm,
         ScanState, //
     }, //
@@ -71,7 +74,7 @@ const IDLE_MSECS: Msecs = 500;
 
 /// The pause after a batch.
 #[derive(Clone, Copy)]
-struct Pause {
+pub(super) struct Pause {
     /// `sleep_millisecs` when it began.
     msecs: Msecs,
     /// When it ends, ns since the load.
@@ -93,7 +96,7 @@ impl Pause {
 }
 
 /// What `rksmd` does after a hold of the scan lock.
-enum Next {
+pub(super) enum Next {
     /// It takes the lock again: the batch is not over.
     Batch,
     /// It drains the LRU caches for a new full scan, and takes the lock again.
@@ -102,6 +105,9 @@ enum Next {
     Retry,
     /// It waits for the next batch.
     Pause(Pause),
+    /// It sleeps until this time, ns since the load, as the governor says, and whether that is for
+    /// want of CPU time.
+    Sleep(i64, bool),
     /// It waits for `run` to be 1 and for mms to scan.
     Idle,
 }
@@ -123,8 +129,8 @@ impl Ksm {
                         && !pause.is_over(self.now(), self.knobs().sleep_millisecs)
                 });
                 let next = match pause {
-                    Some(rest) => Next::Pause(rest),
-                    None => self.scan_batch(state, current, hold, &mut drained),
+                    Some(rest) if !self.is_governed() => Next::Pause(rest),
+                    _ => self.scan_batch(state, current, hold, &mut drained),
                 };
                 // Once a hold: a sleep costs far more, and without one a hold takes milliseconds.
                 state.cpu_time = current.cpu_time() + state.pool.cpu_time();
@@ -152,11 +158,17 @@ impl Ksm {
                     let most = due.jiffies(self.now()).unwrap_or(left).min(left);
                     // The freezer needs a wait, and zero jiffies are none.
                     let jiffies = most.max(current.freezing().into());
-                    let awake = || woken() || self.knobs().sleep_millisecs != rest.msecs;
+                    let awake = || {
+                        woken() || self.is_governed() || self.knobs().sleep_millisecs != rest.msecs
+                    };
                     slept = jiffies > 0;
                     let waited = self.iter_wait.wait_freezable_timeout(jiffies, awake);
                     // Otherwise all jiffies have passed. The clock may differ from them by a tick.
                     pause = (waited != Ok(false) || most < left).then_some(rest);
+                }
+                Next::Sleep(until, spent) => {
+                    let due = due.min(Due::At(until));
+                    slept = self.sleep_governed(until, spent, due, current);
                 }
                 Next::Idle => {
                     let awake = || woken() || self.ksmd_should_run();
@@ -185,6 +197,10 @@ impl Ksm {
         hold: Hold,
         drained: &mut bool,
     ) -> Next {
+        if self.is_governed() && self.ksmd_should_run() {
+            return self.scan_governed(state, current, hold);
+        }
+        state.governed &= self.is_governed();
         if state.batch_left == 0 {
             self.prune(state, hold);
         }
@@ -240,7 +256,7 @@ impl Ksm {
     ///
     /// Does nothing while tasks are being frozen: a frozen thread does not stop, and waiting for it
     /// would keep `rksmd` from being frozen.
-    fn resize_worker_pool(&self, state: &mut ScanState, current: &Current) {
+    pub(super) fn resize_worker_pool(&self, state: &mut ScanState, current: &Current) {
         let threads = self.knobs().scan_threads;
         if threads == state.threads || current.freezing() {
             return;
@@ -308,6 +324,7 @@ impl Ksm {
                     slot: claim.id(),
                     mm: claim.mm(),
                     within: claim.address()..usize::MAX,
+                    look: None,
                 };
                 let progress =
                     match engine.scan_mm(&policy, self, &target, pool, buffers, &mut allowance) {
@@ -403,7 +420,7 @@ impl Ksm {
     }
 
     /// Warns if an invariant does not hold, where the module was told to check them.
-    fn check(&self, state: &mut ScanState) {
+    pub(super) fn check(&self, state: &mut ScanState) {
         if !self.check {
             return;
         }

@@ -94,6 +94,15 @@ pub(super) enum Due {
 }
 
 impl Due {
+    /// Returns the earlier of two times.
+    pub(super) fn min(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Now, _) | (_, Self::Now) => Self::Now,
+            (Self::At(a), Self::At(b)) => Self::At(a.min(b)),
+            (Self::Never, at) | (at, Self::Never) => at,
+        }
+    }
+
     /// Jiffies until then, `None` where there is no such time.
     pub(super) fn jiffies(self, now: i64) -> Option<Jiffies> {
         match self {
