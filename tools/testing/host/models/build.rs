@@ -18,13 +18,19 @@ use std::{
 };
 
 /// The project's files that the models run: some of the engine, and the threads that run them.
-const FILES: [&str; 9] = [
+const FILES: [&str; 15] = [
     "rust/engine/types/mod.rs",
     "rust/engine/types/fingerprint.rs",
     "rust/engine/types/id.rs",
     "rust/engine/types/mm_pin.rs",
     "rust/engine/types/progress.rs",
     "rust/engine/types/refusal.rs",
+    "rust/engine/governor/budget.rs",
+    "rust/engine/governor/mod.rs",
+    "rust/engine/governor/nap.rs",
+    "rust/engine/governor/pause.rs",
+    "rust/engine/governor/queue.rs",
+    "rust/engine/governor/watch.rs",
     "rust/engine/registry.rs",
     "rust/engine/mm_list.rs",
     "tools/testing/host/models/src/threads.rs",

@@ -3,6 +3,7 @@
 //! The files: what a write to each is taken for, and what a read of each shows.
 
 use engine_tests::engine::{
+    governor::Limits,
     stats::{
         Counters,
         Snapshot, //
@@ -17,6 +18,7 @@ use engine_tests::engine::{
         knobs::{
             Action,
             AdvisorMode,
+            GovernorMode,
             Knobs,
             RunState,
             StoreCtx, //
@@ -117,6 +119,11 @@ fn the_files_are_those_of_the_built_in() {
         ("advisor_target_scan_time", 0o644, "200"),
         // Ours, after theirs.
         ("scan_threads", 0o644, "1"),
+        ("governor", 0o644, "[knobs] auto"),
+        ("cpu_percent", 0o644, "5"),
+        ("pressure_cpu_percent", 0o644, "10"),
+        ("cpu_burst_millisecs", 0o644, "2000"),
+        ("memory_pressure", 0o444, "0"),
         ("longest_hold_usecs", 0o444, "0"),
         ("wakeups", 0o444, "0"),
         ("cpu_microsecs", 0o444, "0"),
@@ -159,6 +166,7 @@ fn counters_show_in_their_own_files() {
         wakeups: 11,
         cpu_microsecs: 12,
         processes: 13,
+        memory_pressure: true,
         ..Snapshot::default()
     };
     let knobs = Knobs::new();
@@ -178,6 +186,7 @@ fn counters_show_in_their_own_files() {
         (&WAKEUPS, "11\n"),
         (&CPU_MICROSECS, "12\n"),
         (&PROCESSES, "13\n"),
+        (&MEMORY_PRESSURE, "1\n"),
         (&METADATA_BYTES, "1000\n"),
     ] {
         assert_eq!(shown(&knobs, file, &stats), text, "{file:?}");
@@ -587,6 +596,120 @@ fn there_are_no_more_threads_than_cpus() {
         assert_eq!(written, Err(EINVAL), "{bad}");
         assert_eq!(knobs.scan_threads, CPUS);
     }
+}
+
+#[test]
+fn the_governor_is_one_of_two_words() {
+    let mut knobs = Knobs::new();
+    for (text, mode, line) in [
+        ("auto", GovernorMode::Auto, "knobs [auto]\n"),
+        ("auto\n", GovernorMode::Auto, "knobs [auto]\n"),
+        ("knobs\n", GovernorMode::Knobs, "[knobs] auto\n"),
+        ("knobs", GovernorMode::Knobs, "[knobs] auto\n"),
+    ] {
+        // Also while pages are merged. The scanner must not sleep on as it was told before.
+        let written = knobs.store(&GOVERNOR, text.as_bytes(), &BUSY);
+        assert_eq!(written, Ok(Action::WakeIter), "{text:?}");
+        assert_eq!(knobs.governor, mode);
+        assert_eq!(show(&knobs, &GOVERNOR), line);
+    }
+    for bad in [
+        "", "\n", "Auto", "auto ", " auto", "auto\n\n", "[auto]", "0", "1", "none",
+    ] {
+        let written = knobs.store(&GOVERNOR, bad.as_bytes(), &IDLE);
+        assert_eq!(written, Err(EINVAL), "{bad:?}");
+        assert_eq!(knobs.governor, GovernorMode::Knobs);
+    }
+}
+
+#[test]
+fn the_budget_is_between_1_and_all_of_the_machine() {
+    for (file, most) in [
+        (&CPU_PERCENT, 100 * CPUS),
+        (&PRESSURE_CPU_PERCENT, 100 * CPUS),
+        (&CPU_BURST_MILLISECS, 60_000),
+    ] {
+        let mut knobs = Knobs::new();
+        for value in [1, 2, most - 1, most] {
+            let written = knobs.store(file, format!("{value}\n").as_bytes(), &BUSY);
+            assert_eq!(written, Ok(Action::WakeIter), "{file:?}={value}");
+            assert_eq!(show(&knobs, file), format!("{value}\n"));
+        }
+        let before = knobs;
+        let beyond = (most + 1).to_string();
+        for bad in [
+            "0",
+            &beyond,
+            "-1",
+            "4294967296",
+            "",
+            "5%",
+            "5 5",
+            "0x5",
+            "5.5",
+        ] {
+            let written = knobs.store(file, bad.as_bytes(), &IDLE);
+            assert_eq!(written, Err(EINVAL), "{file:?}={bad}");
+            assert_eq!(knobs, before);
+        }
+    }
+}
+
+#[test]
+fn the_budget_follows_the_cpus() {
+    for (cpus, percent, pressure) in [
+        (0, 5, 10),
+        (1, 5, 10),
+        (11, 5, 10),
+        (12, 6, 12),
+        (64, 32, 64),
+        (1024, 512, 1024),
+    ] {
+        let limits = Limits::for_cpus(cpus);
+        let shown = (limits.percent, limits.pressure_percent, limits.burst_msecs);
+        assert_eq!(shown, (percent, pressure, 2000), "{cpus} CPUs");
+    }
+}
+
+#[test]
+fn the_governor_leaves_the_built_ins_files_alone() {
+    let mut knobs = Knobs::new();
+    assert!(knobs.store(&GOVERNOR, b"auto", &IDLE).is_ok());
+    let written = [
+        (&SLEEP_MILLISECS, "7"),
+        (&PAGES_TO_SCAN, "1234"),
+        (&SMART_SCAN, "0"),
+        (&ADVISOR_MAX_CPU, "33"),
+        (&ADVISOR_MIN_PAGES_TO_SCAN, "600"),
+        (&ADVISOR_MAX_PAGES_TO_SCAN, "7000"),
+        (&ADVISOR_TARGET_SCAN_TIME, "8"),
+    ];
+    for (file, text) in written {
+        assert!(
+            knobs.store(file, text.as_bytes(), &BUSY).is_ok(),
+            "{file:?}"
+        );
+        assert_eq!(show(&knobs, file), format!("{text}\n"));
+    }
+    // Back and forth: all is as it was left.
+    for mode in ["knobs", "auto", "knobs"] {
+        assert!(knobs.store(&GOVERNOR, mode.as_bytes(), &BUSY).is_ok());
+        for (file, text) in written {
+            assert_eq!(
+                show(&knobs, file),
+                format!("{text}\n"),
+                "{file:?} in {mode}"
+            );
+        }
+    }
+    // An advisor brings its own pages_to_scan in either mode.
+    assert!(knobs.store(&GOVERNOR, b"auto", &IDLE).is_ok());
+    assert!(knobs.store(&ADVISOR_MODE, b"scan-time", &IDLE).is_ok());
+    assert_eq!(show(&knobs, &ADVISOR_MODE), "none [scan-time]\n");
+    assert_eq!(show(&knobs, &PAGES_TO_SCAN), "600\n");
+    assert_eq!(knobs.store(&PAGES_TO_SCAN, b"1", &IDLE), Err(EINVAL));
+    assert!(knobs.store(&ADVISOR_MODE, b"none", &IDLE).is_ok());
+    assert_eq!(show(&knobs, &PAGES_TO_SCAN), "100\n");
 }
 
 #[test]

@@ -129,18 +129,26 @@ fn enter_reports_what_to_wake() {
     assert!(list.locked(|registry| registry.take_missed()));
 
     let list = List::new();
+    let registered = Entered {
+        registered: true,
+        ..nothing
+    };
     let scanner = Entered {
         wake_scanner: true,
-        ..nothing
+        ..registered
     };
     assert_eq!(list.enter(Pin::new(1)), scanner);
     assert_eq!(list.enter(Pin::new(1)), nothing);
-    assert_eq!(list.enter(Pin::new(2)), nothing);
+    assert_eq!(list.enter(Pin::new(2)), registered);
     let gone = Pin::new(3);
     gone.1.set(true);
     assert_eq!(list.enter(gone), nothing);
     assert_eq!(list.len(), 2);
-    let low = (3..300).find(|&key| list.enter(Pin::new(key)) == refill);
+    let low = Entered {
+        refill: true,
+        ..registered
+    };
+    let low = (3..300).find(|&key| list.enter(Pin::new(key)) == low);
     assert_eq!(low, Some(256 - 96 + 1));
 }
 

@@ -3,6 +3,10 @@
 //! The threads that meet in the registry, and what they may never do to each other.
 
 use super::{
+    governor::nap::{
+        Nap,
+        AWAKE, //
+    },
     mm_list::{
         MmList,
         Step,
@@ -42,6 +46,15 @@ use kernel::prelude::{
 
 use loom::{
     sync::{
+        atomic::{
+            fence,
+            AtomicBool,
+            AtomicI64,
+            Ordering::{
+                Relaxed,
+                SeqCst, //
+            }, //
+        },
         Condvar,
         Mutex, //
     },
@@ -611,4 +624,107 @@ pub fn merge_against_unmap_and_rmap_walk() {
     node.lock().unwrap().clear();
     drop(item);
     drop(process);
+}
+
+/// What `rksmd` and those that announce mms share, and the wait queue.
+struct Sleeper {
+    newcomers: AtomicBool,
+    asleep_until: AtomicI64,
+    /// `rksmd` is in the queue, and nobody has woken it.
+    queued: Mutex<bool>,
+    woken: Condvar,
+}
+
+impl Nap for Sleeper {
+    fn set_newcomers(&self) {
+        fence(SeqCst);
+        self.newcomers.store(true, Relaxed);
+        fence(SeqCst);
+    }
+
+    fn newcomers(&self) -> bool {
+        self.newcomers.load(Relaxed)
+    }
+
+    fn asleep_until(&self) -> i64 {
+        self.asleep_until.load(Relaxed)
+    }
+
+    fn set_asleep_until(&self, until: i64) {
+        self.asleep_until.store(until, Relaxed);
+    }
+
+    fn now(&self) -> i64 {
+        1
+    }
+
+    fn wake(&self) {
+        // It looks at the queue without its lock only after a full barrier.
+        fence(SeqCst);
+        *self.queued.lock().unwrap() = false;
+        self.woken.notify_one();
+    }
+}
+
+impl Sleeper {
+    /// Sleeps until a time that does not come: who is not woken sleeps for ever.
+    fn sleep(&self) {
+        self.set_asleep_until(1_000_000_000);
+        while !self.is_over() {
+            // `prepare_to_wait_event()`.
+            *self.queued.lock().unwrap() = true;
+            fence(SeqCst);
+            if self.is_over() {
+                break;
+            }
+            let mut queued = self.queued.lock().unwrap();
+            while *queued {
+                queued = self.woken.wait(queued).unwrap();
+            }
+        }
+        self.set_asleep_until(AWAKE);
+    }
+}
+
+/// Mms are announced while `rksmd` goes to sleep for a second: it sees all of them, and is not left
+/// to sleep by a wake-up that is lost.
+fn announced_against_sleep(newcomers: usize) {
+    let sleeper = Rc::new(Sleeper {
+        newcomers: AtomicBool::new(false),
+        asleep_until: AtomicI64::new(AWAKE),
+        queued: Mutex::new(false),
+        woken: Condvar::new(),
+    });
+    let registered = Rc::new(Mutex::new(0));
+    let announce = || {
+        let (sleeper, registered) = (sleeper.clone(), registered.clone());
+        spawn(move || {
+            *registered.lock().unwrap() += 1;
+            sleeper.announce();
+        })
+    };
+    let others: Vec<_> = (0..newcomers).map(|_| announce()).collect();
+    let mut seen = 0;
+    while seen < newcomers {
+        if sleeper.newcomers() {
+            sleeper.newcomers.store(false, Relaxed);
+            fence(SeqCst);
+            seen = *registered.lock().unwrap();
+        } else {
+            sleeper.sleep();
+        }
+    }
+    for other in others {
+        other.join().unwrap();
+    }
+}
+
+/// One mm.
+pub fn newcomer_against_sleep() {
+    announced_against_sleep(1);
+}
+
+/// Two of them.
+pub fn newcomers_against_sleep() {
+    announced_against_sleep(2);
 }

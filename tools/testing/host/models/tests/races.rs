@@ -87,6 +87,8 @@ holds! {
     late_enter_against_exit,
     enter_against_refill,
     merge_against_unmap_and_rmap_walk,
+    newcomer_against_sleep within 3 preemptions,
+    newcomers_against_sleep within 2 preemptions,
 }
 
 // One for each line "model: SCENARIO: TEXT" in the patches.

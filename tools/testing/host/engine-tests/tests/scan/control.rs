@@ -121,6 +121,7 @@ impl Machine {
                     slot: claim.id(),
                     mm: claim.mm(),
                     within: at..end,
+                    look: None,
                 };
                 let mut allowance = Allowance {
                     budget: merge.budget,
@@ -174,6 +175,7 @@ impl Machine {
                     slot: claim.id(),
                     mm: claim.mm(),
                     within: at..usize::MAX,
+                    look: None,
                 };
                 let walked = Cell::new(0);
                 let pause = || {
@@ -215,6 +217,7 @@ impl Machine {
                 slot: claim.id(),
                 mm: claim.mm(),
                 within: at..usize::MAX,
+                look: None,
             };
             progress = Some(engine.why(&target, &mut batch, &mut reasons, || false));
             engine.metadata.tracks(claim.id())

@@ -39,7 +39,8 @@ use engine_tests::engine::{
         MmPin,
         NodeId,
         Progress,
-        Refusal, //
+        Refusal,
+        SlotId, //
     },
     worker_pool::{
         Stage,
@@ -365,6 +366,7 @@ impl Machine {
                     slot: id,
                     mm,
                     within: claim.address()..usize::MAX,
+                    look: None,
                 };
                 let mut allowance = Allowance { budget, pause };
                 let progress =
@@ -396,6 +398,38 @@ impl Machine {
             self.engine.end_full_scan();
         }
         over
+    }
+
+    /// Looks at an mm as the governor does, which says what number the look has.
+    pub(crate) fn look(&mut self, slot: u32, look: u8) {
+        self.housekeeping();
+        let Self {
+            engine,
+            policy,
+            buffers,
+            pool,
+            list,
+            ..
+        } = self;
+        list.visit_slot(SlotId(slot), |claim, _| {
+            let target = ScanTarget {
+                slot: claim.id(),
+                mm: claim.mm(),
+                within: 0..usize::MAX,
+                look: Some(look),
+            };
+            let mut allowance = Allowance {
+                budget: u32::MAX,
+                pause: || false,
+            };
+            let progress =
+                engine.scan_mm(policy, &**list, &target, &*pool, buffers, &mut allowance);
+            Visited {
+                progress,
+                tracked: engine.metadata.tracks(claim.id()),
+            }
+        });
+        self.check();
     }
 
     /// Scans to the end of the full scan that is under way, or of the next one.

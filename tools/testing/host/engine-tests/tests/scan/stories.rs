@@ -227,6 +227,34 @@ fn a_change_without_a_trace_is_seen() {
     }
 }
 
+/// So it is where looks have numbers of their own, whatever full scans are under way.
+#[test]
+fn a_change_without_a_trace_is_seen_by_numbered_looks() {
+    for age in [2, 3, 7, 12, 250] {
+        for scans in [0, 1, 5] {
+            let mut story = Story::new(1);
+            story.write(0, 0, 1, 7);
+            story.write(0, 1, 1, 8);
+            (0..age).for_each(|look| story.0.look(0, look));
+            story.write(0, 1, 1, 7);
+            story.happens(Event::Age {
+                mm: 0,
+                page: 1,
+                count: 1,
+            });
+            let mut number = age;
+            for look in 0..17 {
+                story.0.look(0, number);
+                number = number.checked_add(1).unwrap_or(16);
+                if look % 4 == 0 {
+                    (0..scans).for_each(|_| story.0.engine.end_full_scan());
+                }
+            }
+            assert_eq!(story.shared(), (1, 1), "{age} {scans}");
+        }
+    }
+}
+
 /// A write breaks the mapping; with the last mapping the KSM page is gone.
 #[test]
 fn a_write_gives_a_merged_page_back() {

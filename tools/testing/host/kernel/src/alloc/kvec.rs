@@ -36,9 +36,6 @@ use core::{
 /// The kernel's `Vec` type: growable, each growth can fail.
 pub struct Vec<T, A: Allocator> {
     inner: std::vec::Vec<T>,
-    // The standard vector may have been given more than was asked for; the kernel's counts what was
-    // asked for.
-    cap: usize,
     _p: PhantomData<A>,
 }
 
@@ -107,11 +104,11 @@ impl<T> From<InsertError<T>> for Error {
 impl<T, A: Allocator> Vec<T, A> {
     /// Returns the number of elements that can be stored without allocating.
     #[inline]
-    pub const fn capacity(&self) -> usize {
+    pub fn capacity(&self) -> usize {
         if size_of::<T>() == 0 {
             usize::MAX
         } else {
-            self.cap
+            self.inner.capacity()
         }
     }
 
@@ -144,7 +141,6 @@ impl<T, A: Allocator> Vec<T, A> {
     pub const fn new() -> Self {
         Self {
             inner: std::vec::Vec::new(),
-            cap: 0,
             _p: PhantomData,
         }
     }
@@ -230,12 +226,17 @@ impl<T, A: Allocator> Vec<T, A> {
             return Err(AllocError);
         }
         let bytes = new_cap.checked_mul(size_of::<T>()).ok_or(AllocError)?;
+        let cap = self.inner.capacity();
         testing::request()?;
         self.inner
             .try_reserve_exact(new_cap - self.len())
             .map_err(|_| AllocError)?;
-        testing::resized(self.cap * size_of::<T>(), bytes);
-        self.cap = new_cap;
+        assert_eq!(
+            self.inner.capacity(),
+            new_cap,
+            "the kernel's is what was asked for"
+        );
+        testing::resized(cap * size_of::<T>(), bytes);
         Ok(())
     }
 
@@ -266,9 +267,14 @@ impl<T> Vec<T, KVmalloc> {
         if target != 0 {
             testing::request()?;
         }
+        let cap = self.inner.capacity();
         self.inner.shrink_to(target);
-        testing::resized(self.cap * size_of::<T>(), target * size_of::<T>());
-        self.cap = target;
+        assert_eq!(
+            self.inner.capacity(),
+            target,
+            "the kernel's is what was asked for"
+        );
+        testing::resized(cap * size_of::<T>(), target * size_of::<T>());
         Ok(())
     }
 }
@@ -309,7 +315,7 @@ impl<T: Clone, A: Allocator> Vec<T, A> {
 
 impl<T, A: Allocator> Drop for Vec<T, A> {
     fn drop(&mut self) {
-        testing::resized(self.cap * size_of::<T>(), 0);
+        testing::resized(self.inner.capacity() * size_of::<T>(), 0);
     }
 }
 
