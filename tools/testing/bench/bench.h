@@ -21,11 +21,14 @@
 struct options {
 	const char *workload;
 	const char *kase;	/* the case of the workload; NULL: all */
-	const char *impl;	/* builtin, rksm or none */
+	const char *impl;	/* builtin, rksm, auto (rksm with governor=auto) or none */
 	int smart_scan;
 	int round;
 	bool quick;
 	uint64_t seed;
+	unsigned int minutes;	/* how long budget watches; 0: as long as it does by itself */
+	unsigned int percent, burst_ms;	/* that budget is to hold; 0: what the files say */
+	unsigned int slack_ms;	/* more than that, for a slice of work and for the clock */
 };
 
 extern struct options opt;
@@ -91,6 +94,17 @@ void ksm_reset(void);
 void ksm_stop(void);
 /* pages and sleep for a scanner that runs by itself. */
 void ksm_run_freely(unsigned int pages, unsigned int sleep_ms);
+/* After ksm_reset(): as who tunes nothing gets it, default knobs or the governor. */
+void ksm_run_untuned(void);
+bool governed(void);
+/* Whether the KSM that is loaded has such a file. */
+bool ksm_has(const char *file);
+uint64_t ksm_saved(void);
+/*
+ * Has everything merged that can be, at any price, by knobs in every case; returns what is
+ * saved then.
+ */
+uint64_t ksm_merge_all(unsigned int limit_s);
 
 struct scan {
 	uint64_t cpu_ns;	/* of all scanning threads */
@@ -99,6 +113,11 @@ struct scan {
 	uint64_t full_scans;
 };
 
+/* How often the scanning threads have gone to sleep by themselves. */
+uint64_t scan_sleeps(void);
+uint64_t scan_cpu_ns(void);
+/* The scanning threads that are there now; what others have used is kept. */
+void find_threads(void);
 struct scan scan_now(void);
 struct scan scan_since(const struct scan *before);
 
@@ -129,6 +148,22 @@ void rate_start(struct rate *r);
 void rate_adjust(struct rate *r);
 void print_rate(const struct scan *spent);
 
+/*
+ * A share of a CPU that the scanner is to use: what is left of it may be used later, as far as
+ * the burst goes. The governor keeps to it by itself, others are made to.
+ */
+struct share {
+	unsigned int percent, burst_ms;
+	double pages, tokens_ns;
+	uint64_t wall_ns, cpu_ns;	/* when it was adjusted last */
+	uint64_t was_percent, was_burst_ms;
+};
+
+void share_start(struct share *s);
+/* To be called several times a second. */
+void share_adjust(struct share *s);
+void share_stop(const struct share *s);
+
 /* worker.c: processes with memory */
 
 enum content {
@@ -152,6 +187,7 @@ struct worker {
 	pid_t pid;
 	int fd;
 	uint64_t register_ns;	/* what madvise(MADV_MERGEABLE) took */
+	const char *area;	/* where its memory is in its address space */
 };
 
 enum op {
@@ -175,6 +211,51 @@ void fill_page(void *page, const struct shape *shape, size_t nr);
 void fill_memory(char *area, const struct shape *shape);
 /* Until a victim, which shares `ready`, has set that. */
 void wait_ready(pid_t pid, const volatile bool *ready);
+
+/* clones.c: processes with nearly the same memory, as machines of one image have */
+
+struct clones {
+	size_t pages, shareable;	/* of each */
+	char *image;			/* the memory that they copy */
+	struct clone_memory *shared;
+	uint64_t started;		/* the number of the next one */
+};
+
+struct clone {
+	pid_t pid;
+	unsigned int slot;
+};
+
+#define MAX_CLONES 32
+
+/* Of the pages, 95 % are the same in all. */
+void clones_make(struct clones *c, size_t pages);
+void clones_free(struct clones *c);
+/* It makes its memory mergeable, then writes to it, and then does nothing. */
+void clone_start(struct clones *c, struct clone *one, unsigned int slot);
+/* When all its memory was there; 0: not yet. */
+uint64_t clone_ready_ns(const struct clones *c, const struct clone *one);
+uint64_t clone_wait(const struct clones *c, const struct clone *one);
+/* Of its pages, those that are merged. */
+uint64_t clone_merged(const struct clone *one);
+void clone_kill(struct clone *one);
+
+/* victim.c */
+
+void run_on(pid_t pid, unsigned int cpu);
+/* What the first thread of a process has used, and its page faults that needed no I/O. */
+void process_costs(pid_t pid, uint64_t *cpu_ns, uint64_t *faults);
+/* Interrupts of CPU 1 to flush its TLB */
+uint64_t shootdowns(void);
+
+/* processes.c */
+
+/* Programs of the apps workload. */
+#define APPS_EACH 3
+pid_t launch(char *const argv[], bool mergeable);
+pid_t start_redis(unsigned int port, unsigned int rows, bool mergeable);
+void start_apps(pid_t pids[2 * APPS_EACH]);
+void kill_all(const pid_t *pids, size_t n);
 
 /* costs.c */
 
@@ -208,5 +289,11 @@ void run_metadata(void);
 void run_in_place(void);
 void run_threads(void);
 void run_victim(void);
+void run_clones(void);
+void run_quiet(void);
+void run_equal_cpu(void);
+void run_neighbour(void);
+void run_futile(void);
+void run_budget(void);
 
 #endif

@@ -3,8 +3,10 @@
 # Usage: guest.sh ROUNDS quick|full OPTIONS WORKLOAD...
 #
 # In the guest: runs the workloads round by round, with each of SIDES (builtin, rksm) by
-# turns. JSON goes to stdout, progress to stderr. RKSM_ARGS are parameters of the module,
-# OPTIONS go to rksm-bench. Exit status 1 if a workload failed.
+# turns; rksm once more with governor=auto where that matters. JSON goes to stdout, progress to
+# stderr. RKSM_ARGS are parameters of the module, OPTIONS go to rksm-bench, SECONDS_EACH is the
+# longest that one may take. With ALL set, long workloads have fewer rounds. Exit status 1 if a
+# workload failed.
 
 rounds=$1 size=$2 options=$3
 shift 3
@@ -18,25 +20,50 @@ now() {
 start=$(now)
 
 run() {
-	printf '%5d s  round %d/%d  %-7s  %-8s  smart_scan=%d\n' \
+	printf '%5d s  round %d/%d  %-7s  %-9s  smart_scan=%d\n' \
 		$(($(now) - start)) "$round" "$rounds" "$2" "$1" "$3" >&2
 	# shellcheck disable=SC2086 # options are words
-	timeout 900 $bench $options --impl "$2" --smart-scan "$3" --round "$round" "$1" || {
+	timeout "${SECONDS_EACH:-900}" $bench $options --impl "$2" --smart-scan "$3" --round "$round" "$1" || {
 		failed=1
 		printf '\n{"workload":"%s","impl":"%s","smart_scan":%d,"round":%d,"failed":1}\n' \
 			"$1" "$2" "$3" "$round"
 	}
 }
 
-# Whether the list says so of a workload: name, alias, smart scan too, no KSM too, loads rksm itself.
+# What the list says of a workload: name, alias, smart scan too, no KSM too, loads rksm itself,
+# governor too, rounds at most.
+column() {
+	$bench --list | grep "^$1 " | cut -d' ' -f"$2"
+}
+
+# Whether it says so.
 listed() {
-	[ "$($bench --list | grep "^$1 " | cut -d' ' -f"$2")" = 1 ]
+	[ "$(column "$1" "$2")" = 1 ]
+}
+
+# With what the kernel has by default, and then with governor=auto.
+governed() {
+	if [ "$2" = builtin ] && listed "$1" 4; then
+		run "$1" none 1
+	fi
+	run "$1" "$2" 1
+	[ "$2" = rksm ] || return 0
+	if [ -e /sys/kernel/mm/rksm/governor ]; then
+		run "$1" auto 1
+	else
+		echo "$1: no governor=auto, as this module has no file governor" >&2
+		printf '{"not_run":"%s, governor=auto: this module has no governor"}\n' "$1"
+	fi
 }
 
 side() {
 	impl=$1 rest=
 	shift
 	for w; do
+		most=$(column "$w" 7)
+		if [ -n "$ALL" ] && [ "$most" -gt 0 ] && [ "$round" -gt "$most" ]; then
+			continue
+		fi
 		if ! listed "$w" 5; then
 			rest="$rest $w"
 		elif [ "$impl" = rksm ]; then
@@ -54,6 +81,10 @@ side() {
 		}
 	fi
 	for w in $rest; do
+		if listed "$w" 6; then
+			governed "$w" "$impl"
+			continue
+		fi
 		if [ "$impl" = builtin ] && listed "$w" 4; then
 			run "$w" none 0
 		fi

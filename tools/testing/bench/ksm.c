@@ -30,6 +30,8 @@
 
 static pid_t threads[64];
 static size_t nr_threads;
+/* What each had used when it was looked at last, and what those had that are gone. */
+static uint64_t used_ns[ARRAY_SIZE(threads)], gone_ns;
 static unsigned int sleep_toggle;
 
 /* Written after every reset, as the guest's command line asks. */
@@ -82,15 +84,36 @@ void ksm_knob(const char *assignment)
 	extra_knobs[nr_extra_knobs++] = assignment;
 }
 
-/* ksmd for the built-in; rksmd for rksm. */
-static void find_threads(void)
+bool governed(void)
 {
-	const char *name = strcmp(opt.impl, "rksm") == 0 ? "rksmd" : "ksmd";
+	return strcmp(opt.impl, "auto") == 0;
+}
+
+bool ksm_has(const char *file)
+{
+	return access(path_of(file), F_OK) == 0;
+}
+
+uint64_t ksm_saved(void)
+{
+	return ksm_get("pages_sharing") + ksm_get("ksm_zero_pages");
+}
+
+/* ksmd for the built-in; rksmd for rksm. */
+void find_threads(void)
+{
+	const char *name = strcmp(opt.impl, "builtin") == 0 ? "ksmd" : "rksmd";
+	uint64_t were_used[ARRAY_SIZE(threads)];
+	pid_t were[ARRAY_SIZE(threads)];
+	size_t nr_were = nr_threads;
 	struct dirent *d;
 	DIR *proc = opendir("/proc");
 
 	if (!proc)
 		die("cannot read /proc");
+	memcpy(were, threads, sizeof(were));
+	memcpy(were_used, used_ns, sizeof(were_used));
+	memset(used_ns, 0, sizeof(used_ns));
 	nr_threads = 0;
 	while ((d = readdir(proc))) {
 		char path[300], comm[32];
@@ -103,9 +126,18 @@ static void find_threads(void)
 			continue;
 		if (nr_threads == ARRAY_SIZE(threads))
 			die("more scanning threads than expected");
-		threads[nr_threads++] = atoi(d->d_name);
+		threads[nr_threads] = atoi(d->d_name);
+		for (size_t i = 0; i < nr_were; i++) {
+			if (were[i] == threads[nr_threads]) {
+				used_ns[nr_threads] = were_used[i];
+				were_used[i] = 0;
+			}
+		}
+		nr_threads++;
 	}
 	closedir(proc);
+	for (size_t i = 0; i < nr_were; i++)
+		gone_ns += were_used[i];
 	if (!nr_threads)
 		die("no thread is called %s: is %s loaded?", name, opt.impl);
 }
@@ -125,18 +157,44 @@ static bool asleep(void)
 	return true;
 }
 
-struct scan scan_now(void)
+uint64_t scan_cpu_ns(void)
 {
-	struct scan s = { 0 };
+	uint64_t sum = gone_ns;
 
 	for (size_t i = 0; i < nr_threads; i++) {
 		char path[64], buf[128];
 
 		snprintf(path, sizeof(path), "/proc/%d/schedstat", threads[i]);
-		if (!read_text(path, buf, sizeof(buf)))
+		if (read_text(path, buf, sizeof(buf)))
+			used_ns[i] = strtoull(buf, NULL, 10);
+		else if (!governed())
 			die("cannot read %s", path);
-		s.cpu_ns += strtoull(buf, NULL, 10);
+		sum += used_ns[i];
 	}
+	return sum;
+}
+
+uint64_t scan_sleeps(void)
+{
+	uint64_t sum = 0;
+
+	for (size_t i = 0; i < nr_threads; i++) {
+		char path[64];
+		long long n;
+
+		snprintf(path, sizeof(path), "/proc/%d/status", threads[i]);
+		n = field_of(path, "voluntary_ctxt_switches");
+		if (n < 0)
+			die("no voluntary_ctxt_switches in %s", path);
+		sum += n;
+	}
+	return sum;
+}
+
+struct scan scan_now(void)
+{
+	struct scan s = { .cpu_ns = scan_cpu_ns() };
+
 	s.wall_ns = now_ns();
 	s.scanned = ksm_get("pages_scanned");
 	s.skipped = ksm_get("pages_skipped");
@@ -177,6 +235,8 @@ void ksm_reset(void)
 
 	ksm_set("run", "2");
 	ksm_set("run", "0");
+	if (ksm_has("governor"))
+		ksm_set("governor", "knobs");
 	if (read_text(KSM_DIR "advisor_mode", mode, sizeof(mode)) && !strstr(mode, "[none]"))
 		ksm_set("advisor_mode", "none");
 	ksm_set_u64("smart_scan", opt.smart_scan);
@@ -202,6 +262,109 @@ void ksm_run_freely(unsigned int pages, unsigned int sleep_ms)
 	ksm_set_u64("sleep_millisecs", sleep_ms);
 	if (ksm_get("run") != 1)
 		ksm_set("run", "1");
+}
+
+/* What the kernel begins with. */
+void ksm_run_untuned(void)
+{
+	ksm_set("smart_scan", "1");
+	ksm_set_u64("pages_to_scan", 100);
+	ksm_set_u64("sleep_millisecs", 20);
+	if (governed())
+		ksm_set("governor", "auto");
+	ksm_set("run", "1");
+}
+
+uint64_t ksm_merge_all(unsigned int limit_s)
+{
+	uint64_t deadline = now_ns() + limit_s * 1000000000ull, from, before;
+
+	if (governed())
+		ksm_set("governor", "knobs");
+	ksm_set("smart_scan", "0");
+	ksm_run_freely(20000, 1);
+	do {
+		before = ksm_saved();
+		from = ksm_get("full_scans");
+		while (ksm_get("full_scans") < from + 3) {
+			if (now_ns() > deadline)
+				return ksm_saved();
+			sleep_us(20000);
+		}
+	} while (ksm_saved() > before + before / 200);
+	return ksm_saved();
+}
+
+#define SHARE_PERIOD_NS 250000000ull
+/* Few long sleeps: each costs a wake-up, which is dear to who has few pages to look at. */
+#define SHARE_SLEEP_MS 100
+/*
+ * For each percent. Pages that have been passed over for a while cost next to nothing, and merging
+ * them a hundred times as much, which is noticed after a batch or two.
+ */
+#define SHARE_MOST_PAGES 256
+/* In which the tokens that are left are to be used up. */
+#define SHARE_SOON_NS 2e9
+/* What a page is taken to cost until that has been seen. */
+#define SHARE_PAGE_NS 20000
+
+static double share_wanted(const struct share *s, double ns)
+{
+	double want = ns * s->percent / 100 + s->tokens_ns * ns / SHARE_SOON_NS;
+	double least = ns * s->percent / 1000;
+
+	return want > least ? want : least;
+}
+
+void share_start(struct share *s)
+{
+	if (governed()) {
+		s->was_percent = ksm_get("cpu_percent");
+		s->was_burst_ms = ksm_get("cpu_burst_millisecs");
+		ksm_set_u64("cpu_percent", s->percent);
+		ksm_set_u64("cpu_burst_millisecs", s->burst_ms);
+		s->burst_ms = ksm_get("cpu_burst_millisecs");
+		ksm_run_untuned();
+		return;
+	}
+	s->tokens_ns = s->burst_ms * 1e6;
+	s->pages = share_wanted(s, SHARE_SLEEP_MS * 1e6) / SHARE_PAGE_NS;
+	ksm_run_freely(s->pages, SHARE_SLEEP_MS);
+	s->wall_ns = now_ns();
+	s->cpu_ns = scan_cpu_ns();
+}
+
+void share_stop(const struct share *s)
+{
+	if (governed()) {
+		ksm_set_u64("cpu_percent", s->was_percent);
+		ksm_set_u64("cpu_burst_millisecs", s->was_burst_ms);
+	}
+	ksm_stop();
+}
+
+void share_adjust(struct share *s)
+{
+	uint64_t wall = now_ns(), cpu;
+	double passed = wall - s->wall_ns, most = s->percent * SHARE_MOST_PAGES, spent, change;
+
+	if (governed())
+		return;
+	cpu = scan_cpu_ns();
+	spent = cpu - s->cpu_ns;
+	/* Too much is noticed at once. */
+	if (passed < SHARE_PERIOD_NS && spent < 1.5 * share_wanted(s, SHARE_PERIOD_NS))
+		return;
+	s->tokens_ns += passed * s->percent / 100 - spent;
+	if (s->tokens_ns > s->burst_ms * 1e6)
+		s->tokens_ns = s->burst_ms * 1e6;
+	change = share_wanted(s, passed) / (spent + 1);
+	change = change > 2 ? 2 : change < 0.25 ? 0.25 : change;
+	s->pages *= change;
+	s->pages = s->pages < 1 ? 1 : s->pages > most ? most : s->pages;
+	ksm_set_u64("pages_to_scan", s->pages);
+	s->wall_ns = wall;
+	s->cpu_ns = cpu;
 }
 
 static pid_t moved[ARRAY_SIZE(threads)];

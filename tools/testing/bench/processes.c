@@ -198,7 +198,6 @@ void run_latency(void)
 }
 
 /* Programs that are opted in as systemd's MemoryKSM= does, each with the same data. */
-#define APPS_EACH 3
 #define APPS_PORT 7700
 #define APPS_SAMPLES 128
 
@@ -209,7 +208,7 @@ static const char python_program[] =
 	"open(sys.argv[2], 'w').close()\n"
 	"time.sleep(100000)\n";
 
-static pid_t launch(char *const argv[])
+pid_t launch(char *const argv[], bool mergeable)
 {
 	pid_t pid;
 
@@ -221,7 +220,7 @@ static pid_t launch(char *const argv[])
 		int null = open("/dev/null", O_RDWR);
 
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		if (prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0))
+		if (mergeable && prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0))
 			die("prctl(PR_SET_MEMORY_MERGE): %s", strerror(errno));
 		dup2(null, 0);
 		dup2(null, 1);
@@ -257,40 +256,65 @@ static void load_redis(unsigned int port, unsigned int rows)
 		die("redis-cli could not load the data");
 }
 
-void run_apps(void)
+pid_t start_redis(unsigned int port, unsigned int rows, bool mergeable)
+{
+	char text[16], *redis[] = {
+		"redis-server", "--port", text, "--save", "", "--appendonly", "no",
+		"--daemonize", "no", NULL,
+	};
+	pid_t pid;
+
+	if (system("command -v redis-server redis-cli >/dev/null"))
+		die("needs redis: boot with --root demo");
+	snprintf(text, sizeof(text), "%u", port);
+	pid = launch(redis, mergeable);
+	load_redis(port, rows);
+	return pid;
+}
+
+void start_apps(pid_t pids[2 * APPS_EACH])
 {
 	unsigned int rows = opt.quick ? 4000 : 16000;
-	uint64_t series[APPS_SAMPLES][3], seconds = opt.quick ? 6 : 20;
-	struct scan before, spent;
-	pid_t pids[2 * APPS_EACH];
-	size_t n = 0, samples = 0;
 	char text[32], ready[32];
 
-	if (system("command -v redis-server python3 redis-cli >/dev/null"))
-		die("needs redis and python: boot with --root demo");
-	ksm_reset();
+	if (system("command -v python3 >/dev/null"))
+		die("needs python: boot with --root demo");
 	snprintf(text, sizeof(text), "%u", rows);
 	for (unsigned int i = 0; i < APPS_EACH; i++) {
-		char port[16], *redis[] = {
-			"redis-server", "--port", port, "--save", "", "--appendonly", "no",
-			"--daemonize", "no", NULL,
-		};
 		char *python[] = {
 			"python3", "-c", (char *)python_program, text, ready, NULL,
 		};
 
-		snprintf(port, sizeof(port), "%u", APPS_PORT + i);
-		pids[n++] = launch(redis);
-		load_redis(APPS_PORT + i, rows);
+		pids[2 * i] = start_redis(APPS_PORT + i, rows, true);
 		snprintf(ready, sizeof(ready), "/tmp/python-%u", i);
 		unlink(ready);
-		pids[n++] = launch(python);
+		pids[2 * i + 1] = launch(python, true);
 		for (int tries = 0; access(ready, F_OK); tries++) {
 			if (tries == 600)
 				die("python does not get ready");
 			sleep_us(100000);
 		}
 	}
+}
+
+void kill_all(const pid_t *pids, size_t n)
+{
+	for (size_t i = 0; i < n; i++) {
+		kill(pids[i], SIGKILL);
+		while (waitpid(pids[i], NULL, 0) < 0 && errno == EINTR)
+			;
+	}
+}
+
+void run_apps(void)
+{
+	uint64_t series[APPS_SAMPLES][3], seconds = opt.quick ? 6 : 20;
+	struct scan before, spent;
+	pid_t pids[2 * APPS_EACH];
+	size_t samples = 0;
+
+	ksm_reset();
+	start_apps(pids);
 	before = scan_now();
 	ksm_run_freely(1000, 20);
 	do {
@@ -300,7 +324,7 @@ void run_apps(void)
 		spent = scan_since(&before);
 		row[0] = spent.wall_ns / 1000000;
 		row[1] = spent.cpu_ns / 1000000;
-		row[2] = ksm_get("pages_sharing") + ksm_get("ksm_zero_pages");
+		row[2] = ksm_saved();
 	} while (spent.wall_ns < seconds * 1000000000 && samples < APPS_SAMPLES);
 	ksm_stop();
 	json_begin("programs");
@@ -308,8 +332,5 @@ void run_apps(void)
 	json_u64("saved", series[samples - 1][2]);
 	json_pairs("series", series, samples);
 	json_end();
-	for (size_t i = 0; i < n; i++) {
-		kill(pids[i], SIGKILL);
-		waitpid(pids[i], NULL, 0);
-	}
+	kill_all(pids, ARRAY_SIZE(pids));
 }

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Usage: report.py RAW.JSONL OUTDIR LIST
 
-Tables (report.md, also printed), figures (results.json) and plots (*.png) of what
-rksm-bench printed. LIST is what rksm-bench --list prints. Works with one side missing and with a run that broke off. Exit
+Tables (report.md, also printed), figures (results.json), plots (*.png) and what was saved over time
+(equal-cpu.csv, clones.csv) of what rksm-bench printed. LIST is what rksm-bench --list prints. Works with one side missing and with a run that broke off. Exit
 status 1 if a workload failed.
 """
 
+import csv
 import json
 import os
 import statistics
@@ -14,13 +15,20 @@ import sys
 import textwrap
 
 SIDES = ("builtin", "rksm")
-NAMES = {"builtin": "built-in", "rksm": "rksm", "none": "no KSM", "floor": "floor"}
-COLOURS = {"builtin": "tab:red", "rksm": "tab:blue", "floor": "tab:gray"}
+# rksm with governor=auto is a third one for the workloads that are about time.
+AUTO = "auto"
+NAMES = {"builtin": "built-in", "rksm": "rksm", "auto": "auto", "none": "no KSM", "floor": "floor"}
+COLOURS = {"builtin": "tab:red", "rksm": "tab:blue", "auto": "tab:green", "floor": "tab:gray"}
+GOVERNOR = ("clones", "quiet", "equal-cpu", "neighbour", "futile", "budget")
+WITHOUT_KSM = ("latency", "victim", "neighbour")
+# Memory saved against what KSM saves in the same time with the same CPU, as its authors say of UKSM
+# (FAST '18).
+UKSM = {"static": ("static", 12.6), "clones": ("dynamic", 5), "apps": ("static", 12.6)}
 MIB = 256  # pages
 
 class Metric:
-    def __init__(self, key, unit, of, more=False, digits=2):
-        self.key, self.unit, self.of, self.more, self.digits = key, unit, of, more, digits
+    def __init__(self, key, unit, of, more=False, digits=2, ratio=True):
+        self.key, self.unit, self.of, self.more, self.digits, self.ratio = key, unit, of, more, digits, ratio
 
 
 def visits(r):
@@ -77,6 +85,30 @@ def time_to_saving(index):
 def latency(op, point):
     key = f"{op}_{point}_ns"
     return Metric(f"{op} {point}", "µs", lambda r: r[key] / 1e3)
+
+
+def cpu_percent(r):
+    return 100 * r["cpu_ns"] / r["wall_ns"]
+
+
+def per_second(key):
+    return lambda r: r[key] / (r["wall_ns"] / 1e9)
+
+
+def time_to_95(r):
+    if not r["reached"]:
+        raise KeyError("reached")
+    return r["to_goal_ns"] / 1e9
+
+
+def excess(window):
+    key = f"{window}_excess_ms"
+    return Metric(f"over the budget, {window}", "ms", lambda r: r[key], digits=1, ratio=False)
+
+
+def used(window):
+    key = f"{window}_cpu_ms"
+    return Metric(f"most CPU, {window}", "ms", lambda r: r[key], digits=1)
 
 
 CPU_PER_PAGE = Metric("CPU per page", "µs", us_per_page, digits=3)
@@ -160,6 +192,46 @@ METRICS = {
         Metric("longest fault", "ms", lambda r: r["fault_ns"] / 1e6),
         Metric("longest fork to exit", "ms", lambda r: r["fork_ns"] / 1e6),
     ],
+    "clones": [
+        Metric("time to 95 %", "s", time_to_95),
+        Metric("merged, of 95 % of what can be", "%", lambda r: min(100, 100 * r["saved"] / r["goal"]), more=True, digits=1),
+        Metric("CPU till then", "s", lambda r: r["cpu_ns"] / 1e9),
+    ],
+    "quiet": [
+        Metric("wake-ups per second", "1/s", per_second("sleeps"), digits=2),
+        Metric("the same by its own count", "1/s", per_second("own_wakeups"), digits=2),
+        Metric("CPU", "% of a CPU", cpu_percent, digits=3),
+        Metric("settled for", "s", lambda r: r["settle_s"], digits=0),
+    ],
+    "equal-cpu": [
+        Metric("saved on average", "MiB", lambda r: r["saved_mean"] / MIB, more=True),
+        Metric("the same, of what is possible", "%", lambda r: 100 * r["saved_mean"] / r["possible_mean"], more=True, digits=1),
+        Metric("saved at the end", "MiB", lambda r: r["saved"] / MIB, more=True),
+        Metric("time to 90 % of the possible", "s", lambda r: time_to_90(r), digits=1),
+        Metric("CPU used", "% of a CPU", cpu_percent),
+    ],
+    "neighbour": [Metric(f"request {p}", "ms", (lambda k: lambda r: r[k] / 1e6)(f"request_{p}_ns"), digits=3)
+                  for p in ("p50", "p99", "p999")] + [
+        Metric("merged, of what is possible", "%", lambda r: 100 * r["merged_share"], more=True, digits=1),
+        Metric("scanner's CPU", "% of a CPU", cpu_percent, digits=1),
+        Metric("redis's CPU", "µs per request", lambda r: r["redis_cpu_ns"] / r["request_count"] / 1e3, digits=1),
+        Metric("its page faults", "per 1000 requests", lambda r: 1000 * r["faults"] / r["request_count"]),
+        Metric("its CPU's TLB shoot-downs", "per 1000 requests", lambda r: 1000 * r["shootdowns"] / r["request_count"]),
+        Metric("given up", "% of the requests", lambda r: 100 * r["given_up"] / (r["given_up"] + r["request_count"]), digits=1),
+    ],
+    "futile": [
+        Metric("merges", "", lambda r: r["merges"], digits=0),
+        Metric("broken again", "", lambda r: r["broken"], digits=0),
+        Metric("of these within 10 s", "", lambda r: r["futile"], digits=0),
+        Metric("merged on average", "MiB", lambda r: r["merged_mean"] / MIB, more=True),
+        Metric("broken, by the kernel's count", "", lambda r: r["cow_ksm"], digits=0),
+        Metric("CPU", "% of a CPU", cpu_percent, digits=1),
+    ],
+    "budget": [used(w) for w in ("500ms", "1000ms", "5000ms", "30000ms")] + [
+        excess(w) for w in ("500ms", "1000ms", "5000ms", "30000ms", "any")] + [
+        Metric("CPU", "% of a CPU", cpu_percent),
+        Metric("CPU by its own count, of what is seen", "%", lambda r: 100 * r["own_cpu_us"] * 1e3 / r["cpu_ns"], digits=1),
+    ],
     "threads": [
         Metric("pages per second", "1/s", lambda r: r["pages"] * r["full_scans"] / (r["wall_ns"] / 1e9), more=True, digits=0),
     ],
@@ -184,14 +256,14 @@ def load_list(path):
     what, names = {}, {}
     with open(path, encoding="utf-8") as f:
         for line in f:
-            name, alias, _, _, _, text = line.rstrip("\n").split(" ", 5)
+            name, alias, _, _, _, _, _, text = line.rstrip("\n").split(" ", 7)
             what[name] = text
             names[alias] = name
     return what, names
 
 
 def load(path):
-    meta, host, records, failed = {}, {}, [], []
+    meta, host, records, failed, not_run = {}, {}, [], [], []
     with open(path, encoding="utf-8") as f:
         for line in f:
             try:
@@ -205,9 +277,40 @@ def load(path):
                 host = r["host"]
             elif "failed" in r:
                 failed.append(r)
+            elif "not_run" in r:
+                not_run.append(r["not_run"])
             else:
                 records.append(r)
-    return meta, host, records, failed
+    return meta, host, records, failed, sorted(set(not_run))
+
+
+def same_possible(records):
+    """
+    What is possible in a scene of equal-cpu is the most that anybody could save in the end, of what
+    one process has more of than the next time, too; and when 90 % of it was reached.
+    """
+    runs = [r for r in records if r["workload"] == "equal-cpu"]
+    for r in runs:
+        if not r["case"].startswith("clones"):
+            r["possible"] = r["possible_mean"] = max(x["possible"] for x in runs if x["case"] == r["case"])
+        r["to_90_ms"] = next((row[0] for row in r["series"] if row[2] >= 0.9 * r["possible"]), None)
+
+
+def lacking(records):
+    """Cases that one contender has and another one has not, as where a line was lost on its way."""
+    for w in GOVERNOR:
+        runs = {(r["case"], r["impl"], r["round"]) for r in records if r["workload"] == w}
+        starts = {(impl, number) for _, impl, number in runs}
+        for case in sorted({case for case, _, _ in runs}):
+            for impl, number in sorted(starts):
+                if (case, impl, number) not in runs:
+                    yield {"workload": w, "case": case, "impl": impl, "round": number, "failed": "no result"}
+
+
+def time_to_90(r):
+    if r["to_90_ms"] is None:
+        raise KeyError("to_90_ms")
+    return r["to_90_ms"] / 1e3
 
 
 class Results:
@@ -236,9 +339,9 @@ class Results:
     def get(self, workload, case, smart, side, key):
         return self.figures.get((workload, case, smart, side, key))
 
-    def ratio(self, workload, case, smart, key):
+    def ratio(self, workload, case, smart, key, side="rksm", to="builtin"):
         """rksm over built-in."""
-        a, b = (self.get(workload, case, smart, s, key) for s in ("rksm", "builtin"))
+        a, b = (self.get(workload, case, smart, s, key) for s in (side, to))
         return a.median / b.median if a and b and b.median else None
 
     def of_workload(self, workload, smart=None):
@@ -267,22 +370,24 @@ def tables(res, what):
         cases = res.of_workload(w)
         if not cases:
             continue
-        extra = "none" if w in ("latency", "victim") else "floor"
+        extra = "none" if w in WITHOUT_KSM else "floor"
+        sides = (*SIDES, AUTO) if any(res.get(*c, AUTO, m.key) for c in cases for m in METRICS[w]) else SIDES
         with_extra = any(res.get(*c, extra, m.key) for c in cases for m in METRICS[w])
-        head = ["case", "smart_scan", "figure", "unit", "built-in", "rksm", "rksm : built-in"]
+        head = ["case", "smart_scan", "figure", "unit", *(NAMES[s] for s in sides),
+                *(f"{NAMES[s]} : built-in" for s in sides[1:])]
         if with_extra:
             head.insert(4, NAMES[extra])
         rows = []
         for c in cases:
             for m in METRICS[w]:
-                side = {s: res.get(*c, s, m.key) for s in (*SIDES, extra)}
+                side = {s: res.get(*c, s, m.key) for s in (*sides, extra)}
                 if not any(side.values()):
                     continue
                 row = [c[1], c[2], m.key, m.unit]
                 if with_extra:
                     row.append(side[extra].text(m.digits) if side[extra] else "")
-                row += [side[s].text(m.digits) if side[s] else "" for s in SIDES]
-                row.append(times(res.ratio(*c, m.key)))
+                row += [side[s].text(m.digits) if side[s] else "" for s in sides]
+                row += [times(res.ratio(*c, m.key, side=s)) if m.ratio else "" for s in sides[1:]]
                 rows.append(row)
         # The row without any KSM has a smart_scan of its own.
         parts.append(f"## {w}: {what[w]}\n\n{table(head, rows)}")
@@ -356,6 +461,64 @@ def in_place(t, case, limit):
           f"{peak.text(1)} MiB", peak.median <= most)
 
 
+def governor_targets(t, res):
+    """What is asked of governor=auto; there are no rows without it."""
+
+    def runs(case, side):
+        return [r for r in res.records if (r["workload"], r["case"], r["smart_scan"], r["impl"]) == (*case, side)]
+
+    def limit(what, case, key, most, unit, digits=2, grain=0):
+        f = res.get(*case, AUTO, key)
+        if runs(case, AUTO):
+            t.add(f"{case[0]} {case[1]}, auto: {what}", f"at most {most} {unit}",
+                  f"{f.text(digits)} {unit}" if f else "not reached", f is not None and f.median <= most + grain)
+
+    for c in res.of_workload("clones"):
+        limit("time to 95 %", c, "time to 95 %", 2, "s")
+    for c in res.of_workload("quiet"):
+        # A window of 60 s can have 61 of what comes every second.
+        grain = max((1e9 / r["wall_ns"] for r in runs(c, AUTO) if r["pages"]), default=0)
+        limit("wake-ups", c, "wake-ups per second", 0 if c[1] == "nothing" else 1, "1/s", grain=grain)
+        limit("CPU", c, "CPU", 0.1, "% of a CPU", 3)
+    for c in res.of_workload("equal-cpu"):
+        kind, factor = UKSM[c[1].split(",")[0]]
+        for side in ("rksm", AUTO):
+            r = res.ratio(*c, "saved on average", side=side)
+            cpu = res.ratio(*c, "CPU used", side=side)
+            share = res.get(*c, "builtin", "the same, of what is possible")
+            if r is not None and cpu and share and share.median:
+                # Who saves half of what there is cannot be beaten by more than two times, and who has used
+                # more CPU has not beaten anybody.
+                t.add(f"equal-cpu {c[1]}, {NAMES[side]}: saved on average, against the built-in",
+                      f"more than {factor} times, which UKSM claims ({kind})",
+                      f"{r:.2f} times, of at most {100 / share.median:.2f}, with {cpu:.2f} times the CPU",
+                      r > factor if side == AUTO and cpu <= 1.15 else None)
+            ours, theirs = (res.get(*c, s, "time to 90 % of the possible") for s in (side, "builtin"))
+            window = [r["window_ms"] / 1e3 for r in runs(c, "builtin")]
+            if ours and window:
+                r = (theirs.median if theirs else window[0]) / max(ours.median, 0.5)
+                t.add(f"equal-cpu {c[1]}, {NAMES[side]}: time to 90 %, the built-in's against it", "-",
+                      f"{'' if theirs else 'more than '}{r:.1f} times", None)
+    for c in res.of_workload("neighbour"):
+        for key, most in (("request p99", 1.1), ("request p999", 1.2)):
+            for side in (*SIDES, AUTO):
+                r = res.ratio(*c, key, side=side, to="none")
+                if r is not None:
+                    t.add(f"neighbour {c[1]}, {NAMES[side]}: {key} against no KSM",
+                          f"at most {most} times" if side == AUTO else "-", f"{r:.2f} times",
+                          r <= most if side == AUTO else None)
+    for c in res.of_workload("futile"):
+        for side in ("rksm", AUTO):
+            r = res.ratio(*c, "of these within 10 s", side=side)
+            if r is not None:
+                t.add(f"futile {c[1]}, {NAMES[side]}: merges that last less than 10 s, against the built-in",
+                      "at most 1/2" if side == AUTO else "-", times(r), r <= 0.5 if side == AUTO else None)
+    for r in res.records:
+        if r["workload"] == "budget" and r["judged"]:
+            t.add(f"budget, {NAMES[r['impl']]}, round {r['round']}: at most {r['burst_ms']} ms and {r['percent']} % in any window",
+                  f"holds but for {r['slack_ms']} ms", f"{r['any_excess_ms']:+.1f} ms", bool(r["holds"]))
+
+
 def targets(res):
     t = Targets(res)
     cpu = "CPU per page"
@@ -422,7 +585,22 @@ def targets(res):
             if one and two:
                 r = two.median / one.median
                 t.add(f"threads {c}: pages per second, 2 threads against 1", "at least 1.7 times", f"{r:.2f} times", r >= 1.7)
+    governor_targets(t, res)
     return t.rows
+
+
+def write_csv(res, where):
+    """What was saved over time, for who wants to draw it otherwise."""
+    for workload in ("equal-cpu", "clones"):
+        runs = [r for r in res.records if r["workload"] == workload]
+        if not runs:
+            continue
+        with open(os.path.join(where, f"{workload}.csv"), "w", encoding="utf-8", newline="") as f:
+            out = csv.writer(f, lineterminator="\n")
+            out.writerow(["case", "side", "round", "seed", "ms", "cpu_ms", "saved_pages"])
+            for r in runs:
+                for row in r["series"]:
+                    out.writerow([r["case"], NAMES[r["impl"]], r["round"], r["seed"], *row])
 
 
 def plots(res, where, caption):
@@ -492,6 +670,11 @@ def plots(res, where, caption):
 
     for c in res.of_workload("apps"):
         over_time(*c, "apps-time.png", "apps: redis and Python, memory saved and CPU against time")
+    for c in res.of_workload("equal-cpu"):
+        over_time(*c, f"equal-cpu-{c[1].replace(',', '-').rstrip('%')}.png",
+                  f"equal-cpu, {c[1]} of a CPU: memory saved and CPU against time")
+    for c in res.of_workload("clones"):
+        over_time(*c, f"clones-{c[1].replace(',', '-')}.png", f"clones, {c[1]}: memory merged and CPU since the last one's start")
     for c in res.of_workload("copies", 0):
         over_time(*c, f"copies-time-{c[1]}.png", f"copies, {c[1]}: memory saved and CPU against time, smart_scan=0")
     return made
@@ -502,13 +685,15 @@ def main():
         sys.exit(__doc__)
     raw, where, list_path = sys.argv[1:]
     what, names = load_list(list_path)
-    meta, host, records, failed = load(raw)
+    meta, host, records, failed, not_run = load(raw)
     if not records:
         sys.exit(f"{raw}: no result at all")
     for r in records:
         r["workload"] = names.get(r["workload"], r["workload"])
-        if r["workload"] in ("latency", "victim") and r["impl"] == "none":
-            r["smart_scan"] = 0
+        if r["workload"] in WITHOUT_KSM and r["impl"] == "none":
+            r["smart_scan"] = int(r["workload"] in GOVERNOR)
+    failed += lacking(records)
+    same_possible(records)
     res = Results(records)
     how = {
         "tcg": "software emulation (QEMU TCG), not hardware",
@@ -517,8 +702,12 @@ def main():
     caption = (f"Linux {meta.get('release', '?')}, {meta.get('cpus', '?')} CPUs, "
                f"{meta.get('mem_kb', 0) / 1048576:.1f} GiB, run under {how}; "
                f"median [min … max] of {meta.get('rounds', '?')} rounds, sides by turns in one boot")
+    seeds = sorted({r["seed"] for r in records if "seed" in r})
+    caption += f"; seed {', '.join(map(str, seeds))}" if seeds else ""
     if meta.get("quick"):
         caption += "; quick sizes"
+        if any(r["workload"] == "quiet" for r in records):
+            caption += ", quiet after 20 s instead of two minutes"
     rows = targets(res)
     text = [
         "# rksm against the built-in KSM",
@@ -532,6 +721,8 @@ def main():
         table(["what", "target", "measured", "met"],
               [[r["what"], r["target"], r["measured"], {True: "yes", False: "NO", None: "-"}[r["met"]]] for r in rows]),
     ]
+    if not_run:
+        text.append("## Not run\n\n" + "\n".join(f"- {s}" for s in not_run))
     if failed:
         text.append("## Failed\n\n" + "\n".join(f"- {json.dumps(f)}" for f in failed))
     text = "\n\n".join(text) + "\n"
@@ -548,6 +739,7 @@ def main():
                 for (w, c, s, i, k), v in res.figures.items()
             ],
         }, f, indent=1, ensure_ascii=False)
+    write_csv(res, where)
     plots(res, where, caption)
     return 1 if failed else 0
 

@@ -122,6 +122,7 @@ void json_begin(const char *kase)
 	printf("{\"workload\":\"%s\",\"case\":\"%s\",\"impl\":\"%s\",\"smart_scan\":%d,\"round\":%d,\"quick\":%s",
 	       opt.workload, kase, opt.impl, opt.smart_scan, opt.round,
 	       opt.quick ? "true" : "false");
+	json_u64("seed", opt.seed);
 }
 
 void json_u64(const char *key, uint64_t value)

@@ -31,7 +31,7 @@ struct sample {
 	uint64_t accesses, wall_ns, cpu_ns, faults, shootdowns;
 };
 
-static void run_on(pid_t pid, unsigned int cpu)
+void run_on(pid_t pid, unsigned int cpu)
 {
 	cpu_set_t cpus;
 
@@ -75,7 +75,7 @@ static void __attribute__((noreturn)) be_victim(volatile struct shared *shared, 
 }
 
 /* The shoot-downs of its TLB that the victim's CPU was interrupted for. */
-static uint64_t shootdowns(void)
+uint64_t shootdowns(void)
 {
 	char *line = NULL;
 	size_t room = 0;
@@ -98,9 +98,8 @@ static uint64_t shootdowns(void)
 	return value;
 }
 
-static struct sample sample_now(pid_t pid, const volatile struct shared *shared)
+void process_costs(pid_t pid, uint64_t *cpu_ns, uint64_t *faults)
 {
-	struct sample s = { .shootdowns = shootdowns() };
 	char path[64], buf[1024], *at;
 
 	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
@@ -108,12 +107,19 @@ static struct sample sample_now(pid_t pid, const volatile struct shared *shared)
 		die("the victim died");
 	at = strrchr(buf, ')');
 	/* State, six numbers, and then the minor faults. */
-	if (!at || sscanf(at, ") %*c %*d %*d %*d %*d %*d %*u %lu", &s.faults) != 1)
+	if (!at || sscanf(at, ") %*c %*d %*d %*d %*d %*d %*u %lu", faults) != 1)
 		die("no faults in %s", path);
 	snprintf(path, sizeof(path), "/proc/%d/schedstat", pid);
 	if (!read_text(path, buf, sizeof(buf)))
 		die("the victim died");
-	s.cpu_ns = strtoull(buf, NULL, 10);
+	*cpu_ns = strtoull(buf, NULL, 10);
+}
+
+static struct sample sample_now(pid_t pid, const volatile struct shared *shared)
+{
+	struct sample s = { .shootdowns = shootdowns() };
+
+	process_costs(pid, &s.cpu_ns, &s.faults);
 	s.accesses = shared->accesses;
 	s.wall_ns = now_ns();
 	return s;

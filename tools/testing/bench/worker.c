@@ -170,6 +170,9 @@ static void __attribute__((noreturn)) serve(int fd, const struct shape *shape)
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	area = make_area(shape);
+	answer = (uintptr_t)area;
+	if (write(fd, &answer, sizeof(answer)) != sizeof(answer))
+		_exit(1);
 	answer = advise(area, shape, MADV_MERGEABLE);
 	while (write(fd, &answer, sizeof(answer)) == sizeof(answer) &&
 	       read(fd, &request, sizeof(request)) == sizeof(request)) {
@@ -222,6 +225,7 @@ void worker_start(struct worker *w, const struct shape *shape)
 	}
 	close(fds[1]);
 	w->fd = fds[0];
+	w->area = (const char *)(uintptr_t)answer_of(w);
 	w->register_ns = answer_of(w);
 }
 
