@@ -432,9 +432,7 @@ int main(int argc, char **argv)
 		}
 	}
 	ksm_set("run", 2);
-	ksft_test_result(ksm_get("pages_shared") == 0 && ksm_get("pages_sharing") == 0 &&
-			 ksm_get("pages_unshared") == 0 && ksm_get("stable_node_dups") == 0,
-			 "nothing is left of it\n");
+	ksft_test_result(ksm_all_zero(), "nothing is left of it\n");
 	/*
 	 * Not asserted: fork copies the count of the mm before it locks the page tables, so
 	 * zero pages that are merged between the two are counted once too few. zero.c has

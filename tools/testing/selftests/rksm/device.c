@@ -123,6 +123,11 @@ bool device_stat(pid_t pid, struct rksm_stat_record *record)
 	return found.found;
 }
 
+unsigned long known_pages(const struct rksm_stat_record *stat)
+{
+	return stat->merged + stat->unique + stat->changing + stat->fresh;
+}
+
 /* Rules */
 
 static int rule_call(int pidfd, const char *path, unsigned int flags, unsigned int action)
@@ -184,6 +189,24 @@ bool holds_within(bool (*cond)(void *arg), void *arg, int seconds)
 		usleep(10000);
 	}
 	return false;
+}
+
+bool holds_late(bool (*cond)(void *arg), void *arg, int seconds)
+{
+	struct timespec begun, now;
+	bool held;
+
+	clock_gettime(CLOCK_MONOTONIC, &begun);
+	do {
+		held = cond(arg);
+		if (!held)
+			usleep(50000);
+		clock_gettime(CLOCK_MONOTONIC, &now);
+	} while (!held && now.tv_sec - begun.tv_sec <= seconds);
+	if (now.tv_sec - begun.tv_sec > 5)
+		ksft_print_msg("%s after %ld s\n", held ? "held" : "did not hold",
+			       (long)(now.tv_sec - begun.tv_sec));
+	return held;
 }
 
 /* A rule that has just been made has applied to a process when a whole sweep has seen it */
@@ -288,6 +311,25 @@ static bool hold_huge(void)
 	return map.flags & KPF_THP && hold(huge, 1);
 }
 
+static void fill(struct target_state *state, size_t pages)
+{
+	for (size_t i = 0; i < pages; i++)
+		fill_page(state->area + i * PAGE, state->key + i % state->contents);
+}
+
+/* One page off, so that the offset in a page table is another one too */
+static bool move(struct target_state *state)
+{
+	size_t size = state->pages * PAGE;
+	char *to = mmap(NULL, size + PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (to == MAP_FAILED || mremap(state->area, size, size, MREMAP_MAYMOVE | MREMAP_FIXED,
+				       to + PAGE) == MAP_FAILED)
+		return false;
+	state->area = to + PAGE;
+	return true;
+}
+
 static bool carry_out(struct target_state *state)
 {
 	bool ok = true;
@@ -332,6 +374,19 @@ static bool carry_out(struct target_state *state)
 		return prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1;
 	case OP_PRCTL:
 		return !prctl(PR_SET_MEMORY_MERGE, state->n, 0, 0, 0);
+	case OP_DROP:
+		ok = !madvise(state->area, state->n * PAGE, MADV_DONTNEED);
+		fill(state, state->n);
+		return ok;
+	case OP_REMAP:
+		munmap(state->area, state->n * PAGE);
+		map_at(state->area, state->n);
+		madvise(state->area, state->n * PAGE, MADV_NOHUGEPAGE);
+		fill(state, state->n);
+		mergeable(state->area, state->n);
+		return true;
+	case OP_MOVE:
+		return move(state);
 	case OP_FORK:
 		/* Only the parent may say so: both see the state */
 		pid = fork();
@@ -370,8 +425,7 @@ static int target_child(void *arg)
 	} else {
 		state->area = map_pages(state->pages);
 	}
-	for (size_t i = 0; i < state->pages; i++)
-		fill_page(state->area + i * PAGE, state->key + i % state->contents);
+	fill(state, state->pages);
 	if (state->opt == OPT_MADVISE)
 		mergeable(state->area, state->pages);
 	else if (state->opt == OPT_PRCTL && prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0))
@@ -418,7 +472,16 @@ bool target_do(struct target *target, enum op op, size_t n)
 	/* After exec its end of the pipe is closed */
 	if (!child_wait_step(&target->child))
 		return op == OP_EXEC;
+	target->area = target->state->area;
 	return target->state->ok;
+}
+
+struct rksm_stat_record target_stat(const struct target *target)
+{
+	struct rksm_stat_record stat = {};
+
+	device_stat(target->child.pid, &stat);
+	return stat;
 }
 
 size_t target_merged(const struct target *target)

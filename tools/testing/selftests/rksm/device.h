@@ -24,6 +24,8 @@ int pidfd_of(pid_t pid);
 
 /* The record of a process, if there is one */
 bool device_stat(pid_t pid, struct rksm_stat_record *record);
+/* Pages that the record counts */
+unsigned long known_pages(const struct rksm_stat_record *stat);
 /*
  * Calls f with each record of RKSM_IOC_STAT or RKSM_IOC_RULES, as many at a time as have room in
  * so many bytes. Returns 0 or -errno.
@@ -39,6 +41,8 @@ long rule_processes(pid_t pid, const char *path);
 void rules_swept(void);
 /* Until cond holds, for at most so many seconds; false where it never did */
 bool holds_within(bool (*cond)(void *arg), void *arg, int seconds);
+/* The same with fewer looks; prints how long it took where that was more than a few seconds */
+bool holds_late(bool (*cond)(void *arg), void *arg, int seconds);
 
 enum opt {
 	OPT_NONE,
@@ -62,6 +66,9 @@ enum op {
 	OP_PRCTL,	/* has prctl say so, or no longer */
 	OP_CHURN,	/* maps and unmaps in another thread until OP_CHURNED */
 	OP_CHURNED,
+	OP_DROP,	/* MADV_DONTNEED on so many of its first pages, which are filled again */
+	OP_REMAP,	/* the same by munmap and mmap */
+	OP_MOVE,	/* moves all its memory; target->area is then the new place */
 	OP_FORK,	/* forks; the child sleeps */
 	OP_EXEC		/* becomes a program that sleeps */
 };
@@ -90,6 +97,8 @@ struct target target_start(size_t pages, size_t contents, uint64_t key, enum opt
 struct target target_start_huge(size_t pages, size_t contents, uint64_t key, enum opt opt);
 bool target_do(struct target *target, enum op op, size_t n);
 size_t target_merged(const struct target *target);
+/* Its record; all zeroes where there is none */
+struct rksm_stat_record target_stat(const struct target *target);
 void target_end(struct target *target);
 
 /*

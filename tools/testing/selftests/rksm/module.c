@@ -406,7 +406,7 @@ int main(int argc, char **argv)
 	ksft_test_result(refused((const char *[]){ "root_stable_tree", "migrate_nodes", NULL },
 				 -ENOENT),
 			 "a kernel without two symbols is refused, and the built-in merges on\n");
-	ksft_test_result(refused((const char *[]){ "linear_page_index", NULL }, -EINVAL),
+	ksft_test_result(refused((const char *[]){ "rmap_hlist_len", NULL }, -EINVAL),
 			 "a kernel with another layout is refused, and the built-in merges on\n");
 	ksft_test_result(refused((const char *[]){ "kallsyms_on_each_match_symbol", NULL },
 				 -ENOENT),

@@ -10,7 +10,8 @@
  *
  * TORTURE_SECONDS=N in the environment says for how long, TORTURE_UPGRADES=N how often the
  * module goes and comes back in place at least, RKSM_OTHER_KO=FILE which other build of it
- * comes every other time.
+ * comes every other time. TORTURE_GOVERNOR=auto has the governor pace the scanner,
+ * TORTURE_GOVERNOR=switch now the one and now the other.
  *
  * runs: none
  */
@@ -94,7 +95,8 @@ static struct shared {
 	atomic_int soft_offlines;
 } *shared;
 
-static bool two_nodes, can_swap;
+static bool two_nodes, can_swap, always_auto;
+static const char *governor;
 static int reclaim = -1;
 
 static void count(enum op op)
@@ -533,12 +535,21 @@ static void write_knobs(void)
 		{ "scan_threads", { "1", "2", "4", "0", "1000000" } },
 		{ "pages_shared", { "1", "0" } },
 		{ "full_scans", { "0" } },
+		/* The governor's own, its file last */
+		{ "cpu_percent", { "1", "5", "50", "100", "0", "-1" } },
+		{ "pressure_cpu_percent", { "1", "10", "100", "0", "x" } },
+		{ "cpu_burst_millisecs", { "1", "100", "2000", "60000", "0", "60001" } },
+		{ "governor", { "auto", "knobs", "auto", "knobs", "Auto" } },
 	};
+	size_t files = ARRAY_SIZE(tries) - (governor ? always_auto : 4);
 
 	while (!atomic_load(&shared->stop)) {
-		size_t file = rnd_below(2) ? 0 : rnd_below(ARRAY_SIZE(tries)), n = 0;
+		size_t file = rnd_below(2) ? 0 : rnd_below(files), n = 0;
 		int err;
 
+		/* Anew after each insmod, and where nothing is loaded for nothing */
+		if (always_auto)
+			ksm_try("governor", "auto");
 		while (n < ARRAY_SIZE(tries[0].values) && tries[file].values[n])
 			n++;
 		err = ksm_try(tries[file].file, tries[file].values[rnd_below(n)]);
@@ -706,6 +717,8 @@ int main(int argc, char **argv)
 	option = getenv("TORTURE_UPGRADES");
 	if (option)
 		upgrades = strtoul(option, NULL, 10);
+	governor = getenv("TORTURE_GOVERNOR");
+	always_auto = governor && !strcmp(governor, "auto");
 	/*
 	 * Pages that are shared since a fork become KSM pages for both, also where only one side
 	 * takes part, and then nobody unmerges the other side's: so all take part.

@@ -186,6 +186,8 @@ void ksm_reset(void)
 	if (getpid() == main_pid)
 		watchdog_start();
 	ksm_set("run", 2);
+	/* Only rksm has it */
+	ksm_try("governor", "knobs");
 	if (ksm_try("advisor_mode", "none"))
 		die("cannot switch the advisor off");
 	ksm_set("run", 0);

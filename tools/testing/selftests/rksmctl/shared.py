@@ -13,10 +13,10 @@ from ksmfs import KSM
 CLONES = 20
 
 
-def knobs(*names):
+def knobs(*names, directory=KSM):
     values = {}
     for name in names:
-        with open(f"{KSM}/{name}") as file:
+        with open(f"{directory}/{name}") as file:
             text = file.read().strip()
         values[name] = text.split("[")[1].split("]")[0] if "[" in text else text
     return values
@@ -42,7 +42,17 @@ def doctor():
           and "echo 1" in running["remedy"], "doctor finds that nothing is scanned", found)
 
 
-def tune(rksm):
+def unwritable(path, do):
+    """What do() returns while nothing can be written to the file."""
+    for command in (["mount", "--bind", path, path], ["mount", "-o", "remount,bind,ro", path]):
+        subprocess.run(command, check=True)
+    result = do()
+    subprocess.run(["umount", path], check=True)
+    return result
+
+
+def tune():
+    """Of the built-in: by the knobs."""
     step("tune")
     write("advisor_mode", "scan-time")
     run = ctl("tune", "quiet")
@@ -50,24 +60,48 @@ def tune(rksm):
     check(run.status == 0 and list(knobs(*names).values()) == ["none", "1", "200", "100"],
           "tune quiet sets the knobs", run, knobs(*names))
     # One that cannot be written, after some that can.
-    for command in (["mount", "--bind", f"{KSM}/pages_to_scan", f"{KSM}/pages_to_scan"],
-                    ["mount", "-o", "remount,bind,ro", f"{KSM}/pages_to_scan"]):
-        subprocess.run(command, check=True)
-    before, run = knobs(*names), ctl("tune", "fast")
-    subprocess.run(["umount", f"{KSM}/pages_to_scan"], check=True)
+    before, run = knobs(*names), unwritable(f"{KSM}/pages_to_scan", lambda: ctl("tune", "fast"))
     check(run.status == 1 and "pages_to_scan" in run.err and knobs(*names) == before,
           "where one knob cannot be set, all stay as they were", run, before, knobs(*names))
     run = ctl("tune", "fast", "--json")
     check(run.status == 0 and list(knobs(*names).values()) == ["none", "1", "0", "4096"],
           "tune fast sets the knobs", run)
-    if rksm:
-        check("scan_threads" in run.out or read_own("scan_threads") == "1",
-              "and the number of threads", run)
+    run = ctl("tune", "knobs")
+    check(run.status == 3 and "needs rksm" in run.err, "tune knobs needs rksm", run)
 
 
-def read_own(name):
-    with open(f"/sys/kernel/mm/rksm/{name}") as file:
-        return file.read().strip()
+def tune_governor():
+    """Of rksm; leaves the knobs in force, and fast."""
+    step("tune")
+    own = "/sys/kernel/mm/rksm"
+    names = ("governor", "cpu_percent", "pressure_cpu_percent", "cpu_burst_millisecs")
+
+    def values():
+        return list(knobs(*names, directory=own).values())
+
+    defaults = values()
+    run = ctl("tune", "quiet")
+    check(run.status == 0 and values() == ["auto", "1", "2", "500"],
+          "tune quiet sets the governor", run, values())
+    told = ctl_json("status", "--no-sample")
+    check([str(told[name]) for name in names] == values() and told["budget_percent"] in (1, 2),
+          "status has its budget", told)
+    before, run = values(), unwritable(f"{own}/cpu_burst_millisecs", lambda: ctl("tune", "fast"))
+    check(run.status == 1 and "cpu_burst_millisecs" in run.err and values() == before,
+          "where one file cannot be set, all stay as they were", run, before, values())
+    run = ctl("tune", "fast", "--json")
+    check(run.status == 0 and values() == ["auto", "25", "50", "10000"]
+          and run.json["governor"] == "auto", "tune fast sets a larger budget", run, values())
+    run = ctl("tune", "balanced")
+    check(run.status == 0 and values() == ["auto", *defaults[1:]],
+          "tune balanced sets the defaults", run, defaults, values())
+    write("pages_to_scan", 4096)
+    write("sleep_millisecs", 0)
+    run = ctl("tune", "knobs")
+    names_of_knobs = ("pages_to_scan", "sleep_millisecs")
+    check(run.status == 0 and values() == ["knobs", *defaults[1:]]
+          and list(knobs(*names_of_knobs).values()) == ["4096", "0"],
+          "tune knobs goes back to the knobs, as they are", run, values())
 
 
 def run_command():
@@ -184,7 +218,10 @@ def all_of_it(name, implementation, rksm, equal, unique):
     no_huge_pages()
     status(name)
     doctor()
-    tune(rksm)
+    if rksm:
+        tune_governor()
+    else:
+        tune()
     run_command()
     errors()
     step(f"{CLONES} processes")
@@ -201,6 +238,8 @@ def all_of_it(name, implementation, rksm, equal, unique):
     export(implementation)
     report(file)
     narrow(clones[0].pid)
+    if rksm:
+        ctl("tune", "knobs")
     end(clones)
     write("run", 2)
     check(until(lambda: read("pages_sharing") == 0) is not None, "nothing is left of it")
