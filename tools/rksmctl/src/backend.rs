@@ -71,10 +71,32 @@ pub struct Own {
     pub processes: Option<u64>,
     /// "knobs" or "auto".
     pub governor: Option<String>,
-    pub cpu_percent: Option<f64>,
+    /// The governor's budget, of one CPU.
+    pub cpu_percent: Option<u64>,
+    /// The same while memory is short.
+    pub pressure_cpu_percent: Option<u64>,
     pub cpu_burst_millisecs: Option<u64>,
+    /// The governor finds memory short.
+    pub memory_pressure: Option<bool>,
     /// "none", "user" or "cgroup:N".
     pub domains: Option<String>,
+}
+
+impl Own {
+    /// Whether the governor paces the scanner, and not the knobs that both have.
+    pub fn is_governed(&self) -> bool {
+        self.governor.as_deref() == Some("auto")
+    }
+
+    /// What the governor keeps to now, in percent of one CPU; nothing where it does not pace the
+    /// scanner.
+    pub fn budget(&self) -> Option<u64> {
+        let normal = self.cpu_percent.filter(|_| self.is_governed())?;
+        match (self.memory_pressure, self.pressure_cpu_percent) {
+            (Some(true), Some(percent)) => Some(percent.max(normal)),
+            _ => Some(normal),
+        }
+    }
 }
 
 /// One of the two.
@@ -198,7 +220,9 @@ impl Backend for Rksm {
             processes: rksm(host, "processes")?,
             governor: rksm(host, "governor")?.map(chosen),
             cpu_percent: rksm(host, "cpu_percent")?,
+            pressure_cpu_percent: rksm(host, "pressure_cpu_percent")?,
             cpu_burst_millisecs: rksm(host, "cpu_burst_millisecs")?,
+            memory_pressure: rksm(host, "memory_pressure")?.map(flag),
             domains: rksm(host, "domains")?.map(chosen),
         }))
     }
@@ -235,6 +259,10 @@ fn chosen(text: String) -> String {
         .map_or(text.clone(), |(word, _)| word.to_string())
 }
 
+fn flag(n: u64) -> bool {
+    n != 0
+}
+
 fn counters(host: &Host) -> Result<Counters, Failure> {
     Ok(Counters {
         pages_shared: ksm(host, "pages_shared")?,
@@ -254,7 +282,6 @@ fn counters(host: &Host) -> Result<Counters, Failure> {
 }
 
 fn knobs(host: &Host) -> Result<Knobs, Failure> {
-    let flag = |n: u64| n != 0;
     Ok(Knobs {
         run: ksm(host, "run")?,
         pages_to_scan: ksm(host, "pages_to_scan")?,
@@ -337,9 +364,28 @@ mod tests {
         assert_eq!(backend.version().unwrap(), "0.4.0");
         let own = backend.own().unwrap().unwrap();
         assert_eq!(own.refused["pinned"], 113);
-        assert_eq!(own.governor.unwrap(), "auto");
+        assert_eq!(own.governor.as_deref(), Some("auto"));
+        assert_eq!((own.memory_pressure, own.budget()), (Some(false), Some(5)));
         assert_eq!(backend.cpu_time().unwrap(), Duration::from_millis(5600));
         backend.set("scan_threads", &2).unwrap();
         assert_eq!(backend.own().unwrap().unwrap().scan_threads, Some(2));
+    }
+
+    #[test]
+    fn budgets() {
+        let mut own = Own {
+            governor: Some("auto".into()),
+            cpu_percent: Some(5),
+            ..Own::default()
+        };
+        assert_eq!(own.budget(), Some(5));
+        (own.memory_pressure, own.pressure_cpu_percent) = (Some(true), Some(10));
+        assert_eq!(own.budget(), Some(10));
+        // Pressure never means less.
+        own.pressure_cpu_percent = Some(3);
+        assert_eq!(own.budget(), Some(5));
+        own.governor = Some("knobs".into());
+        assert_eq!(own.budget(), None);
+        assert_eq!(Own::default().budget(), None);
     }
 }

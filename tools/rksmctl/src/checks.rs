@@ -2,14 +2,15 @@
 //! What can stand in the way of merging. Each check looks at one thing of a [`Machine`]; files
 //! that cannot be read make it say nothing, never fail.
 
-use crate::backend::{detect, release, Backend};
+use crate::backend::{detect, release, Backend, Own};
 use crate::exit::Failure;
 use crate::host::{Host, KSM};
 use crate::process::{self, Process};
-use crate::units::{bytes, count, counted};
+use crate::units::{bytes, count, counted, duration, page_size};
 use serde::Serialize;
 use std::fmt::Display;
 use std::io::{Read, Seek, SeekFrom};
+use std::time::Duration;
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -85,6 +86,15 @@ impl Machine {
         self.text(&format!("{KSM}/{name}"))?.trim().parse().ok()
     }
 
+    /// What only rksm has; nothing on the built-in.
+    fn own(&self) -> Option<Own> {
+        self.backend.as_ref()?.own().ok()?
+    }
+
+    fn is_governed(&self) -> bool {
+        self.own().is_some_and(|own| own.is_governed())
+    }
+
     fn has_rksm(&self) -> bool {
         self.backend.as_ref().is_some_and(|b| b.is_rksm())
     }
@@ -93,7 +103,7 @@ impl Machine {
 type Check = fn(&Machine) -> Option<Found>;
 
 /// The checks in the order in which one would look.
-const CHECKS: [(&str, Check); 15] = [
+const CHECKS: [(&str, Check); 16] = [
     ("kernel", kernel),
     ("module", module),
     ("secure_boot", secure_boot),
@@ -101,6 +111,7 @@ const CHECKS: [(&str, Check); 15] = [
     ("permission", permission),
     ("opted_in", opted_in),
     ("guests", guests),
+    ("governor", governor),
     ("tuners", tuners),
     ("thp", thp),
     ("map_count", map_count),
@@ -398,14 +409,60 @@ fn tuners(m: &Machine) -> Option<Found> {
         return ok("nobody else sets the knobs");
     };
     let unit = tuner.unit.as_deref().unwrap_or(&tuner.comm);
+    let (comm, pid) = (&tuner.comm, tuner.pid);
+    if m.is_governed() {
+        return found(
+            Level::Warning,
+            format!(
+                "{comm} ({pid}) starts and stops the scanner by run; what it writes to \
+                 pages_to_scan and sleep_millisecs has no effect with governor=auto"
+            ),
+            format!(
+                "systemctl disable --now {unit}, and echo 1 > {KSM}/run; or leave the scanner to \
+                 it: rksmctl tune knobs"
+            ),
+        );
+    }
     found(
         Level::Warning,
-        format!(
-            "{} ({}) sets run, pages_to_scan and sleep_millisecs, too",
-            tuner.comm, tuner.pid
-        ),
+        format!("{comm} ({pid}) sets run, pages_to_scan and sleep_millisecs, too"),
         format!("systemctl disable --now {unit}; or leave the knobs and advisor_mode to it"),
     )
+}
+
+/// A full scan that takes so many seconds is worth a word.
+const LONG_SCAN: u64 = 300;
+
+fn governor(m: &Machine) -> Option<Found> {
+    let own = m.own()?;
+    own.governor.as_ref()?;
+    if let Some(percent) = own.budget() {
+        let short = match own.memory_pressure {
+            Some(true) => ", as memory is short",
+            _ => "",
+        };
+        return ok(format!("the governor keeps to {percent} % of a CPU{short}"));
+    }
+    let knobs = m.backend.as_ref()?.knobs().ok()?;
+    let untouched = knobs.pages_to_scan == 100
+        && knobs.sleep_millisecs == 20
+        && knobs.advisor_mode.is_none_or(|mode| mode == "none");
+    let memory: u64 = offering(m).map(|p| p.anon_bytes).sum();
+    let per_second = knobs.pages_to_scan * page_size() * 1000 / knobs.sleep_millisecs.max(1);
+    let seconds = memory / per_second.max(1);
+    if untouched && seconds >= LONG_SCAN {
+        return found(
+            Level::Warning,
+            format!(
+                "a full scan of the {} that are offered takes {} at least, as pages_to_scan and \
+                 sleep_millisecs have their defaults, and nothing is merged before the second",
+                bytes(memory),
+                duration(Duration::from_secs(seconds))
+            ),
+            "rksmctl tune balanced: the governor looks at new memory within a second",
+        );
+    }
+    ok("the knobs pace the scanner (governor=knobs)")
 }
 
 fn thp(m: &Machine) -> Option<Found> {
@@ -515,6 +572,10 @@ fn nodes(m: &Machine) -> Option<Found> {
 }
 
 fn smart_scan(m: &Machine) -> Option<Found> {
+    // It has no effect then.
+    if m.is_governed() {
+        return None;
+    }
     if m.ksm("smart_scan")? != 0 {
         return ok("smart_scan is on");
     }

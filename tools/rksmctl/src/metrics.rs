@@ -82,6 +82,10 @@ fn bytes(pages: u64) -> Maybe {
     int(pages.saturating_mul(page_size()))
 }
 
+fn ratio(percent: u64) -> Maybe {
+    Number::from_f64(percent as f64 / 100.0)
+}
+
 fn label(name: &'static str, value: &str) -> BTreeMap<&'static str, String> {
     BTreeMap::from([(name, value.to_string())])
 }
@@ -339,14 +343,23 @@ fn rksm(f: &mut Families, sample: &Sample) {
     f.gauge(
         "rksm_cpu_limit_ratio",
         "CPUs that the governor may use on average.",
-        own.cpu_percent
-            .and_then(|percent| Number::from_f64(percent / 100.0)),
+        own.cpu_percent.and_then(ratio),
+    );
+    f.gauge(
+        "rksm_pressure_cpu_limit_ratio",
+        "CPUs that the governor may use on average while memory is short.",
+        own.pressure_cpu_percent.and_then(ratio),
     );
     f.gauge(
         "rksm_cpu_burst_seconds",
         "CPU time that the governor may save up.",
         own.cpu_burst_millisecs
             .and_then(|ms| Number::from_f64(ms as f64 / 1e3)),
+    );
+    f.gauge(
+        "rksm_memory_pressure",
+        "1 while the governor finds memory short, else 0.",
+        own.memory_pressure.and_then(|short| int(short.into())),
     );
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! What a recording comes to: totals, and values to plot, few enough however long it is.
 
-use crate::backend::Knobs;
+use crate::backend::{Knobs, Own};
 use crate::plot::{Plot, Quantity, Series, Style, MOST_SERIES};
 use crate::sample::{Sample, Unit};
 use serde::Serialize;
@@ -74,6 +74,8 @@ pub struct Totals {
     /// Implementations, in the order in which they were there.
     pub backends: Vec<String>,
     pub knobs: Knobs,
+    /// Those that only rksm has.
+    pub own_knobs: BTreeMap<String, Value>,
     pub knob_changes: Vec<Change>,
     /// Those that are not listed any more.
     pub more_knob_changes: u64,
@@ -111,6 +113,8 @@ struct Point {
     net: f64,
     /// Sums since the recording began.
     cpu_seconds: f64,
+    /// What the governor keeps to, percent of one CPU.
+    budget: Option<f64>,
     broken: Option<f64>,
     changing: f64,
     available: Option<f64>,
@@ -157,7 +161,10 @@ impl Summary {
     pub fn add(&mut self, sample: Sample) {
         let before = self.last.take().map(|(sample, _)| sample);
         match &before {
-            None => self.totals.knobs = sample.knobs.clone(),
+            None => {
+                self.totals.knobs = sample.knobs.clone();
+                self.totals.own_knobs = own_fields(sample.own.as_ref());
+            }
             Some(before) => self.grow(before, &sample),
         }
         let point = self.point(&sample);
@@ -207,6 +214,10 @@ impl Summary {
             saved,
             net: c.general_profit.map_or(saved, |bytes| bytes as f64),
             cpu_seconds: self.totals.cpu_seconds,
+            budget: sample
+                .own
+                .as_ref()
+                .and_then(|own| Some(own.budget()? as f64)),
             broken: sample
                 .broken_pages
                 .map(|_| self.totals.broken_pages.unwrap_or(0.0)),
@@ -238,8 +249,13 @@ impl Summary {
                 }
             }
         }
-        if before.knobs != now.knobs {
-            let (old, new) = (fields(&before.knobs), fields(&now.knobs));
+        let (mut old, mut new) = (fields(&before.knobs), fields(&now.knobs));
+        // Where the implementation changes, those of rksm come or go, and nobody has set them.
+        if before.backend == now.backend {
+            old.append(&mut own_fields(before.own.as_ref()));
+            new.append(&mut own_fields(now.own.as_ref()));
+        }
+        if old != new {
             for (knob, to) in new {
                 let from = old.get(&knob).cloned().unwrap_or_default();
                 if from == to {
@@ -292,10 +308,16 @@ impl Summary {
             lines(
                 "CPU time of the scanner",
                 Quantity::CpuPercent,
-                vec![Series {
-                    name: "scanner".into(),
-                    points: rate(&points, |p| Some(p.cpu_seconds * 100.0)),
-                }],
+                [
+                    Series {
+                        name: "scanner".into(),
+                        points: rate(&points, |p| Some(p.cpu_seconds * 100.0)),
+                    },
+                    series("budget", &|p| p.budget),
+                ]
+                .into_iter()
+                .filter(|series| !series.points.is_empty())
+                .collect(),
             ),
             lines(
                 "Merged pages that were written to",
@@ -389,6 +411,25 @@ fn fields(knobs: &Knobs) -> BTreeMap<String, Value> {
     }
 }
 
+/// The settings of rksm's own.
+fn own_fields(own: Option<&Own>) -> BTreeMap<String, Value> {
+    const SETTINGS: [&str; 6] = [
+        "cpu_burst_millisecs",
+        "cpu_percent",
+        "domains",
+        "governor",
+        "pressure_cpu_percent",
+        "scan_threads",
+    ];
+    match serde_json::to_value(own) {
+        Ok(Value::Object(map)) => map
+            .into_iter()
+            .filter(|(name, value)| SETTINGS.contains(&name.as_str()) && !value.is_null())
+            .collect(),
+        _ => BTreeMap::new(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -444,6 +485,42 @@ mod tests {
         summary.add(other);
         assert_eq!(summary.totals.cpu_seconds, 1.0);
         assert_eq!(summary.totals.backends, ["rksm", "built-in KSM"]);
+    }
+
+    #[test]
+    fn the_budget_of_the_governor() {
+        let mut summary = Summary::new(4096);
+        let mut governed = sample(0.0, 10, 5.0);
+        governed.own = Some(Own {
+            governor: Some("auto".into()),
+            cpu_percent: Some(5),
+            pressure_cpu_percent: Some(10),
+            memory_pressure: Some(false),
+            ..Own::default()
+        });
+        summary.add(governed.clone());
+        governed.seconds = 1.0;
+        governed.own.as_mut().unwrap().memory_pressure = Some(true);
+        summary.add(governed.clone());
+        assert!(summary.totals.knob_changes.is_empty());
+        governed.seconds = 2.0;
+        governed.own.as_mut().unwrap().governor = Some("knobs".into());
+        summary.add(governed);
+        let cpu = &summary.plots()[1].series;
+        assert_eq!(cpu[1].name, "budget");
+        assert_eq!(cpu[1].points, [(0.0, 5.0), (1.0, 10.0)]);
+        let change = &summary.totals.knob_changes[0];
+        assert_eq!(
+            (change.knob.as_str(), &change.to),
+            ("governor", &"knobs".into())
+        );
+        assert_eq!(summary.totals.own_knobs["cpu_percent"], 5);
+
+        // The built-in has none, which is not a change of a knob.
+        let mut builtin = sample(3.0, 10, 5.0);
+        builtin.backend = "built-in KSM".into();
+        summary.add(builtin);
+        assert_eq!(summary.totals.knob_changes.len(), 1);
     }
 
     #[test]

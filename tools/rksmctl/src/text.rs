@@ -22,10 +22,14 @@ pub fn wrap(line: &str, width: usize, indent: usize) -> String {
 pub fn labelled(width: usize, label: &str, column: usize, text: &str) -> String {
     let narrow = width < column + 30;
     let indent = " ".repeat(if narrow { column.min(2) } else { column });
-    let first = match (narrow, label) {
-        (true, "") => indent.clone(),
-        (true, _) => format!("{label} "),
-        (false, _) => format!("{label:<column$}"),
+    if narrow && !label.is_empty() {
+        // Also between the label and the text, if they do not fit together.
+        let line = format!("{label} {text}");
+        return fill(line.trim_end(), options(width).subsequent_indent(&indent)) + "\n";
+    }
+    let first = match narrow {
+        true => indent.clone(),
+        false => format!("{label:<column$}"),
     };
     let options = options(width)
         .initial_indent(&first)
@@ -64,5 +68,10 @@ mod tests {
             "label words that do\n  not fit\n"
         );
         assert_eq!(labelled(80, "empty", 10, ""), "empty\n");
+        assert_eq!(labelled(20, "empty", 10, ""), "empty\n");
+        assert_eq!(
+            labelled(20, "a_label_of_17_wide:", 22, "10 -> 50"),
+            "a_label_of_17_wide:\n  10 -> 50\n"
+        );
     }
 }

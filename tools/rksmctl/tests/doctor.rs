@@ -71,10 +71,24 @@ fn ksm(fixture: &Fixture, name: &str, value: &str) {
     fixture.file(&format!("/sys/kernel/mm/ksm/{name}"), format!("{value}\n"));
 }
 
+fn own(fixture: &Fixture, name: &str, value: &str) {
+    fixture.file(&format!("/sys/kernel/mm/rksm/{name}"), format!("{value}\n"));
+}
+
+fn ksmtuned(fixture: &Fixture) {
+    fixture.process(&Proc {
+        pid: 700,
+        comm: "ksmtuned",
+        cmdline: "/bin/bash /usr/sbin/ksmtuned",
+        cgroup: "/system.slice/ksmtuned.service",
+        ..Proc::default()
+    });
+}
+
 /// A check, and what is to be wrong for it.
 type Case = (&'static str, &'static str, fn() -> Fixture, fn(&Fixture));
 
-const CASES: [Case; 27] = [
+const CASES: [Case; 31] = [
     ("kernel", "no KSM", builtin, |f| {
         std::fs::remove_dir_all(f.root().join("sys/kernel/mm/ksm")).unwrap();
     }),
@@ -119,15 +133,18 @@ const CASES: [Case; 27] = [
         maps(f, 4211, "rw-s", 4);
         maps(f, 4212, "rw-s", 4);
     }),
-    ("tuners", "ksmtuned", healthy, |f| {
-        f.process(&Proc {
-            pid: 700,
-            comm: "ksmtuned",
-            cmdline: "/bin/bash /usr/sbin/ksmtuned",
-            cgroup: "/system.slice/ksmtuned.service",
-            ..Proc::default()
-        });
+    ("governor", "pressure", healthy, |f| {
+        own(f, "memory_pressure", "1");
     }),
+    ("governor", "default knobs", healthy, |f| {
+        own(f, "governor", "[knobs] auto");
+    }),
+    ("governor", "knobs", healthy, |f| {
+        own(f, "governor", "[knobs] auto");
+        ksm(f, "pages_to_scan", "1000");
+    }),
+    ("tuners", "ksmtuned", healthy, ksmtuned),
+    ("tuners", "ksmtuned without governor", builtin, ksmtuned),
     ("thp", "always", healthy, |f| {
         thp(f, "[always] madvise never")
     }),
@@ -151,7 +168,7 @@ const CASES: [Case; 27] = [
         f.file("/sys/devices/system/node/online", "0-1\n");
         ksm(f, "merge_across_nodes", "0");
     }),
-    ("smart_scan", "off", healthy, |f| ksm(f, "smart_scan", "0")),
+    ("smart_scan", "off", builtin, |f| ksm(f, "smart_scan", "0")),
     ("memory", "short", healthy, |f| {
         f.file(
             "/proc/meminfo",
@@ -204,6 +221,38 @@ fn healthy_machine() {
     golden("doctor-healthy", &healthy(), "doctor");
     golden("doctor-healthy-json", &healthy(), "doctor --json");
     golden("doctor-builtin", &builtin(), "doctor");
+}
+
+/// Little memory is scanned soon enough, and who has set the knobs wants them.
+#[test]
+fn knobs_that_are_wanted() {
+    let governor = |spoil: fn(&Fixture)| {
+        let fixture = healthy();
+        own(&fixture, "governor", "[knobs] auto");
+        spoil(&fixture);
+        finding(&fixture, "governor")
+    };
+    let fine = "ok: the knobs pace the scanner (governor=knobs)\n    -";
+    assert!(governor(|_| {}).starts_with("warning: a full scan of the 7.81 GiB"));
+    assert_eq!(governor(|f| ksm(f, "sleep_millisecs", "10")), fine);
+    assert_eq!(
+        governor(|f| ksm(f, "advisor_mode", "none [scan-time]")),
+        fine
+    );
+    let small = |f: &Fixture| {
+        for pid in [4211, 4212] {
+            f.process(&Proc {
+                pid,
+                anon_kib: 1 << 20,
+                merge_any: true,
+                ..Proc::default()
+            });
+        }
+    };
+    assert_eq!(governor(small), fine);
+    let fixture = Fixture::new();
+    fixture.rksm_before_governor();
+    assert_eq!(finding(&fixture, "governor"), "nothing");
 }
 
 #[test]

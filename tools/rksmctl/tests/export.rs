@@ -164,6 +164,8 @@ fn values() {
     assert_eq!(value("ksm_pages_broken"), 77.0);
     assert_eq!(value("rksm_longest_hold_seconds"), 0.0039);
     assert_eq!(value("rksm_cpu_limit_ratio"), 0.05);
+    assert_eq!(value("rksm_pressure_cpu_limit_ratio"), 0.1);
+    assert_eq!(value("rksm_memory_pressure"), 0.0);
     let refused = &families["rksm_refused"].samples;
     let pinned = refused.iter().find(|(_, l, _)| l["reason"] == "pinned");
     assert_eq!(pinned.unwrap().2, 113.0);

@@ -24,6 +24,23 @@ fn rksm() {
 }
 
 #[test]
+fn governor() {
+    let fixture = Fixture::new();
+    fixture.rksm();
+    fixture.processes();
+    // Neither has an effect then.
+    fixture.file("/sys/kernel/mm/ksm/advisor_mode", "none [scan-time]\n");
+    fixture.file("/sys/kernel/mm/ksm/smart_scan", "0\n");
+    fixture.file("/sys/kernel/mm/rksm/memory_pressure", "1\n");
+    golden("status-pressure", &fixture, "status --no-sample");
+    fixture.file("/sys/kernel/mm/rksm/governor", "[knobs] auto\n");
+    golden("status-knobs", &fixture, "status --no-sample");
+    fixture.rksm_before_governor();
+    golden("status-before", &fixture, "status --no-sample");
+    golden("status-before-json", &fixture, "status --no-sample --json");
+}
+
+#[test]
 fn trouble() {
     let fixture = Fixture::new();
     golden("status-none", &fixture, "status");

@@ -292,3 +292,30 @@ fn rksm_without_a_device() {
     fixture.rksm();
     golden("top-rksm", &fixture, "top --once");
 }
+
+#[test]
+fn budget() {
+    let fixture = machine();
+    fixture.rksm();
+    let top = || {
+        let output = rksmctl(&fixture, "top --batch 2 --interval 0.05");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let file = |name: &str, value: &str| {
+        fixture.file(&format!("/sys/kernel/mm/rksm/{name}"), value);
+    };
+    let text = top();
+    assert!(text.contains("  CPU 0.0 % of 5 %  "), "{text}");
+    file("memory_pressure", "1\n");
+    let text = top();
+    assert!(
+        text.contains("  CPU 0.0 % of 10 %  ") && text.contains("  memory short"),
+        "{text}"
+    );
+    file("governor", "[knobs] auto\n");
+    let text = top();
+    assert!(
+        text.contains("  CPU 0.0 %  ") && !text.contains("memory short"),
+        "{text}"
+    );
+}

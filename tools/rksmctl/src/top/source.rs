@@ -64,17 +64,26 @@ impl Source {
             self.backend.name().to_string(),
             format!("saved {} net", signed_bytes(counters.net_bytes())),
         ];
+        let own = self.backend.own()?.unwrap_or_default();
+        let budget = own.budget();
         let now = (self.began.elapsed(), self.backend.cpu_time()?);
         if let Some((at, cpu)) = self.cpu {
             let seconds = now.0.saturating_sub(at).as_secs_f64();
             if seconds > 0.0 {
                 let used = now.1.saturating_sub(cpu).as_secs_f64();
-                parts.push(format!("CPU {}", percent(used / seconds * 100.0)));
+                let used = percent(used / seconds * 100.0);
+                parts.push(match budget {
+                    Some(budget) => format!("CPU {used} of {budget} %"),
+                    None => format!("CPU {used}"),
+                });
             }
         }
         self.cpu = Some(now);
         if let Some(available) = meminfo(&self.host, "MemAvailable")? {
             parts.push(format!("available {}", bytes(available)));
+        }
+        if budget.is_some() && own.memory_pressure == Some(true) {
+            parts.push("memory short".into());
         }
         match self.backend.knobs()?.run {
             0 => parts.push("run 0: stopped".into()),

@@ -274,6 +274,7 @@ fn knob_tables(totals: &Totals) -> String {
     };
     let rows: Vec<Vec<String>> = knobs
         .iter()
+        .chain(&totals.own_knobs)
         .filter(|(_, value)| !value.is_null())
         .map(|(knob, value)| vec![knob.clone(), plain(value)])
         .collect();

@@ -24,6 +24,7 @@ struct Sample {
     /// Of one CPU.
     cpu_percent: f64,
     pages_scanned_per_second: Option<f64>,
+    wakeups_per_second: Option<f64>,
     saved_bytes_per_second: f64,
 }
 
@@ -46,6 +47,15 @@ struct Report {
     scan_threads: Option<u64>,
     advisor_mode: Option<String>,
     smart_scan: Option<bool>,
+    /// "auto": it paces the scanner, and not the knobs before.
+    governor: Option<String>,
+    /// The governor's budget, of one CPU: as a rule, and while memory is short.
+    cpu_percent: Option<u64>,
+    pressure_cpu_percent: Option<u64>,
+    cpu_burst_millisecs: Option<u64>,
+    memory_pressure: Option<bool>,
+    /// Which of the two holds now; nothing where the governor is not in force.
+    budget_percent: Option<u64>,
     full_scans: u64,
     merged_bytes: u64,
     frames_bytes: u64,
@@ -72,21 +82,25 @@ pub fn run(args: &Args, cx: &Context) -> Result<Status, Failure> {
 }
 
 fn sample(backend: &dyn Backend) -> Result<Sample, Failure> {
-    let look = || -> Result<(Instant, Duration, Counters), Failure> {
-        Ok((Instant::now(), backend.cpu_time()?, backend.counters()?))
+    type Look = (Instant, Duration, Counters, Option<u64>);
+    let look = || -> Result<Look, Failure> {
+        let wakeups = backend.own()?.and_then(|own| own.wakeups);
+        let (cpu, counters) = (backend.cpu_time()?, backend.counters()?);
+        Ok((Instant::now(), cpu, counters, wakeups))
     };
-    let (began, cpu_before, before) = look()?;
+    let (began, cpu_before, before, wakeups_before) = look()?;
     std::thread::sleep(Duration::from_secs(1));
-    let (ended, cpu_after, after) = look()?;
+    let (ended, cpu_after, after, wakeups_after) = look()?;
     let seconds = (ended - began).as_secs_f64();
-    let scanned = after
-        .pages_scanned
-        .zip(before.pages_scanned)
-        .map(|(after, before)| after.saturating_sub(before) as f64 / seconds);
+    let rate = |before: Option<u64>, after: Option<u64>| {
+        let grown = after?.saturating_sub(before?);
+        Some(grown as f64 / seconds)
+    };
     Ok(Sample {
         seconds,
         cpu_percent: cpu_after.saturating_sub(cpu_before).as_secs_f64() / seconds * 100.0,
-        pages_scanned_per_second: scanned,
+        pages_scanned_per_second: rate(before.pages_scanned, after.pages_scanned),
+        wakeups_per_second: rate(wakeups_before, wakeups_after),
         saved_bytes_per_second: (after.saved_bytes() as f64 - before.saved_bytes() as f64)
             / seconds,
     })
@@ -96,6 +110,7 @@ fn report(host: &Host, backend: &dyn Backend, sample: Option<Sample>) -> Result<
     let counters = backend.counters()?;
     let knobs = backend.knobs()?;
     let own = backend.own()?;
+    let governed = own.clone().unwrap_or_default();
     let cpu = backend.cpu_time()?;
     let saved = counters.saved_bytes();
     let told = own.as_ref().and_then(|own| own.metadata_bytes);
@@ -131,6 +146,12 @@ fn report(host: &Host, backend: &dyn Backend, sample: Option<Sample>) -> Result<
         scan_threads: own.as_ref().and_then(|own| own.scan_threads),
         advisor_mode: knobs.advisor_mode,
         smart_scan: knobs.smart_scan,
+        budget_percent: governed.budget(),
+        governor: governed.governor,
+        cpu_percent: governed.cpu_percent,
+        pressure_cpu_percent: governed.pressure_cpu_percent,
+        cpu_burst_millisecs: governed.cpu_burst_millisecs,
+        memory_pressure: governed.memory_pressure,
         full_scans: counters.full_scans,
         merged_bytes: (counters.pages_sharing + counters.pages_shared) * page_size(),
         frames_bytes: counters.pages_shared * page_size(),
@@ -194,24 +215,36 @@ fn text(r: &Report, width: usize) -> String {
         Some(part) => format!("{} since boot ({total})", percent(part)),
         None => format!("{total} since it was loaded"),
     });
+    if let Some(rate) = r.sample.as_ref().and_then(|s| s.wakeups_per_second) {
+        cpu.push(counted(rate.round() as u64, "wake-up/s", "wake-ups/s"));
+    }
     line("cost", cpu);
+    if let Some(budget) = r.budget_percent {
+        line("budget", budget_words(r, budget));
+    }
 
-    let mut scanner = vec![format!(
-        "{} every {} ms",
-        counted(r.pages_to_scan, "page", "pages"),
-        r.sleep_millisecs
-    )];
+    let mut scanner = vec![match r.budget_percent {
+        Some(_) => "governor auto".into(),
+        None => format!(
+            "{} every {} ms",
+            counted(r.pages_to_scan, "page", "pages"),
+            r.sleep_millisecs
+        ),
+    }];
     if let Some(rate) = r.sample.as_ref().and_then(|s| s.pages_scanned_per_second) {
         scanner.push(format!("{} pages/s now", count(rate as u64)));
     }
     if let Some(threads) = r.scan_threads {
         scanner.push(counted(threads, "thread", "threads"));
     }
-    if let Some(mode) = r.advisor_mode.as_ref().filter(|mode| *mode != "none") {
-        scanner.push(format!("advisor {mode}"));
-    }
-    if r.smart_scan == Some(false) {
-        scanner.push("smart scan off".into());
+    // Under the governor neither has an effect.
+    if r.budget_percent.is_none() {
+        if let Some(mode) = r.advisor_mode.as_ref().filter(|mode| *mode != "none") {
+            scanner.push(format!("advisor {mode}"));
+        }
+        if r.smart_scan == Some(false) {
+            scanner.push("smart scan off".into());
+        }
     }
     scanner.push(counted(r.full_scans, "full scan", "full scans"));
     line("scanner", scanner);
@@ -253,6 +286,30 @@ fn text(r: &Report, width: usize) -> String {
         line("", vec!["rksmctl doctor has the remedies".into()]);
     }
     text
+}
+
+/// What the governor may use now, and otherwise.
+fn budget_words(r: &Report, budget: u64) -> Vec<String> {
+    let short = r.memory_pressure == Some(true);
+    let mut words = vec![match short {
+        true => format!("{budget} % of a CPU as memory is short"),
+        false => format!("{budget} % of a CPU"),
+    }];
+    if let Some(msecs) = r.cpu_burst_millisecs {
+        // It grows as the percent do.
+        let normal = r.cpu_percent.unwrap_or(budget).max(1);
+        let msecs = msecs.saturating_mul(budget) / normal;
+        let burst = duration(Duration::from_millis(msecs));
+        words.push(format!("bursts of {burst}"));
+    }
+    match (short, r.cpu_percent, r.pressure_cpu_percent) {
+        (true, Some(percent), _) => words.push(format!("{percent} % otherwise")),
+        (false, _, Some(percent)) => {
+            words.push(format!("{} % while memory is short", percent.max(budget)));
+        }
+        _ => {}
+    }
+    words
 }
 
 fn heading(r: &Report) -> String {

@@ -115,12 +115,14 @@ impl Fixture {
         self.kthread(60, "rksmd", 20, 500);
         self.kthread(61, "rksmd/1", 10, 30);
         for (name, value) in [
-            ("cpu_burst_millisecs", "1000"),
+            ("cpu_burst_millisecs", "2000"),
             ("cpu_percent", "5"),
             ("domains", "user"),
             ("governor", "knobs [auto]"),
             ("longest_hold_usecs", "3900"),
+            ("memory_pressure", "0"),
             ("metadata_bytes", "42991616"),
+            ("pressure_cpu_percent", "10"),
             ("processes", "3"),
             ("refused/busy", "0"),
             ("refused/differs", "1"),
@@ -138,6 +140,21 @@ impl Fixture {
             ("wakeups", "1000"),
         ] {
             self.file(&format!("/sys/kernel/mm/rksm/{name}"), format!("{value}\n"));
+        }
+    }
+
+    /// The same with a version of rksm that has no governor.
+    pub fn rksm_before_governor(&self) {
+        self.rksm();
+        for name in [
+            "cpu_burst_millisecs",
+            "cpu_percent",
+            "domains",
+            "governor",
+            "memory_pressure",
+            "pressure_cpu_percent",
+        ] {
+            self.remove(&format!("/sys/kernel/mm/rksm/{name}"));
         }
     }
 
