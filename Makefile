@@ -9,7 +9,7 @@ export FLAVOUR KVER KDIR W V CLIPPY MINUTES SEED KERNEL
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  FLAVOUR=cloud-amd64|amd64, KVER=VERSION choose the kernel, KDIR=DIR a prepared"
+	@echo "  FLAVOUR=NAME (of kernels.toml), KVER=VERSION choose the kernel, KDIR=DIR a prepared"
 	@echo "  build directory; W=1, CLIPPY=1 warn more. Every script has --help."
 
 .PHONY: setup
@@ -17,8 +17,8 @@ setup: ## Install the host packages (root), or say how
 	@scripts/setup
 
 .PHONY: run
-run: ## Set everything up and show the main job; VMS=3 with as many real VMs
-	@scripts/run $(if $(VMS),--vms $(VMS))
+run: ## Set everything up and show the main job; VMS=3 with as many real VMs; GOVERNOR=auto
+	@scripts/run $(if $(VMS),--vms $(VMS)) $(if $(GOVERNOR),--governor $(GOVERNOR))
 
 .PHONY: modules
 modules: ## Build rksm.ko in build/KVER/
@@ -27,6 +27,10 @@ modules: ## Build rksm.ko in build/KVER/
 .PHONY: rksmctl
 rksmctl: ## Build the command line tool, build/rksmctl
 	@scripts/rksmctl
+
+.PHONY: deb
+deb: ## Build Debian packages of both, in build/
+	@scripts/deb
 
 .PHONY: shell
 shell: modules ## A shell in a guest with rksm loaded
@@ -56,8 +60,12 @@ test: ## Every test; ends in "N passed, M failed"
 test-long: ## Every test, those that take long, too; hours
 	@RKSM_LONG=1 scripts/test
 
+.PHONY: test-kernels
+test-kernels: ## What has to hold on every kernel of kernels.toml, the newest that there are
+	@scripts/test --kernels
+
 .PHONY: torture
-torture: ## Everything at once at random, every byte checked; MINUTES= SEED= KERNEL= UPGRADES=
+torture: ## Everything at once at random, every byte checked; MINUTES= SEED= KERNEL= UPGRADES= GOVERNOR=
 	@scripts/torture
 
 .PHONY: bench
