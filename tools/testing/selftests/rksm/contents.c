@@ -432,7 +432,7 @@ int main(int argc, char **argv)
 		}
 	}
 	ksm_set("run", 2);
-	ksft_test_result(ksm_all_zero(), "nothing is left of it\n");
+	ksft_test_result(ksm_all_but_zero_pages(), "nothing is left of it\n");
 	/*
 	 * Not asserted: fork copies the count of the mm before it locks the page tables, so
 	 * zero pages that are merged between the two are counted once too few. zero.c has

@@ -270,7 +270,7 @@ bool ksm_until(const char *file, long value, int scans)
 	return false;
 }
 
-static bool all_zero(bool print)
+static bool all_zero(bool zero_pages, bool print)
 {
 	static const char *const files[] = {
 		"pages_shared", "pages_sharing", "pages_unshared", "pages_volatile",
@@ -281,6 +281,8 @@ static bool all_zero(bool print)
 	for (size_t i = 0; i < ARRAY_SIZE(files); i++) {
 		long value = ksm_get(files[i]);
 
+		if (!zero_pages && !strcmp(files[i], "ksm_zero_pages"))
+			continue;
 		if (value && print)
 			ksft_print_msg("%s is %ld, not 0\n", files[i], value);
 		zero &= !value;
@@ -288,10 +290,10 @@ static bool all_zero(bool print)
 	return zero;
 }
 
-bool ksm_all_zero(void)
+static bool comes_to_zero(bool zero_pages)
 {
 	/* The last one to let go of a process may be a moment behind its end, on either KSM */
-	for (int i = 0; i < 50 && ksm_get("run") == 2 && !all_zero(false); i++) {
+	for (int i = 0; i < 50 && ksm_get("run") == 2 && !all_zero(zero_pages, false); i++) {
 		usleep(100000);
 		/* rksm has to let go by itself; the built-in does when it next scans or unmerges */
 		if (!module_loaded()) {
@@ -299,7 +301,17 @@ bool ksm_all_zero(void)
 			ksm_set("run", 2);
 		}
 	}
-	return all_zero(true);
+	return all_zero(zero_pages, true);
+}
+
+bool ksm_all_zero(void)
+{
+	return comes_to_zero(true);
+}
+
+bool ksm_all_but_zero_pages(void)
+{
+	return comes_to_zero(false);
 }
 
 /* The number behind "field" in a file of lines such as "field 12" or "field: 12 kB" */

@@ -100,6 +100,8 @@ bool ksm_until(const char *file, long value, int scans);
 bool ksm_until_true(bool (*cond)(void *arg), void *arg, int scans);
 /* Whether nothing is counted as merged or tracked; prints what is */
 bool ksm_all_zero(void);
+/* The same, whatever ksm_zero_pages says */
+bool ksm_all_but_zero_pages(void);
 long proc_ksm_stat(pid_t pid, const char *field);
 long smaps_ksm_pages(pid_t pid);
 long vmstat(const char *field);
