@@ -768,9 +768,7 @@ impl<M: MmPin> Registry<M> {
     /// Ends unmerging, complete or not. The next full scan begins at the first mm.
     pub fn unmerge_end(&mut self) {
         self.unmerging = false;
-        self.scanning = false;
-        self.cursor = NIL;
-        self.address = 0;
+        self.abandon_scan();
     }
 
     // Excluding.

@@ -72,12 +72,10 @@ use crate::{
     },
     service::{
         pass_buffers,
-        scanner::{
-            BUSY_USECS,
-            SLICE, //
-        },
+        scanner::BUSY_USECS,
         Ksm,
-        ScanState, //
+        ScanState,
+        SLICE, //
     }, //
 };
 use core::ops::Range;

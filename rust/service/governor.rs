@@ -47,13 +47,11 @@ use crate::{
         race_window, //
     },
     service::{
-        scanner::{
-            Next,
-            SLICE, //
-        },
+        scanner::Next,
         sweep::Due,
         Ksm,
-        ScanState, //
+        ScanState,
+        SLICE, //
     }, //
 };
 use kernel::{
@@ -296,13 +294,7 @@ impl Ksm {
                 return Progress::Done;
             };
             if !within.is_empty() {
-                let pace = &mut state.pace;
-                let budget = if partitions > 1 {
-                    pace.limit(SLICE * partitions as u32);
-                    pace.pages()
-                } else {
-                    SLICE
-                };
+                let budget = state.visit_pages(SLICE * partitions as u32);
                 let begun = self.now();
                 let mut allowance = Allowance {
                     budget,

@@ -6,8 +6,8 @@
 //! [`scanner`] is the thread, [`run`] what a write to `run` and to the two knobs that need it to
 //! stand still does, [`attributes`] the reads and writes of all files, [`control`] the calls of
 //! `/dev/rksm`, [`sweep`] how rules are applied, [`governor`](self::governor) what it does with
-//! `governor=auto`, [`events`] what the kernel reports: mms that come
-//! and go, memory that goes offline.
+//! `governor=auto`, [`events`] what the kernel reports: mms that come and go, memory that goes
+//! offline.
 //!
 //! # Locks
 //!
@@ -123,6 +123,9 @@ use kernel::{
 /// How often the count of zero pages is read again if it changes meanwhile.
 const HAND_BACK_TRIES: usize = 100;
 
+/// Most pages of each partition in a visit.
+const SLICE: u32 = 1024;
+
 /// What only the holder of `thread_mutex` uses.
 struct ScanState {
     engine: Engine<StableNodes>,
@@ -154,6 +157,19 @@ struct ScanState {
     drained_at: i64,
     /// CPU time of `rksmd` and the other threads when it last released the lock, ns.
     cpu_time: u64,
+}
+
+impl ScanState {
+    /// Returns the pages of the next visit, at most so many. One thread looks at the clock after
+    /// some pages, several threads after many.
+    fn visit_pages(&mut self, most: u32) -> u32 {
+        let partitions = self.buffers.partitions();
+        if partitions == 1 {
+            return most;
+        }
+        self.pace.limit(SLICE * partitions as u32);
+        self.pace.pages().min(most)
+    }
 }
 
 fn pass_buffers(threads: u32) -> Result<PassBuffers<StableNodes>> {

@@ -49,9 +49,6 @@ use kernel::{
     }, //
 };
 
-/// Most pages of each partition in a visit.
-pub(super) const SLICE: u32 = 1024;
-
 /// How often a visit is tried again, one after the other, while the process holds its mmap lock.
 /// Then its turn comes with the next full scan.
 const BUSY_TRIES: u32 = 50;
@@ -291,6 +288,7 @@ impl Ksm {
                     return None;
                 }
             }
+            let slice = state.visit_pages(state.batch_left);
             let ScanState {
                 engine,
                 pool,
@@ -301,13 +299,6 @@ impl Ksm {
                 pace,
                 ..
             } = state;
-            // One thread looks at the clock after some pages, several threads after many.
-            let slice = if buffers.partitions() > 1 {
-                pace.limit(SLICE * buffers.partitions() as u32);
-                pace.pages().min(*batch_left)
-            } else {
-                *batch_left
-            };
             let (begun, mut busy) = (self.now(), false);
             let mut allowance = Allowance {
                 budget: slice,

@@ -120,8 +120,7 @@ impl Governor {
     }
 
     /// Begins to govern, with a whole burst, or with what was left of it and has come in since.
-    /// `cpu` is the CPU time of the scanner until now, in
-    /// nanoseconds.
+    /// `cpu` is the CPU time of the scanner until now, in nanoseconds.
     pub fn begin(&mut self, now: i64, cpu: u64, limits: Limits) {
         let mut budget = core::mem::take(&mut self.budget);
         budget.begin(now, cpu, limits);

@@ -56,12 +56,13 @@ pub struct Run {
 }
 
 impl View {
-    /// Returns whether a range is to be looked at now.
-    fn wants(&self, range: &Range) -> bool {
+    /// Returns when the next look at a range is due, `None` if it is to be looked at now.
+    fn due(&self, range: &Range) -> Option<Tick> {
         let has_room = self.open && range.len() < RANGE_PAGES;
-        let due = range.pause().due(self.pressure, range.number());
-        due.is_none_or(|due| is_past(due, self.now))
-            || has_room && !range.pause().is_volatile(self.pressure)
+        let due = range.pause().due(self.pressure, range.number())?;
+        let wanted =
+            is_past(due, self.now) || has_room && !range.pause().is_volatile(self.pressure);
+        (!wanted).then_some(due)
     }
 }
 
@@ -92,13 +93,10 @@ impl<'a> Ranges<'a> {
             if view.open && start < address {
                 return Some(gap(start, address));
             }
-            if view.wants(range) {
+            let (Some(seen), Some(due)) = (range.pause().seen(), view.due(range)) else {
                 return Some(self.run_at(place, start.max(address), view));
-            }
-            let due = range.pause().due(view.pressure, range.number());
-            if let (Some(seen), Some(due)) = (range.pause().seen(), due) {
-                watch.pass(1, seen, due);
-            }
+            };
+            watch.pass(1, seen, due);
             start = address + (1 << RANGE_SHIFT);
             passed += 1;
             if passed == MAX_PASSED {
@@ -119,7 +117,7 @@ impl<'a> Ranges<'a> {
             // Those with the same remainder are read again at the same look.
             let number = range.pause().look() % REREAD_INTERVAL as u8;
             let follows = look.is_none_or(|look| look == number && start_of(range) == end);
-            if !follows || !view.wants(range) {
+            if !follows || view.due(range).is_some() {
                 break;
             }
             look = Some(number);
