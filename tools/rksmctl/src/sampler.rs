@@ -399,9 +399,12 @@ mod tests {
     }
 
     /// Over many seeds: the mean is the truth, and the claimed bound holds 9 times of 10.
+    ///
+    /// It holds 19 times of 20: less than 9 of 10 in so many rounds has a chance of one in 100,000,
+    /// as has a mean that is five standard errors off.
     #[track_caller]
     fn fair(name: &str, memory: &[(u64, u64)]) {
-        const ROUNDS: u64 = 40;
+        const ROUNDS: u64 = 600;
         let first = Random::seed();
         println!("{name}: seeds {first}..{}", first + ROUNDS);
         let all = pages(memory);
@@ -415,10 +418,10 @@ mod tests {
         }
         let mean = sum / ROUNDS as f64;
         let deviation = ((squares / ROUNDS as f64 - mean * mean).max(0.0)).sqrt();
-        let error = 4.0 * deviation / (ROUNDS as f64).sqrt() + 1e-6;
+        let error = 5.0 * deviation / (ROUNDS as f64).sqrt() + 1e-6;
         println!("{name}: truth {truth}, mean {mean}, deviation {deviation}, within {within}");
         assert!((mean - truth).abs() <= error, "{name}: biased");
-        assert!(within * 20 >= ROUNDS * 17, "{name}: the bound is too small");
+        assert!(within * 10 >= ROUNDS * 9, "{name}: the bound is too small");
     }
 
     #[test]
