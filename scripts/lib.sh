@@ -47,6 +47,13 @@ lock() {
 	fi
 }
 
+# with_lock NAME COMMAND... - run it, and let others have the lock then.
+with_lock() (
+	lock "$1"
+	shift
+	"$@"
+)
+
 # Run a long command with its output in a log; show only that it is going on,
 # and the end of the log where it fails.
 logged() {
@@ -121,14 +128,13 @@ add_to_sysroot() {
 			compgen -G "$root/var/lib/dpkg/info/$package:*.list" >/dev/null || lacking+=("$package")
 	done
 	[ ${#lacking[@]} -gt 0 ] || return 0
-	lock sysroot
 	# shellcheck disable=SC2317 # called by logged
 	install_more() {
 		in_sysroot apt-get -q update
 		in_sysroot env DEBIAN_FRONTEND=noninteractive apt-get -q -o APT::Sandbox::User=root \
 			install -y --no-install-recommends "${lacking[@]}"
 	}
-	logged "$RKSM_CACHE/sysroot-more.log" "adding ${lacking[*]} to the sysroot" install_more
+	with_lock sysroot logged "$RKSM_CACHE/sysroot-more.log" "adding ${lacking[*]} to the sysroot" install_more
 }
 
 # copy_module_source DIR - what the module is built of; what was built there of it stays.
