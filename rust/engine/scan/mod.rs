@@ -175,6 +175,9 @@ impl<B: Backend> Engine<B> {
             return progress;
         }
         self.hint.update(policy);
+        if self.cleared_ahead.0 != target.slot || target.within.start == 0 {
+            self.cleared_ahead = (target.slot, 0..0);
+        }
         if let Some(look) = target.look {
             let hint = self.hint;
             self.hint = hint.at_look(look);
@@ -182,9 +185,6 @@ impl<B: Backend> Engine<B> {
             let progress = self.visit_mm(policy, pins, target, pool, buffers, allowance);
             self.hint = hint;
             return progress;
-        }
-        if self.cleared_ahead.0 != target.slot || target.within.start == 0 {
-            self.cleared_ahead = (target.slot, 0..0);
         }
         let count = self.zero_pages.take();
         self.zero_pages = ZeroPageCount::resume(
