@@ -323,7 +323,7 @@ impl Ksm {
                 let metadata = &mut state.engine.metadata;
                 metadata.looked(claim.id(), within.start..reached, &view, watch);
                 at = reached;
-                watch.move_to(at);
+                watch.look_to(at);
                 let used = budget - allowance.budget;
                 state.pace.visited(used, self.now() - begun);
                 visit.pages_left = visit.pages_left.saturating_sub(used);
@@ -333,13 +333,13 @@ impl Ksm {
                 }
             } else {
                 at = within.end;
+                watch.pass_to(at);
             }
             if visit.pages_left == 0 {
                 // Those that were due before come first.
                 watch.postpone(view.now, 0);
             }
             if stopping() || visit.pages_left == 0 {
-                watch.move_to(at);
                 return Progress::At(at);
             }
         }

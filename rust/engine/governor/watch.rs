@@ -174,10 +174,15 @@ impl Watch {
         self.next = earlier(self.next, next);
     }
 
-    /// Records that the visit has looked at what comes before this address.
-    pub fn move_to(&mut self, at: usize) {
+    /// Records that the visit has looked at memory up to this address.
+    pub fn look_to(&mut self, at: usize) {
         self.at = at;
         self.looked = true;
+    }
+
+    /// Records that there is nothing to look at up to this address.
+    pub fn pass_to(&mut self, at: usize) {
+        self.at = at;
     }
 
     /// Has the visit go on not before the next tick.

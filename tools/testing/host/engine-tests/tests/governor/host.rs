@@ -600,7 +600,7 @@ impl Host {
                     break;
                 }
             }
-            watch.move_to(at);
+            watch.look_to(at);
             visit.pages_left = visit.pages_left.saturating_sub(1024 - budget);
             if visit.pages_left == 0 {
                 watch.postpone(view.now, 0);

@@ -29,7 +29,7 @@ fn visit(watch: &mut Watch, now: Tick, anon: u32, next: Tick) -> bool {
     let (at, open) = watch.begin(now, anon, Pressure::None);
     assert_eq!(at, 0);
     watch.pass(1, now, next);
-    watch.move_to(1 << 21);
+    watch.look_to(1 << 21);
     assert!(watch.end(now));
     open
 }
@@ -40,6 +40,23 @@ fn settled(now: Tick, anon: u32) -> Watch {
     assert_eq!(watch.class(now - 2 * YOUNG, anon), None);
     assert!(visit(&mut watch, now - YOUNG, anon, now + 5000));
     watch
+}
+
+/// Where nothing was looked at, no TLB need be flushed.
+#[test]
+fn a_visit_that_passes_all_ranges_has_not_looked() {
+    let mut watch = settled(1000, 50);
+    for (look, looked) in [(false, false), (true, true), (false, false)] {
+        watch.begin(1000, 50, Pressure::None);
+        if look {
+            watch.look_to(1 << 21);
+        }
+        watch.pass(5, 1000, 2000);
+        watch.pass_to(6 << 21);
+        // The visit goes on after a pause.
+        assert_eq!(watch.begin(1001, 50, Pressure::None).0, 6 << 21);
+        assert_eq!(watch.end(1001), looked);
+    }
 }
 
 #[test]
@@ -132,7 +149,7 @@ fn a_visit_goes_on_where_it_was() {
     let mut watch = settled(10_000, 1000);
     assert_eq!(watch.class(15_000, 1000), Some(Class::Old));
     assert_eq!(watch.begin(15_000, 1000, Pressure::None), (0, true));
-    watch.move_to(0x20_0000);
+    watch.look_to(0x20_0000);
     // It is open: it counts as growth, and so it does not begin again.
     assert_eq!(watch.class(15_001, 9000), Some(Class::Grown));
     assert_eq!(watch.begin(15_001, 9000, Pressure::None), (0x20_0000, true));
@@ -179,7 +196,7 @@ fn what_is_covered_was_looked_at() {
 fn an_mm_that_is_passed_over_counts_as_looked_at() {
     let mut watch = settled(10_000, 1000);
     watch.begin(15_000, 1000, Pressure::None);
-    watch.move_to(0x1000);
+    watch.look_to(0x1000);
     watch.pass_over(15_000);
     assert_eq!(watch.covered(), 15_000);
     assert_eq!(watch.class(15_016, 1000), Some(Class::Grown));
