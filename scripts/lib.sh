@@ -85,10 +85,29 @@ key_of() {
 	} | sha256sum | cut -c1-12
 }
 
-# What kernels.toml says; see scripts/kernels --help.
+# What kernels.toml says; see scripts/kernels --help. Every script asks more than once, and python
+# takes a while to start.
 kernels() {
+	local script=$RKSM_TOP/scripts/kernels words=$* kept new
 	command -v python3 >/dev/null || "$RKSM_TOP/scripts/setup" >&2
-	python3 -B "$RKSM_TOP/scripts/kernels" "$@"
+	case ${1:-} in
+	names | get | suite | suites | stages | default) ;;
+	*)
+		python3 -B "$script" "$@"
+		return
+		;;
+	esac
+	kept=$RKSM_TOP/build/kernels/${words//[ \/]/+}
+	if [ ! "$kept" -nt "$RKSM_TOP/kernels.toml" ] || [ ! "$kept" -nt "$script" ]; then
+		mkdir -p "${kept%/*}"
+		new=$kept.$BASHPID
+		python3 -B "$script" "$@" >"$new" || {
+			rm -f "$new"
+			return 1
+		}
+		mv "$new" "$kept"
+	fi
+	cat "$kept"
 }
 
 # The suite whose sysroot is meant: that of RKSM_SUITE, or the one that has all tools.
@@ -156,5 +175,19 @@ is_kernel() {
 
 # Build the module for what scripts/vm calls --kernel WHAT, where that is a name.
 build_for() {
-	! is_kernel "$1" || KVER='' FLAVOUR=$1 "$RKSM_TOP/scripts/build" >/dev/null
+	if ! is_kernel "$1" || is_made "$1"; then
+		return
+	fi
+	KVER='' FLAVOUR=$1 "$RKSM_TOP/scripts/build" >/dev/null
+	made "$1"
+}
+
+# Whether an earlier stage of this run of scripts/test has made it: nobody changes a source then.
+is_made() {
+	[ -n "${RKSM_RUN:-}" ] && [ "$(cat "$RKSM_TOP/build/test/.made-$1" 2>/dev/null)" = "$RKSM_RUN" ]
+}
+
+# Notes that it is.
+made() {
+	[ -z "${RKSM_RUN:-}" ] || echo "$RKSM_RUN" >"$RKSM_TOP/build/test/.made-$1"
 }
