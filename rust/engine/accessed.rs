@@ -4,10 +4,10 @@
 //!
 //! A walk clears the bits of the pages that it collects, and flushes no TLB: that would cost a busy
 //! process more than the scan. A CPU that still has a translation uses it without setting the bit.
-//! So the TLBs are flushed once in a full scan, after the last page of the mm. Where a page is
-//! accessed after that, its next look finds the bit set. Between its look and the flush it can be
-//! accessed without a trace, through a translation from before the look, if that look has found it
-//! accessed. So a page that is read then is read at its next look, too
+//! So the TLBs are flushed once in a full scan, after the last page of the mm, if any bit was
+//! cleared. Where a page is accessed after that, its next look finds the bit set. Between its look
+//! and the flush it can be accessed without a trace, through a translation from before the look, if
+//! that look has found it accessed. So a page that is read then is read at its next look, too
 //! ([`Tracked::is_settled`](super::page_state::Tracked::is_settled)).
 //!
 //! Devices write without leaving a trace in page tables, and reclaim clears bits. A stale hint

@@ -289,7 +289,7 @@ impl Ksm {
             let metadata = &state.engine.metadata;
             let Some(Run { within, look }) = metadata.next_run(claim.id(), at, &view, watch) else {
                 if watch.end(view.now) {
-                    state.engine.leave(claim.mm());
+                    state.engine.flush_tlb(claim.mm());
                 }
                 return Progress::Done;
             };
@@ -323,7 +323,7 @@ impl Ksm {
                 let metadata = &mut state.engine.metadata;
                 metadata.looked(claim.id(), within.start..reached, &view, watch);
                 at = reached;
-                watch.look_to(at);
+                watch.move_to(at, state.engine.take_cleared());
                 let used = budget - allowance.budget;
                 state.pace.visited(used, self.now() - begun);
                 visit.pages_left = visit.pages_left.saturating_sub(used);
@@ -333,7 +333,7 @@ impl Ksm {
                 }
             } else {
                 at = within.end;
-                watch.pass_to(at);
+                watch.move_to(at, false);
             }
             if visit.pages_left == 0 {
                 // Those that were due before come first.

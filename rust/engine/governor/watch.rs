@@ -46,8 +46,8 @@ pub struct Watch {
     open: bool,
     /// A visit is under way, and has come to `at`.
     walking: bool,
-    /// Anything has been looked at in it.
-    looked: bool,
+    /// Accessed bits have been cleared in it.
+    cleared: bool,
     /// The mm has grown, and no open visit has begun since.
     grown: bool,
     /// Shortest pause between two open visits, as a power of two in ticks.
@@ -159,7 +159,7 @@ impl Watch {
                 (self.opened, self.anon) = (now, anon);
             }
             self.walking = true;
-            (self.looked, self.passed, self.at) = (false, 0, 0);
+            (self.cleared, self.passed, self.at) = (false, 0, 0);
             self.next = self.opened.wrapping_add(pause);
             self.oldest = self.opened;
         }
@@ -174,15 +174,10 @@ impl Watch {
         self.next = earlier(self.next, next);
     }
 
-    /// Records that the visit has looked at memory up to this address.
-    pub fn look_to(&mut self, at: usize) {
+    /// Records that the visit has come to this address, and whether accessed bits were cleared.
+    pub fn move_to(&mut self, at: usize, cleared: bool) {
         self.at = at;
-        self.looked = true;
-    }
-
-    /// Records that there is nothing to look at up to this address.
-    pub fn pass_to(&mut self, at: usize) {
-        self.at = at;
+        self.cleared |= cleared;
     }
 
     /// Has the visit go on not before the next tick.
@@ -190,7 +185,7 @@ impl Watch {
         self.due = now.wrapping_add(ticks);
     }
 
-    /// Ends a visit. Returns whether it has looked at anything.
+    /// Ends a visit. Returns whether accessed bits were cleared in it.
     pub fn end(&mut self, now: Tick) -> bool {
         let soonest = now.wrapping_add(1 + self.passed / PASSED_PER_TICK);
         self.due = match is_past(self.next, soonest) {
@@ -199,7 +194,7 @@ impl Watch {
         };
         self.covered = self.oldest;
         self.walking = false;
-        self.looked
+        self.cleared
     }
 
     /// Has an open visit follow soon: what was known of the memory has been forgotten.

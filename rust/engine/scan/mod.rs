@@ -125,6 +125,8 @@ pub struct Engine<B: Backend> {
     /// What is known.
     pub metadata: Metadata<B>,
     hint: AccessedHint,
+    /// Walks have cleared accessed bits since TLBs were flushed.
+    cleared: bool,
     /// The mm that was scanned last, and [`ScanContext::cleared_ahead`].
     cleared_ahead: (SlotId, Range<usize>),
     zero_pages: Option<ZeroPageCount>,
@@ -136,6 +138,7 @@ impl<B: Backend> Engine<B> {
         Self {
             metadata: Metadata::new(backend),
             hint: AccessedHint::new(),
+            cleared: false,
             cleared_ahead: (SlotId(0), 0..0),
             zero_pages: None,
         }
@@ -163,6 +166,7 @@ impl<B: Backend> Engine<B> {
     ) -> Progress {
         if policy.vouched {
             // It touches no accessed bit, and its visits do not cover an mm.
+            let cleared = self.take_cleared();
             let cleared_ahead = core::mem::replace(&mut self.cleared_ahead, (target.slot, 0..0));
             let hint = core::mem::take(&mut self.hint);
             self.zero_pages = None;
@@ -171,7 +175,7 @@ impl<B: Backend> Engine<B> {
                 ..*policy
             };
             let progress = self.visit_mm(&policy, pins, target, pool, buffers, allowance);
-            (self.cleared_ahead, self.hint) = (cleared_ahead, hint);
+            (self.cleared, self.cleared_ahead, self.hint) = (cleared, cleared_ahead, hint);
             return progress;
         }
         self.hint.update(policy);
@@ -262,10 +266,25 @@ impl<B: Backend> Engine<B> {
     /// # Context
     ///
     /// May sleep.
-    pub fn leave(&self, mm: &B::Mm) {
-        if self.hint.enabled() {
-            self.metadata.backend.flush_tlb(mm);
+    pub fn leave(&mut self, mm: &B::Mm) {
+        if self.take_cleared() {
+            self.flush_tlb(mm);
         }
+    }
+
+    /// Returns whether accessed bits have been cleared, for a caller that flushes the TLBs of the
+    /// mm when its visit ends: others may be visited before.
+    pub fn take_cleared(&mut self) -> bool {
+        core::mem::take(&mut self.cleared)
+    }
+
+    /// [`Backend::flush_tlb`], at the end of a visit in which accessed bits have been cleared.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub fn flush_tlb(&self, mm: &B::Mm) {
+        self.metadata.backend.flush_tlb(mm);
     }
 
     /// Takes pages of these addresses, from the first on, through all stages.
@@ -294,6 +313,7 @@ impl<B: Backend> Engine<B> {
         let stopped = partitions.first(begun).iter().position(Partition::stopped);
         let used = stopped.map_or(begun, |n| n + 1);
         for (n, partition) in partitions.first(begun).iter().enumerate() {
+            self.cleared |= self.hint.enabled() && partition.summary.cleared;
             partition.add_cleared_ahead(n >= used, &mut self.cleared_ahead.1);
         }
         for partition in partitions.first(begun).iter_mut().skip(used) {

@@ -123,6 +123,8 @@ pub(super) struct WalkSummary {
     pub(super) from: usize,
     /// Pages of the budget that were collected or found unchanged.
     pub(super) budget_used: u32,
+    /// The walk has cleared an accessed bit.
+    pub(super) cleared: bool,
     /// What was done between pages, in units of [`cost`].
     steps: u32,
     /// Pages that smart scan skipped.
@@ -332,6 +334,8 @@ impl<B: Backend, S: States> WalkFilter for PageFilter<'_, B, S> {
             _ => self.collect,
         };
         self.summary.budget_used += 1;
+        let clears = matches!(action, WalkAction::Collect | WalkAction::SkipClearAccessed);
+        self.summary.cleared |= accessed && clears;
         action
     }
 

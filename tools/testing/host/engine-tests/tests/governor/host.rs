@@ -600,7 +600,7 @@ impl Host {
                     break;
                 }
             }
-            watch.look_to(at);
+            watch.move_to(at, false);
             visit.pages_left = visit.pages_left.saturating_sub(1024 - budget);
             if visit.pages_left == 0 {
                 watch.postpone(view.now, 0);

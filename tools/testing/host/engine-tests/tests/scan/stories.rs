@@ -204,6 +204,29 @@ fn a_write_between_a_look_and_the_flush_is_seen() {
     }
 }
 
+/// Where no accessed bit was cleared, no CPU has a translation that would hide an access.
+#[test]
+fn tlbs_are_flushed_if_a_bit_was_cleared() {
+    for threads in [1, 2] {
+        let mut story = Story::with(2, Op::ScanThreads(threads, 3));
+        story.write_distinct(0, 20);
+        story.write(1, 5, 2, 7);
+        let flushes = |story: &mut Story| {
+            let before = story.0.world.borrow().flushes;
+            story.scans(1);
+            story.0.world.borrow().flushes - before
+        };
+        assert_eq!(flushes(&mut story), 2);
+        // What was accessed is read once more, and its bit set by that.
+        story.scans(2);
+        for scan in 0..20 {
+            assert_eq!(flushes(&mut story), 0, "scan {scan}");
+        }
+        story.write(0, 3, 1, 9);
+        assert_eq!(flushes(&mut story), 1);
+    }
+}
+
 /// A page that changes without an accessed bit is found out after sixteen looks.
 #[test]
 fn a_change_without_a_trace_is_seen() {

@@ -108,6 +108,7 @@ impl World {
     /// Drops what the TLBs have of an mm.
     pub(crate) fn flush_tlb(&mut self, key: usize) {
         assert_eq!(self.purpose, Purpose::Scan, "a TLB is flushed for nothing");
+        self.flushes += 1;
         self.space_mut(key).tlb.clear();
     }
 

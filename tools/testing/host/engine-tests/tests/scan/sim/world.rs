@@ -72,6 +72,8 @@ pub(crate) struct World {
     pub(crate) steps: u64,
     /// Walks of all threads.
     pub(crate) walks: u64,
+    /// TLB flushes.
+    pub(crate) flushes: u64,
     /// Pages whose kind the engine has asked for since a walk collected them.
     pub(super) classified: BTreeSet<(usize, usize)>,
     /// What the walks are for that there are now.
@@ -109,6 +111,7 @@ impl World {
             passes: 0,
             steps: 0,
             walks: 0,
+            flushes: 0,
             classified: BTreeSet::new(),
             purpose: Purpose::Scan,
             merges: Merges::default(),
