@@ -227,16 +227,20 @@ void rules_swept(void)
 
 /* Targets */
 
-static volatile bool stop, churned;
+static volatile bool stop, churned, hammering;
 static pthread_t thread;
 
+/* No two pages are ever the same, wherever the thread stands still for a while */
 static void *hammer(void *arg)
 {
 	struct target_state *state = arg;
+	uint64_t value = 1;
 
-	for (uint64_t value = 1; !stop; value++)
+	while (!stop) {
 		for (size_t i = state->pages - state->n; i < state->pages; i++)
-			*(volatile uint64_t *)(state->area + i * PAGE + 64) = value;
+			*(volatile uint64_t *)(state->area + i * PAGE + 64) = value++;
+		hammering = true;
+	}
 	return NULL;
 }
 
@@ -354,7 +358,10 @@ static bool carry_out(struct target_state *state)
 			(void)*(volatile char *)(state->area + i * PAGE);
 		return true;
 	case OP_HAMMER:
-		return begin_thread(hammer, state);
+		ok = begin_thread(hammer, state);
+		while (ok && !hammering)
+			usleep(100);
+		return ok;
 	case OP_CHURN:
 		ok = begin_thread(churn, state);
 		while (ok && !churned)
