@@ -294,7 +294,7 @@ static void interrupted(void)
 			fresh += why.fresh;
 			pinned += why.pinned;
 		} while (err == -EINTR);
-		/* Of the pages of a batch that is not on its LRU list yet somebody has a reference */
+		/* A page that is on its way to an LRU list counts as pinned */
 		if (err || fresh + pinned != MANY * PAGE || why.at != ~0ULL) {
 			ksft_print_msg("%s; %lu kB fresh, %lu kB pinned, of %lu; at %llx\n",
 				       strerror(-err), fresh / 1024, pinned / 1024,
