@@ -11,9 +11,9 @@
 /* What 5 s of the share come to. */
 #define BURST_S 5
 #define COMERS 12
-#define COMER_PAGES 2048ul
+#define COMER_PAGES 8192ul
 #define STATIC_PROCESSES 4
-#define STATIC_PAGES (64 * 1024ul)
+#define STATIC_PAGES (256 * 1024ul)
 
 /* What goes on meanwhile. */
 struct scene {
@@ -45,7 +45,7 @@ static void comers_start(void)
 {
 	choice.s = mix64(opt.seed) | 1;
 	replaced = 0;
-	clones_make(&image, opt.quick ? COMER_PAGES / 2 : COMER_PAGES);
+	clones_make(&image, opt.quick ? COMER_PAGES / 4 : COMER_PAGES);
 	for (unsigned int i = 0; i < COMERS; i++)
 		clone_start(&image, &comers[i], i);
 	for (unsigned int i = 0; i < COMERS; i++)

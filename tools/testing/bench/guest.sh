@@ -5,8 +5,8 @@
 # In the guest: runs the workloads round by round, with each of SIDES (builtin, rksm) by
 # turns; rksm once more with governor=auto where that matters. JSON goes to stdout, progress to
 # stderr. RKSM_ARGS are parameters of the module, OPTIONS go to rksm-bench, SECONDS_EACH is the
-# longest that one may take. With ALL set, long workloads have fewer rounds. Exit status 1 if a
-# workload failed.
+# longest that one may take. With ALL set, long workloads have fewer rounds. With PROFILE set,
+# profile/ has where the scanning threads' time went. Exit status 1 if a workload failed.
 
 rounds=$1 size=$2 options=$3
 shift 3
@@ -22,12 +22,19 @@ start=$(now)
 run() {
 	printf '%5d s  round %d/%d  %-7s  %-9s  smart_scan=%d\n' \
 		$(($(now) - start)) "$round" "$rounds" "$2" "$1" "$3" >&2
+	record=
+	[ -z "$PROFILE" ] || record="perf record -q -a -e cpu-clock -F 997 -o /tmp/perf.data --"
 	# shellcheck disable=SC2086 # options are words
-	timeout "${SECONDS_EACH:-900}" $bench $options --impl "$2" --smart-scan "$3" --round "$round" "$1" || {
+	timeout "${SECONDS_EACH:-900}" $record $bench $options --impl "$2" --smart-scan "$3" --round "$round" "$1" || {
 		failed=1
 		printf '\n{"workload":"%s","impl":"%s","smart_scan":%d,"round":%d,"failed":1}\n' \
 			"$1" "$2" "$3" "$round"
 	}
+	if [ -n "$PROFILE" ]; then
+		mkdir -p profile
+		perf report -i /tmp/perf.data --stdio --comms ksmd,rksmd --percentage relative --percent-limit 0.5 \
+			--fields overhead,symbol 2>&1 | sed 's/ *$//' >"profile/$1-$2-smart_scan-$3-round-$round.txt"
+	fi
 }
 
 # What the list says of a workload: name, alias, smart scan too, no KSM too, loads rksm itself,
