@@ -334,8 +334,9 @@ impl<B: Backend, S: States> WalkFilter for PageFilter<'_, B, S> {
             _ => self.collect,
         };
         self.summary.budget_used += 1;
-        let clears = matches!(action, WalkAction::Collect | WalkAction::SkipClearAccessed);
-        self.summary.cleared |= accessed && clears;
+        if accessed && matches!(action, WalkAction::Collect | WalkAction::SkipClearAccessed) {
+            self.summary.cleared = true;
+        }
         action
     }
 
