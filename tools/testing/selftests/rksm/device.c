@@ -227,7 +227,7 @@ void rules_swept(void)
 
 /* Targets */
 
-static volatile bool stop, churned, hammering;
+static volatile bool begun, stop;
 static pthread_t thread;
 
 /* No two pages are ever the same, wherever the thread stands still for a while */
@@ -239,7 +239,7 @@ static void *hammer(void *arg)
 	while (!stop) {
 		for (size_t i = state->pages - state->n; i < state->pages; i++)
 			*(volatile uint64_t *)(state->area + i * PAGE + 64) = value++;
-		hammering = true;
+		begun = true;
 	}
 	return NULL;
 }
@@ -265,16 +265,21 @@ static void *churn(void *arg)
 		took = microseconds() - before;
 		if (took > state->longest)
 			state->longest = took;
-		churned = true;
+		begun = true;
 		usleep(500);
 	}
 	return NULL;
 }
 
+/* Waits until it has gone round once */
 static bool begin_thread(void *(*fn)(void *arg), struct target_state *state)
 {
-	stop = false;
-	return !pthread_create(&thread, NULL, fn, state);
+	begun = stop = false;
+	if (pthread_create(&thread, NULL, fn, state))
+		return false;
+	while (!begun)
+		usleep(100);
+	return true;
 }
 
 static bool end_thread(void)
@@ -358,15 +363,9 @@ static bool carry_out(struct target_state *state)
 			(void)*(volatile char *)(state->area + i * PAGE);
 		return true;
 	case OP_HAMMER:
-		ok = begin_thread(hammer, state);
-		while (ok && !hammering)
-			usleep(100);
-		return ok;
+		return begin_thread(hammer, state);
 	case OP_CHURN:
-		ok = begin_thread(churn, state);
-		while (ok && !churned)
-			usleep(100);
-		return ok;
+		return begin_thread(churn, state);
 	case OP_STOP:
 	case OP_CHURNED:
 		return end_thread();
