@@ -400,8 +400,8 @@ mod tests {
 
     /// Over many seeds: the mean is the truth, and the claimed bound holds 9 times of 10.
     ///
-    /// It holds 19 times of 20: less than 9 of 10 in so many rounds has a chance of one in 100,000,
-    /// as has a mean that is five standard errors off.
+    /// It holds 19 times of 20: so less than 9 of 10 in so many rounds, or a mean that is five
+    /// standard errors off, has a chance of less than one in 100,000.
     #[track_caller]
     fn fair(name: &str, memory: &[(u64, u64)]) {
         const ROUNDS: u64 = 600;

@@ -29,8 +29,8 @@ fn visit(watch: &mut Watch, now: Tick, anon: u32, next: Tick) -> bool {
     let (at, open) = watch.begin(now, anon, Pressure::None);
     assert_eq!(at, 0);
     watch.pass(1, now, next);
-    watch.move_to(1 << 21, false);
-    watch.end(now);
+    watch.move_to(1 << 21, true);
+    assert!(watch.end(now));
     open
 }
 
@@ -146,14 +146,14 @@ fn a_visit_goes_on_where_it_was() {
     let mut watch = settled(10_000, 1000);
     assert_eq!(watch.class(15_000, 1000), Some(Class::Old));
     assert_eq!(watch.begin(15_000, 1000, Pressure::None), (0, true));
-    watch.move_to(0x20_0000, false);
+    watch.move_to(0x20_0000, true);
     // It is open: it counts as growth, and so it does not begin again.
     assert_eq!(watch.class(15_001, 9000), Some(Class::Grown));
     assert_eq!(watch.begin(15_001, 9000, Pressure::None), (0x20_0000, true));
     watch.postpone(15_001, 3);
     assert_eq!(watch.class(15_003, 9000), None);
     assert_eq!(watch.class(15_004, 9000), Some(Class::Grown));
-    watch.end(15_004);
+    assert!(watch.end(15_004));
     // The growth was seen while the visit was under way, and may be where it had been already.
     assert_eq!(watch.class(15_010, 9000), Some(Class::Grown));
 }
